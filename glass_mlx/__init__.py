@@ -1,0 +1,36 @@
+"""Decode with only the feed-forward neurons that matter for the prompt (GLASS, arXiv 2508.14302).
+
+from glass_mlx import load, stream_generate
+
+model, tokenizer = load("mlx-community/Llama-3.2-3B-Instruct-4bit")
+for response in stream_generate(model, tokenizer, "Why is the sky blue?", density=0.5):
+    print(response.text, end="")
+"""
+
+from glass_mlx.blas import prefer_openblas
+
+prefer_openblas()  # must come before anything imports MLX
+
+from glass_mlx.calibration import calibrate  # noqa: E402
+from glass_mlx.checkpoints import load  # noqa: E402
+from glass_mlx.engine import (  # noqa: E402
+    GenerationResponse,
+    Report,
+    generate,
+    resolve_prior,
+    stream_generate,
+)
+from glass_mlx.prior import GlobalPrior  # noqa: E402
+from glass_mlx.selection import Selection  # noqa: E402
+
+__all__ = [
+    "GenerationResponse",
+    "GlobalPrior",
+    "Report",
+    "Selection",
+    "calibrate",
+    "generate",
+    "load",
+    "resolve_prior",
+    "stream_generate",
+]

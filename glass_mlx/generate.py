@@ -1,0 +1,228 @@
+"""Answer a prompt with the feed-forward neurons that matter for it.
+
+Takes the flags of `mlx_lm.generate` and a few of its own.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from glass_mlx.checkpoints import BUILTIN_DENSITY, DEFAULT_MODEL, DTYPES, advice, load
+from glass_mlx.engine import DEFAULT_DENSITY, DEFAULT_MIX, check_settings, generate
+from glass_mlx.models import DOWN_POLICIES
+from glass_mlx.prior import GlobalPrior
+from glass_mlx.statistics import STATISTICS
+
+# Flags of mlx_lm.generate that are not combined with slicing.
+_REFUSED = ("--draft-model", "--image", "--prompt-cache-file")
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Set up and return the argument parser: mlx-lm's flags and ours."""
+    parser = argparse.ArgumentParser(
+        prog="glass-mlx",
+        description=__doc__,
+        parents=[mlx_lm_arg_parser()],
+        conflict_handler="resolve",
+    )
+    parser.add_argument(
+        "--model",
+        help="The hub id, folder or GGUF file of the model. "
+        f"Default: the built-in {DEFAULT_MODEL}, fetched once.",
+    )
+    parser.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=2048,
+        help="Number of prompt tokens to process at a time (default: %(default)s).",
+    )
+    for flag in _REFUSED:
+        parser.add_argument(flag, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--num-draft-tokens", help=argparse.SUPPRESS)
+    add_load_arguments(parser)
+
+    group = parser.add_argument_group("slicing")
+    group.add_argument(
+        "--density",
+        type=float,
+        help="Share of the feed-forward neurons to keep "
+        f"(default: {DEFAULT_DENSITY}; {BUILTIN_DENSITY} for the built-in model).",
+    )
+    group.add_argument(
+        "--mix",
+        type=float,
+        default=DEFAULT_MIX,
+        help="λ, the weight of the prior's ranking against the prompt's (default: %(default)s).",
+    )
+    group.add_argument(
+        "--statistic",
+        choices=STATISTICS,
+        default="activation",
+        help="What neurons are ranked by (default: %(default)s).",
+    )
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prior",
+        type=Path,
+        help="The file of the model's global prior. Default: glass_prior.safetensors in the "
+        "model's folder, then the user's cache, then the priors of this package.",
+    )
+    source.add_argument("--no-prior", action="store_true", help="Select by the prompt alone.")
+    source.add_argument("--dense", action="store_true", help="Do not slice, for comparison.")
+    group.add_argument(
+        "--down-policy",
+        choices=DOWN_POLICIES,
+        default="requantize",
+        help="How quantized down projections are sliced: quantized again, with a small error, or "
+        "kept whole and given zeros, which is exact and slower (default: %(default)s).",
+    )
+    return parser
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a model's weights are held."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Compute in this type. Default: as stored; for GGUF files float16, on a CPU float32.",
+    )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="Turn quantized weights into floats: more memory, on a CPU much faster.",
+    )
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    return prompt
+
+
+def _template_options(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        options = json.loads(args.chat_template_config or "{}")
+    except ValueError as error:
+        raise ValueError(f"--chat-template-config is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError("--chat-template-config must be a JSON object")
+    return options
+
+
+def _encode(
+    args: argparse.Namespace, options: dict[str, Any], tokenizer: TokenizerWrapper, prompt: str
+) -> list[int]:
+    """Token ids of the prompt, inside the chat template if there is one."""
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if args.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    prefilled = args.prefill_response is not None
+    if prefilled:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+    text = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        continue_final_message=prefilled,
+        add_generation_prompt=not prefilled,
+        **options,
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model, generate and print.
+
+    Raises:
+        FileNotFoundError: if the model or the prior does not exist.
+        ValueError: for a bad value, a model that cannot be used or a prior that does not fit.
+    """
+    for flag in _REFUSED:
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise ValueError(f"{flag} cannot be combined with slicing; use mlx_lm.generate")
+    density = args.density
+    if density is None:
+        density = BUILTIN_DENSITY if args.model is None else DEFAULT_DENSITY
+    check_settings(density, args.mix, args.statistic, args.down_policy, args.max_tokens)
+    prompt, options = _read_prompt(args), _template_options(args)
+    prior = GlobalPrior.load(args.prior) if args.prior else None
+
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    model, tokenizer = load(
+        args.model,
+        adapter_path=args.adapter_path,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        model_config={"quantize_activations": args.quantize_activations},
+        trust_remote_code=args.trust_remote_code,
+        dtype=args.dtype,
+        dequantize=args.dequantize,
+    )
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    if args.verbose and (hint := advice(model)):
+        print(hint, file=sys.stderr)
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    common = {
+        "max_tokens": args.max_tokens,
+        "verbose": args.verbose,
+        "sampler": sampler,
+        "max_kv_size": args.max_kv_size,
+        "prefill_step_size": args.prefill_step_size,
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size,
+        "quantized_kv_start": args.quantized_kv_start,
+    }
+    tokens = _encode(args, options, tokenizer, prompt)
+    if args.dense:
+        text = mlx_lm.generate(model, tokenizer, tokens, **common)
+    else:
+        text = generate(
+            model,
+            tokenizer,
+            tokens,
+            density=density,
+            mix=args.mix,
+            statistic=args.statistic,
+            prior=False if args.no_prior else prior,
+            down_policy=args.down_policy,
+            **common,
+        )
+    if not args.verbose:
+        print(text)
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence and exit code 2."""
+    args = setup_arg_parser().parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"glass-mlx: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Where the feed-forward networks (FFNs) of an mlx-lm model are, and how to swap their parts."""
+
+import copy
+import re
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .ffn import FFN, Report, find_gated
+from .linear import DOWN_POLICIES, dense_weight, is_linear, outputs
+
+__all__ = [
+    "DOWN_POLICIES",
+    "FFN",
+    "Report",
+    "find_ffns",
+    "fingerprint",
+    "weight_bytes",
+    "with_modules",
+]
+
+# Model types whose FFN looks sliceable and is not.
+REFUSED = {
+    "gemma3n": "its activation depends on the mean over all neurons of a layer",
+    "bitnet": "it normalises over all neurons of a layer",
+    "prism_hadamard": "it rotates the neurons of a layer into each other",
+}
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """Find the FFNs of a model that can be sliced.
+
+    Returns:
+        The FFNs in the order of the layers.
+
+    Raises:
+        ValueError: if there is none, or if slicing them would be unsound, with the reason.
+    """
+    kind = getattr(model, "model_type", type(model).__name__)
+    if kind in REFUSED:
+        raise ValueError(f"models of type {kind} cannot be sliced: {REFUSED[kind]}")
+    found = (find_gated(path, module) for path, module in model.named_modules())
+    ffns = [ffn for ffn in found if ffn is not None]
+    if not ffns:
+        raise ValueError(
+            f"no feed-forward network with gate_proj, up_proj and down_proj was found in this "
+            f"model of type {kind}; it cannot be sliced"
+        )
+    return sorted(ffns, key=lambda ffn: re.sub(r"\d+", lambda n: n[0].zfill(6), ffn.path))
+
+
+def with_modules(model: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) -> nn.Module:
+    """Return a model with some modules replaced. The given model is not touched.
+
+    Only the modules on the way from the root to a replaced one are new objects; everything else,
+    and so every array, is shared. Nothing has to be put back afterwards, and several such models
+    can be in use at the same time.
+
+    Args:
+        model: the model.
+        modules: new modules by attribute name, by the path of the module that they belong to.
+    """
+    root = copy.copy(model)
+    copies = {"": root}
+    for path, replacements in modules.items():
+        node, at = root, ""
+        for key in path.split("."):
+            at += f".{key}"
+            if at not in copies:
+                index = int(key) if isinstance(node, list) else key
+                copies[at] = node[index] = copy.copy(node[index])
+            node = copies[at]
+        for name, module in replacements.items():
+            setattr(node, name, module)
+    return root
+
+
+def fingerprint(model: nn.Module) -> dict[str, np.ndarray]:
+    """Take a sample of weights from each FFN: a corner, (4, 32) float32, of its first matrix.
+
+    It tells models apart whatever precision or quantization their weights are in.
+    """
+    corners = {}
+    for ffn in find_ffns(model):
+        first = next(iter(ffn.expand.values()))
+        corners[ffn.path] = dense_weight(first, slice(4))[:, :32].astype(mx.float32)
+    mx.eval(corners)
+    return {path: np.array(corner) for path, corner in corners.items()}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """The bytes of weights that decoding one token reads.
+
+    That is all of them, but for embeddings that are looked up and not multiplied with. Experts of
+    a mixture are counted as if all were read.
+    """
+    layers = dict(model.named_modules()).values()
+    heads = {outputs(layer) for layer in layers if is_linear(layer)}
+    total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    for layer in layers:
+        if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) and (
+            layer.weight.shape[0] in heads
+        ):
+            total -= sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
+    return total

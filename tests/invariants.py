@@ -1,0 +1,167 @@
+"""What must hold for every model whose FFNs can be sliced, and tiny models to check it on."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from glass_mlx.engine import slice_model
+from glass_mlx.models import find_ffns, with_modules
+from glass_mlx.selection import Selection
+from glass_mlx.statistics import STATISTICS, NeuronStatistics
+
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 256,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"max_position_embeddings": 512},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A random float32 model of an architecture."""
+    mx.random.seed(seed)
+    module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    config = COMMON | CONFIGS[model_type] | {"model_type": model_type} | changes
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for `tiny_model` whose 256 tokens are one letter each."""
+    vocabulary = {chr(0x4E00 + i): i for i in range(256)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=chr(0x4E00)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def snapshot(model: nn.Module) -> list[tuple[str, int]]:
+    """Which modules and arrays a model is made of."""
+    modules = [(path, id(module)) for path, module in model.named_modules()]
+    return modules + [(path, id(array)) for path, array in tree_flatten(model.parameters())]
+
+
+def random_selection(model: nn.Module, seed: int = 0, share: float = 0.5) -> Selection:
+    """Keep random neurons, in whole multiples."""
+    generator = np.random.default_rng(seed)
+    indices, widths = {}, {}
+    for ffn in find_ffns(model):
+        kept = max(1, round(share * ffn.width / ffn.multiple)) * ffn.multiple
+        chosen = generator.choice(ffn.width, kept, replace=False)
+        indices[ffn.path], widths[ffn.path] = np.sort(chosen).astype(np.int32), ffn.width
+    return Selection(indices, widths)
+
+
+class Masked(nn.Module):
+    """A projection whose dropped inputs are set to zero."""
+
+    def __init__(self, layer: nn.Module, kept: np.ndarray, width: int) -> None:
+        super().__init__()
+        self.layer = layer
+        mask = np.zeros(width, np.float32)
+        mask[kept] = 1
+        self._mask = mx.array(mask)
+
+    def __call__(self, x):
+        return self.layer(mx.where(self._mask > 0, x, 0))
+
+
+def masked_model(model: nn.Module, selection: Selection) -> nn.Module:
+    """The dense model with the dropped neurons zeroed: what slicing must agree with."""
+    masks = {}
+    for ffn in find_ffns(model):
+        name, down = ffn.contract
+        masks[ffn.path] = {name: Masked(down, selection.indices[ffn.path], ffn.width)}
+    return with_modules(model, masks)
+
+
+def statistics_of(
+    model: nn.Module, chunks: list[mx.array], cached: bool
+) -> dict[str, dict[str, np.ndarray]]:
+    """Statistics of a prompt that is read in chunks."""
+    ffns = find_ffns(model)
+    statistics = NeuronStatistics({ffn.path: ffn.width for ffn in ffns}, tuple(STATISTICS))
+    tapped = with_modules(model, {ffn.path: ffn.tapped(statistics.update) for ffn in ffns})
+    cache = make_prompt_cache(model) if cached else None
+    for chunk in chunks:
+        mx.eval(tapped(chunk, cache=cache), statistics.sums)
+    return {name: statistics.scores(name) for name in STATISTICS}
+
+
+def assert_same_scores(a: dict, b: dict) -> None:
+    for name, scores in a.items():
+        for path, values in scores.items():
+            np.testing.assert_allclose(values, b[name][path], rtol=2e-4, atol=1e-6)
+
+
+def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array]) -> None:
+    """Check slicing and statistics on one model.
+
+    Args:
+        model: a model; it must be the same afterwards.
+        forward: computes the logits of some tokens with a model like it.
+    """
+    before = snapshot(model)
+    dense = forward(model)
+
+    everything = random_selection(model, share=1.0)
+    for policy in ("requantize", "scatter"):
+        assert mx.array_equal(forward(slice_model(model, everything, policy)), dense)
+
+    selection = random_selection(model)
+    sliced = forward(slice_model(model, selection, "scatter"))
+    masked = forward(masked_model(model, selection))
+    assert mx.allclose(sliced, masked, rtol=1e-4, atol=1e-4)
+    assert not mx.allclose(sliced, dense, rtol=1e-2, atol=1e-2)
+
+    assert snapshot(model) == before
+    assert mx.array_equal(forward(model), dense)
+
+
+def check_statistics(model: nn.Module, tokens: mx.array) -> None:
+    """Check that statistics do not depend on how a prompt (B, T) is read, and follow the neurons."""
+    whole = statistics_of(model, [tokens], cached=True)
+    parts = [tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]]
+    assert_same_scores(whole, statistics_of(model, parts, cached=True))
+    assert_same_scores(whole, statistics_of(model, [tokens], cached=False))
+
+    generator = np.random.default_rng(1)
+    orders = {ffn.path: generator.permutation(ffn.width) for ffn in find_ffns(model)}
+    permuted = {}
+    for ffn in find_ffns(model):
+        order, parts = mx.array(orders[ffn.path]), {}
+        for name, layer in ffn.expand.items():
+            parts[name] = nn.Linear(1, 1, bias=False)
+            parts[name].weight = layer.weight[order]
+        name, down = ffn.contract
+        parts[name] = nn.Linear(1, 1, bias=False)
+        parts[name].weight = down.weight[:, order]
+        permuted[ffn.path] = parts
+    moved = statistics_of(with_modules(model, permuted), [tokens], cached=True)
+    expected = {
+        name: {path: values[orders[path]] for path, values in scores.items()}
+        for name, scores in whole.items()
+    }
+    assert_same_scores(expected, moved)

@@ -1,0 +1,253 @@
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+
+from glass_mlx import generate, stream_generate
+from glass_mlx.ranking import fuse, ranks
+from glass_mlx.selection import select
+from invariants import (
+    letter_tokenizer,
+    masked_model,
+    snapshot,
+    statistics_of,
+    tiny_model,
+)
+from test_prior import made_prior
+
+PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
+
+
+@pytest.fixture
+def tokenizer():
+    return TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+def run(model, tokenizer, prompt=PROMPT, n=12, **options):
+    options = {"density": 0.5, "prior": made_prior(model)} | options
+    return list(stream_generate(model, tokenizer, prompt, max_tokens=n, **options))
+
+
+def test_all_neurons_give_the_dense_tokens_and_logits_bit_for_bit(model, tokenizer):
+    for temp in (0.0, 1.0):
+        mx.random.seed(3)
+        dense = list(
+            mlx_lm.stream_generate(
+                model, tokenizer, PROMPT, max_tokens=20, sampler=make_sampler(temp)
+            )
+        )
+        mx.random.seed(3)
+        ours = run(model, tokenizer, n=20, density=1.0, sampler=make_sampler(temp))
+        assert [r.token for r in ours] == [r.token for r in dense]
+        assert [r.text for r in ours] == [r.text for r in dense]
+        for a, b in zip(ours, dense, strict=True):
+            assert mx.array_equal(a.logprobs, b.logprobs)
+        assert [r.finish_reason for r in ours] == [r.finish_reason for r in dense]
+        assert [r.generation_tokens for r in ours] == [r.generation_tokens for r in dense]
+        assert ours[-1].prompt_tokens == dense[-1].prompt_tokens == len(PROMPT)
+
+
+@pytest.mark.parametrize("statistic", ["activation", "griffin"])
+@pytest.mark.parametrize("chunk", [2048, 3])
+def test_it_decodes_with_the_fused_selection_of_the_prompt(model, tokenizer, statistic, chunk):
+    """Against the method step by step: statistics, ranks, fusion, selection, masking."""
+    prior = made_prior(model)
+    prior.scores["griffin"] = made_prior(model, seed=5).scores["activation"]
+    local = statistics_of(model, [mx.array([PROMPT])], cached=True)[statistic]
+    fused = {
+        path: fuse(ranks(scores), ranks(prior.scores[statistic][path]), 0.25)
+        for path, scores in local.items()
+    }
+    expected = select(fused, 0.5, dict.fromkeys(fused, 32))
+    masked, cache, tokens = masked_model(model, expected), make_prompt_cache(model), []
+    logits = model(mx.array([PROMPT]), cache=cache)[0, -1]
+    for _ in range(12):
+        tokens.append(logits.argmax().item())
+        logits = masked(mx.array([tokens[-1:]]), cache=cache)[0, -1]
+
+    options = {"prior": prior, "mix": 0.25, "statistic": statistic, "prefill_step_size": chunk}
+    responses = run(model, tokenizer, **options)
+    assert [r.token for r in responses] == tokens
+    for path, kept in expected.indices.items():
+        assert np.array_equal(responses[-1].glass.selection.indices[path], kept)
+
+
+def test_the_first_token_is_dense_and_the_report_says_so(model, tokenizer):
+    first, *_, last = run(model, tokenizer)
+    assert first.glass.density_got == 1.0
+    assert first.glass.sliced_bytes == first.glass.dense_bytes
+    assert last.glass.density == 0.5
+    assert last.glass.density_got == 0.5
+    ffn_bytes = 3 * 3 * 64 * 128 * 4
+    assert last.glass.dense_bytes - last.glass.sliced_bytes == ffn_bytes // 2
+    assert last.glass.mix == 0.5
+    assert last.glass.select_time > 0
+    assert last.glass.slice_time > 0
+
+
+def test_the_model_is_never_touched(model, tokenizer):
+    before = snapshot(model)
+    stream = stream_generate(model, tokenizer, PROMPT, prior=made_prior(model), density=0.5)
+    for _ in range(3):
+        next(stream)
+        assert snapshot(model) == before  # in the middle of a generation, too
+    stream.close()
+    run(model, tokenizer)
+
+    def fail(*_):
+        raise RuntimeError("sampler")
+
+    with pytest.raises(RuntimeError, match="sampler"):
+        run(model, tokenizer, sampler=fail)
+    assert snapshot(model) == before
+
+
+def test_two_generations_at_once_do_not_disturb_each_other(model, tokenizer):
+    prompts, prior = ([1, 2, 3, 4], [250, 9, 77, 31, 5]), made_prior(model)
+    alone = [[r.token for r in run(model, tokenizer, p, prior=prior)] for p in prompts]
+    streams = [
+        stream_generate(model, tokenizer, p, max_tokens=12, density=0.5, prior=prior)
+        for p in prompts
+    ]
+    together = list(zip(*streams, strict=True))
+    assert [[pair[i].token for pair in together] for i in range(2)] == alone
+
+
+def test_one_token_uses_the_prior_alone(model, tokenizer):
+    responses = run(model, tokenizer, prompt=[5], mix=0.0)
+    prior = made_prior(model).scores["activation"]
+    expected = select(prior, 0.5, dict.fromkeys(prior, 32))
+    assert responses[-1].glass.mix == 1.0
+    for path, kept in expected.indices.items():
+        assert np.array_equal(responses[-1].glass.selection.indices[path], kept)
+    with pytest.raises(ValueError, match="one token"):
+        run(model, tokenizer, prompt=[5], prior=False)
+
+
+def test_without_a_prior_the_prompt_decides(model, tokenizer):
+    alone = run(model, tokenizer, prior=False)[-1].glass
+    zero = run(model, tokenizer, mix=0.0)[-1].glass
+    assert (alone.prior, alone.mix) == ("none", 0.0)
+    for path, kept in zero.selection.indices.items():
+        assert np.array_equal(alone.selection.indices[path], kept)
+
+
+def test_logits_processors_see_the_prompt_and_all_that_was_generated(model, tokenizer):
+    seen = []
+
+    def record(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    tokens = [r.token for r in run(model, tokenizer, n=4, logits_processors=[record])]
+    assert seen[0][-1] == PROMPT[-1]
+    for i in range(1, 4):
+        assert seen[i] == seen[0] + tokens[:i]
+
+
+def test_repetition_penalty_matches_mlx_lm(model, tokenizer):
+    processors = make_logits_processors(repetition_penalty=1.5)
+    dense = [
+        r.token
+        for r in mlx_lm.stream_generate(
+            model, tokenizer, PROMPT, max_tokens=12, logits_processors=processors
+        )
+    ]
+    processors = make_logits_processors(repetition_penalty=1.5)
+    ours = run(model, tokenizer, density=1.0, logits_processors=processors)
+    assert [r.token for r in ours] == dense
+
+
+def test_generation_stops_at_eos(model, tokenizer):
+    tokens = [r.token for r in run(model, tokenizer)]
+    stop = next(i for i, t in enumerate(tokens) if i > 2 and t not in tokens[:i])
+    tokenizer.eos_token_ids = [tokens[stop]]
+    responses = run(model, tokenizer)
+    assert [r.token for r in responses] == tokens[: stop + 1]
+    assert responses[-1].finish_reason == "stop"
+    assert "".join(r.text for r in responses) == tokenizer.decode(tokens[:stop])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_it_generates_as_many_tokens_as_asked_for(model, tokenizer, n):
+    responses = run(model, tokenizer, n=n)
+    assert len(responses) == n
+    assert responses[-1].finish_reason == "length"
+
+
+def test_no_limit(model, tokenizer):
+    stream = stream_generate(
+        model, tokenizer, PROMPT, max_tokens=-1, prior=made_prior(model), density=0.5
+    )
+    assert [next(stream).finish_reason for _ in range(300)] == [None] * 300
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 4}, {"max_kv_size": 8}]
+)
+def test_cache_options_are_passed_on(tokenizer, options):
+    model = tiny_model("llama", head_dim=32)
+    dense = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=12, **options)
+    ours = run(model, tokenizer, density=1.0, **options)
+    assert [r.token for r in ours] == [r.token for r in dense]
+
+
+def test_a_prompt_cache_goes_on_where_it_was(model, tokenizer):
+    cache = make_prompt_cache(model)
+    model(mx.array([PROMPT[:6]]), cache=cache)
+    ours = run(model, tokenizer, prompt=PROMPT[6:], density=1.0, prompt_cache=cache)
+    whole = run(model, tokenizer, density=1.0)
+    assert [r.token for r in ours] == [r.token for r in whole]
+
+
+def test_progress_is_reported(model, tokenizer):
+    calls = []
+    run(
+        model,
+        tokenizer,
+        prefill_step_size=4,
+        prompt_progress_callback=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(0, 10), (4, 10), (8, 10), (9, 10), (10, 10)]
+
+
+def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsys):
+    text = generate(
+        model, tokenizer, PROMPT, verbose=True, max_tokens=6, prior=made_prior(model), density=0.5
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[2] == "=" * 10
+    assert lines[1] == text
+    assert lines[3].startswith("Prompt: 10 tokens, ")
+    assert lines[4].startswith("Generation: 6 tokens, ")
+    assert lines[6].startswith("GLASS: density 0.500 (asked 0.5), λ 0.5, prior ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, "density"),
+        ({"density": 2}, "density"),
+        ({"mix": -1}, "between 0 and 1"),
+        ({"statistic": "mean"}, "statistic 'mean'"),
+        ({"statistic": "griffin"}, "has no statistic"),
+        ({"down_policy": "float"}, "down policy"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"n": 0}, "must not be zero"),
+        ({"draft_model": SimpleNamespace()}, "draft model"),
+        ({"prior": "missing.safetensors"}, "missing.safetensors"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_computed(model, tokenizer, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(model, tokenizer, **options)

@@ -1,0 +1,121 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from glass_mlx.engine import resolve_prior
+from glass_mlx.models import find_ffns, fingerprint
+from glass_mlx.prior import FILE_NAME, GlobalPrior
+from invariants import tiny_model
+
+
+def made_prior(model, seed=0):
+    generator = np.random.default_rng(seed)
+    scores = {f.path: generator.random(f.width, np.float32) for f in find_ffns(model)}
+    return GlobalPrior({"activation": scores}, fingerprint(model), {"model": "tiny"})
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def file(model, tmp_path):
+    made_prior(model).save(tmp_path / "prior.safetensors")
+    return tmp_path / "prior.safetensors"
+
+
+def test_a_prior_comes_back_as_it_was_saved(model, file):
+    made, read = made_prior(model), GlobalPrior.load(file)
+    assert read.about == {"model": "tiny"}
+    for path, values in made.scores["activation"].items():
+        assert np.array_equal(read.scores["activation"][path], values)
+    assert resolve_prior(model, file).source == str(file)
+    assert not list(file.parent.glob(".*"))
+
+
+def test_it_is_refused_for_another_model(file):
+    for other, reason in (
+        (tiny_model("llama", seed=1), "other weights"),
+        (tiny_model("gemma3_text", seed=2), "other weights"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            resolve_prior(other, file)
+
+
+def test_it_is_refused_for_other_widths_and_layers(model):
+    prior = made_prior(model)
+    scores = prior.scores["activation"]
+    first = next(iter(scores))
+    narrow = replace(prior, scores={"activation": scores | {first: scores[first][1:]}})
+    with pytest.raises(ValueError, match="128 neurons in the model and 127 in it"):
+        resolve_prior(model, narrow)
+    fewer = replace(prior, scores={"activation": {p: s for p, s in scores.items() if p != first}})
+    with pytest.raises(ValueError, match="2 FFNs are not the model's 3"):
+        resolve_prior(model, fewer)
+
+
+def test_a_truncated_file_is_refused(file):
+    content = file.read_bytes()
+    for length in (0, 5, 100, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            GlobalPrior.load(file)
+
+
+def test_an_edited_file_is_refused(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="changed after it was written"):
+        GlobalPrior.load(file)
+
+
+def test_another_safetensors_file_is_refused(file):
+    save_file({"a": np.zeros(3)}, file)
+    with pytest.raises(ValueError, match="not a prior in the format"):
+        GlobalPrior.load(file)
+
+
+def test_values_that_are_not_finite_are_refused(model, file):
+    prior = made_prior(model)
+    next(iter(prior.scores["activation"].values()))[3] = np.nan
+    prior.save(file)
+    with pytest.raises(ValueError, match="not finite"):
+        GlobalPrior.load(file)
+
+
+def test_an_interrupted_save_leaves_the_old_file(model, file, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glass_mlx.prior.save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        made_prior(model, seed=1).save(file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_the_model_folder_comes_first_then_the_cache(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"build_priors.py .*--no-prior"):
+        resolve_prior(model)
+    made_prior(tiny_model("llama", seed=1)).save(tmp_path / "cache/priors/a.safetensors")
+    made_prior(model).save(tmp_path / "cache/priors/b.safetensors")
+    assert resolve_prior(model).source.endswith("b.safetensors")
+    made_prior(model).save(tmp_path / "model" / FILE_NAME)
+    assert resolve_prior(model, folder=tmp_path / "model").source.endswith(FILE_NAME)
+
+
+def test_the_file_says_where_it_comes_from(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as stored:
+        assert json.loads(stored.metadata()["about"]) == {"model": "tiny"}
+    names = set(load_file(file))
+    assert {"model.layers.0.mlp.activation", "model.layers.0.mlp.fingerprint"} <= names

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+
+from glass_mlx.selection import budget, jaccard, select
+
+
+@pytest.mark.parametrize(
+    ("width", "density", "multiple", "kept"),
+    [
+        (1536, 0.5, 32, 768),
+        (1536, 0.9, 32, 1376),
+        (100, 0.999, 32, 96),
+        (100, 1.0, 32, 100),
+        (100, 0.01, 32, 32),
+        (20, 0.5, 32, 20),
+        (8192, 0.45, 512, 3584),
+    ],
+)
+def test_budget_rounds_to_multiples_and_stays_within_the_width(width, density, multiple, kept):
+    assert budget(width, density, multiple) == kept
+
+
+@pytest.mark.parametrize("density", [0, -1, 1.01, 2, float("nan")])
+def test_a_density_outside_0_1_is_refused(density):
+    with pytest.raises(ValueError, match="density"):
+        budget(10, density)
+
+
+def test_the_largest_scores_are_kept_in_order_and_ties_go_to_the_first():
+    selection = select({"a": np.array([3.0, 1.0, 3.0, 9.0, 3.0])}, 0.6, {"a": 1})
+    assert selection.indices["a"].tolist() == [0, 2, 3]
+    assert selection.density == 0.6
+
+
+def test_the_density_counts_neurons_over_ffns_of_different_widths():
+    scores = {"a": np.arange(64.0), "b": np.arange(32.0)}
+    assert select(scores, 0.5, {"a": 32, "b": 32}).density == pytest.approx(64 / 96)
+
+
+def test_jaccard():
+    a = select({"f": np.array([4.0, 3, 2, 1])}, 0.5, {"f": 1})
+    b = select({"f": np.array([4.0, 1, 2, 3])}, 0.5, {"f": 1})
+    assert jaccard(a, a) == {"f": 1.0}
+    assert jaccard(a, b) == {"f": pytest.approx(1 / 3)}

@@ -1,0 +1,58 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from glass_mlx.statistics import NeuronStatistics
+
+
+def hidden(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_statistics_follow_their_formulas():
+    h = hidden(7, 5)
+    statistics = NeuronStatistics({"f": 5}, ("activation", "griffin"))
+    statistics.update("f", mx.array(h))
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        statistics.scores("activation")["f"], np.abs(unit).mean(0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        statistics.scores("griffin")["f"], np.sqrt((unit**2).sum(0)), rtol=1e-5
+    )
+    assert statistics.tokens == 7
+
+
+def test_masked_tokens_do_not_count():
+    h = hidden(2, 4, 5)
+    mask = mx.array([[0, 1, 1, 1], [1, 1, 0, 0]])
+    masked, plain = NeuronStatistics({"f": 5}), NeuronStatistics({"f": 5})
+    masked.update("f", mx.array(h), mask)
+    plain.update("f", mx.array(np.concatenate([h[0, 1:], h[1, :2]])))
+    np.testing.assert_allclose(
+        masked.scores("activation")["f"], plain.scores("activation")["f"], rtol=1e-6
+    )
+    assert masked.tokens == plain.tokens == 5
+
+
+def test_zero_vectors_and_half_precision_stay_finite():
+    statistics = NeuronStatistics({"f": 4}, ("activation", "griffin"))
+    large = mx.full((1, 4), 60000, mx.float16)
+    statistics.update("f", mx.concatenate([large, mx.zeros((1, 4), mx.float16)]))
+    np.testing.assert_allclose(statistics.scores("activation")["f"], 0.25)
+    np.testing.assert_allclose(statistics.scores("griffin")["f"], 0.5)
+
+
+def test_state_goes_on_where_it_was():
+    a, b = NeuronStatistics({"f": 5}), NeuronStatistics({"f": 5})
+    a.update("f", mx.array(hidden(3, 5)))
+    b.restore(a.state())
+    for statistics in (a, b):
+        statistics.update("f", mx.array(hidden(4, 5, seed=1)))
+    assert np.array_equal(a.scores("activation")["f"], b.scores("activation")["f"])
+    assert a.tokens == b.tokens == 7
+
+
+def test_an_unknown_statistic_is_refused():
+    with pytest.raises(ValueError, match="variance"):
+        NeuronStatistics({}, ("variance",))
