@@ -354,7 +354,7 @@ def convert(source: Path, folder: Path, dtype: str = "float16") -> None:
             if held > SHARD_BYTES:
                 shards, held, shard = _write_shard(folder, shards, shard), 0, {}
         _write_shard(folder, shards, shard)
-    except ValueError as error:
+    except Exception as error:  # damage shows up in whichever library meets it first
         raise ValueError(f"{source} cannot be used: {error}") from error
     if quantized:
         config["quantization"] = {"group_size": GROUP, "bits": 4, "mode": "affine"} | quantized

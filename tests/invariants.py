@@ -133,15 +133,15 @@ def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array])
     selection = random_selection(model)
     sliced = forward(slice_model(model, selection, "scatter"))
     masked = forward(masked_model(model, selection))
-    assert mx.allclose(sliced, masked, rtol=1e-4, atol=1e-4)
-    assert not mx.allclose(sliced, dense, rtol=1e-2, atol=1e-2)
+    assert mx.linalg.norm(sliced - masked) < 1e-4 * mx.linalg.norm(masked)
+    assert mx.linalg.norm(sliced - dense) > 1e-2 * mx.linalg.norm(dense)
 
     assert snapshot(model) == before
     assert mx.array_equal(forward(model), dense)
 
 
 def check_statistics(model: nn.Module, tokens: mx.array) -> None:
-    """Check that statistics do not depend on how a prompt (B, T) is read, and follow the neurons."""
+    """Check that statistics do not depend on how a prompt (B, T) is read, but follow neurons."""
     whole = statistics_of(model, [tokens], cached=True)
     parts = [tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]]
     assert_same_scores(whole, statistics_of(model, parts, cached=True))

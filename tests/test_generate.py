@@ -1,0 +1,171 @@
+"""The command, in this process and as users start it."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
+
+from glass_mlx.generate import main, setup_arg_parser
+from invariants import tiny_model
+from test_checkpoints import save_tiny_folder
+from test_gguf import write_gguf
+from test_prior import made_prior
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = save_tiny_folder(tmp_path / "tiny")
+    made_prior(tiny_model("llama")).save(folder / "glass_prior.safetensors")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command with some arguments; return exit code, output and errors."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["glass-mlx", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_it_answers_and_prints_statistics(command, folder):
+    code, out, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--density", 0.5)
+    lines = out.splitlines()
+    assert code == 0
+    assert len(lines[1]) == 8
+    assert [line.split(":")[0] for line in lines[3:]] == [
+        "Prompt",
+        "Generation",
+        "Peak memory",
+        "GLASS",
+    ]
+    assert "density 0.500 (asked 0.5)" in lines[6]
+    assert str(folder / "glass_prior.safetensors") in lines[6]
+
+
+def test_quiet_output_is_the_text_alone(command, folder):
+    _, loud, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--density", 0.5)
+    code, out, err = command(
+        "--model", folder, "-p", "丁七丄", "-m", 8, "--density", 0.5, "--verbose", "F"
+    )
+    assert (code, out, err) == (0, loud.splitlines()[1] + "\n", "")
+
+
+def test_the_prompt_can_come_from_standard_input(command, folder):
+    arguments = ("--model", folder, "-m", 8, "--verbose", "F")
+    assert command(*arguments, "-p", "-", stdin="丁七丄") == command(*arguments, "-p", "丁七丄")
+
+
+def test_dense_is_mlx_lm(command, folder):
+    code, out, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--dense")
+    assert code == 0
+    assert "GLASS" not in out
+    _, ours, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--density", 1)
+    assert ours.splitlines()[1] == out.splitlines()[1]
+
+
+def test_the_seed_decides(command, folder):
+    arguments = ("--model", folder, "-p", "丁七丄", "-m", 20, "--temp", 1.5, "--verbose", "F")
+    one, two = command(*arguments, "--seed", 1), command(*arguments, "--seed", 2)
+    assert one == command(*arguments, "--seed", 1)
+    assert one != two
+
+
+def test_it_takes_every_flag_of_mlx_lm():
+    ours = set(setup_arg_parser()._option_string_actions)
+    assert set(mlx_lm_arg_parser()._option_string_actions) <= ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--density", "0"], "the density must be above 0 and at most 1, not 0.0"),
+        (["--density", "2"], "the density must be above 0"),
+        (["--mix", "-1"], "the mix λ must be between 0 and 1"),
+        (["--max-tokens", "0"], "must not be zero"),
+        (["--prior", "missing.safetensors"], "there is no prior at missing.safetensors"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "-"], "the prompt is empty"),
+        (["--model", "missing.gguf"], "there is no model at missing.gguf"),
+        (["--chat-template-config", "{"], "--chat-template-config is not JSON"),
+        (["--chat-template-config", "[1]"], "must be a JSON object"),
+        (["--draft-model", "other/model"], "--draft-model cannot be combined"),
+        (["--image", "a.png"], "--image cannot be combined"),
+        (["--adapter-path", "missing"], "adapter path does not exist: missing"),
+        (["--statistic", "mean"], "invalid choice: 'mean'"),
+        (["--no-prior", "--prior", "x"], "not allowed with argument"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(command, folder, arguments, message):
+    code, out, err = command("--model", folder, *arguments)
+    assert code == 2
+    assert out == ""
+    last = err.rstrip().splitlines()[-1]
+    assert last.startswith("glass-mlx: error: ")
+    assert message in last
+    assert "Traceback" not in err
+
+
+def test_a_prior_for_another_model_is_refused(command, folder, tmp_path):
+    made_prior(tiny_model("llama", seed=1)).save(tmp_path / "other.safetensors")
+    code, _, err = command("--model", folder, "--prior", tmp_path / "other.safetensors")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "is not for this model: it was measured on a model with other weights" in err
+
+
+def test_no_prior_says_how_to_build_one(command, folder):
+    (folder / "glass_prior.safetensors").unlink()
+    code, _, err = command("--model", folder)
+    assert code == 2
+    assert f"tools/build_priors.py --model {folder} --output" in err
+    assert "--no-prior" in err
+    assert command("--model", folder, "--no-prior", "-p", "丁七", "-m", 3)[0] == 0
+
+
+def test_a_truncated_gguf_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model("llama"), file)
+    file.write_bytes(file.read_bytes()[:-100])
+    code, _, err = command("--model", file)
+    assert code == 2
+    assert "is not a complete GGUF file" in err
+    assert not list((tmp_path / "cache/models").iterdir())
+
+
+def test_interruption_is_quiet(command, folder, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glass_mlx.generate.run", interrupt)
+    assert command("--model", folder) == (130, "", "")
+
+
+def test_the_main_job_on_the_built_in_model(default_gguf):
+    """As a user would start it; four-bit weights, the shipped prior, streamed text."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "glass_mlx.generate", "--ignore-chat-template"),
+            *("-p", "The capital of France is", "-m", "4"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert "density 0.896 (asked 0.9)" in done.stdout
+    assert "priors/SmolLM2-135M-Instruct.safetensors" in done.stdout
