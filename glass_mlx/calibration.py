@@ -10,6 +10,11 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from glass_mlx.files import replacing
+from glass_mlx.models import find_ffns, fingerprint, with_modules
+from glass_mlx.prior import GlobalPrior
+from glass_mlx.statistics import STATISTICS, NeuronStatistics
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -20,11 +25,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
-
-from glass_mlx.files import replacing
-from glass_mlx.models import find_ffns, fingerprint, with_modules
-from glass_mlx.prior import GlobalPrior
-from glass_mlx.statistics import STATISTICS, NeuronStatistics
 
 
 def _null_token(tokenizer: TokenizerWrapper) -> int:

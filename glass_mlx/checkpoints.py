@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.blas import has_openblas
+from glass_mlx.files import cache_folder, replacing
+from glass_mlx.gguf_checkpoint import convert
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model
-
-from glass_mlx.blas import has_openblas
-from glass_mlx.files import cache_folder, replacing
-from glass_mlx.gguf_checkpoint import convert
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 # Down to this density the built-in model's text is still good (README); it is a small model.

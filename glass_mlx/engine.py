@@ -6,15 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx_lm.generate import GenerationResponse as DenseResponse
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from transformers import PreTrainedTokenizerBase
-
 from glass_mlx.models import (
     DOWN_POLICIES,
     FFN,
@@ -27,6 +18,15 @@ from glass_mlx.prior import BUILD_COMMAND, GlobalPrior, stored_priors
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import Selection, budget, select
 from glass_mlx.statistics import NeuronStatistics
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import GenerationResponse as DenseResponse
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
 
 DEFAULT_DENSITY = 0.5
 DEFAULT_MIX = 0.5

@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx_lm
-from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
-from mlx_lm.sample_utils import make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from glass_mlx.checkpoints import BUILTIN_DENSITY, DEFAULT_MODEL, DTYPES, advice, load
 from glass_mlx.engine import DEFAULT_DENSITY, DEFAULT_MIX, check_settings, generate
 from glass_mlx.models import DOWN_POLICIES
 from glass_mlx.prior import GlobalPrior
 from glass_mlx.statistics import STATISTICS
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # Flags of mlx_lm.generate that are not combined with slicing.
 _REFUSED = ("--draft-model", "--image", "--prompt-cache-file")

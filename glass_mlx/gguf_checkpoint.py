@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.gguf_tokenizer import write_tokenizer
+
 import gguf
 import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Q
 from tqdm import tqdm
-
-from glass_mlx.gguf_tokenizer import write_tokenizer
 
 GROUP = 32
 SHARD_BYTES = 4 << 30

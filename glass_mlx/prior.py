@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.files import cache_folder, replacing
+
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-
-from glass_mlx.files import cache_folder, replacing
 
 FORMAT = "glass-prior-1"
 FILE_NAME = "glass_prior.safetensors"

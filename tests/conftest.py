@@ -1,14 +1,12 @@
 """Fixtures: the real built-in model, loaded once."""
 
-import glass_mlx  # noqa: F401, I001  (first: it puts OpenBLAS in front of MLX's BLAS)
-
 from pathlib import Path
+
+from glass_mlx.checkpoints import builtin_gguf, load
 
 import mlx.nn as nn
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from glass_mlx.checkpoints import builtin_gguf, load
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from glass_mlx.engine import slice_model
+from glass_mlx.models import find_ffns, with_modules
+from glass_mlx.selection import Selection
+from glass_mlx.statistics import STATISTICS, NeuronStatistics
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,11 +16,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from glass_mlx.engine import slice_model
-from glass_mlx.models import find_ffns, with_modules
-from glass_mlx.selection import Selection
-from glass_mlx.statistics import STATISTICS, NeuronStatistics
 
 COMMON = {
     "hidden_size": 64,

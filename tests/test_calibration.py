@@ -1,12 +1,12 @@
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-
 import glass_mlx.calibration as calibration
 from glass_mlx.calibration import calibrate
 from glass_mlx.engine import resolve_prior
 from invariants import tiny_model
+
+import numpy as np
+import pytest
 
 TOKENIZER = SimpleNamespace(bos_token_id=1, eos_token_id=2)
 OPTIONS = {"tokens": 48, "length": 8, "batch_size": 2, "name": "tiny"}

@@ -4,18 +4,18 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm
-import pytest
-from mlx.utils import tree_flatten
-
 import glass_mlx.checkpoints as checkpoints
 from glass_mlx import load
 from glass_mlx.checkpoints import advice, builtin_gguf, resolve
 from glass_mlx.models import find_ffns
 from invariants import COMMON, letter_tokenizer, tiny_model
 from test_gguf import write_gguf
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
 
 
 @pytest.fixture

@@ -1,5 +1,10 @@
 """The built-in model: a real one, converted, sliced, and with its shipped prior."""
 
+from glass_mlx import resolve_prior, stream_generate
+from glass_mlx.models import find_ffns
+from glass_mlx.models.linear import dense_weight
+from invariants import check_invariants
+
 import gguf
 import mlx.core as mx
 import mlx.nn as nn
@@ -7,11 +12,6 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
-from glass_mlx import resolve_prior, stream_generate
-from glass_mlx.models import find_ffns
-from glass_mlx.models.linear import dense_weight
-from invariants import check_invariants
 
 NAMES = {
     "attn_norm": "input_layernorm",

@@ -1,13 +1,5 @@
 from types import SimpleNamespace
 
-import mlx.core as mx
-import mlx_lm
-import numpy as np
-import pytest
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
-
 from glass_mlx import generate, stream_generate
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
@@ -19,6 +11,14 @@ from invariants import (
     tiny_model,
 )
 from test_prior import made_prior
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 

@@ -5,14 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
-
 from glass_mlx.generate import main, setup_arg_parser
 from invariants import tiny_model
 from test_checkpoints import save_tiny_folder
 from test_gguf import write_gguf
 from test_prior import made_prior
+
+import pytest
+from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
 
 
 @pytest.fixture

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from glass_mlx.gguf_checkpoint import AFFINE, affine, convert
+from invariants import tiny_model
+
 import gguf
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
-
-from glass_mlx.gguf_checkpoint import AFFINE, affine, convert
-from invariants import tiny_model
 
 ROWS, COLUMNS = 6, 512
 # What llama.cpp calls the parts of mlx-lm's models.

@@ -5,6 +5,8 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+from glass_mlx.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
+
 import gguf
 import pytest
 import regex
@@ -12,8 +14,6 @@ import sentencepiece
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
-
-from glass_mlx.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
 
 PARAGRAPH = (
     "In 1969, Neil's crew flew 384,400 km — \"that's one small step\".\n\n"

@@ -1,12 +1,12 @@
+from glass_mlx.models import find_ffns, fingerprint, weight_bytes, with_modules
+from glass_mlx.models.linear import dense_weight, take_inputs, take_outputs
+from invariants import CONFIGS, check_invariants, check_statistics, snapshot, tiny_model
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
-from glass_mlx.models import find_ffns, fingerprint, weight_bytes, with_modules
-from glass_mlx.models.linear import dense_weight, take_inputs, take_outputs
-from invariants import CONFIGS, check_invariants, check_statistics, snapshot, tiny_model
 
 TOKENS = mx.array([[1, 7, 3, 200, 9, 54, 21], [5, 4, 3, 2, 1, 0, 255]])
 MODES = [

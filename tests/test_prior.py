@@ -1,14 +1,14 @@
 import json
 from dataclasses import replace
 
-import numpy as np
-import pytest
-from safetensors.numpy import load_file, save_file
-
 from glass_mlx.engine import resolve_prior
 from glass_mlx.models import find_ffns, fingerprint
 from glass_mlx.prior import FILE_NAME, GlobalPrior
 from invariants import tiny_model
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
 
 
 def made_prior(model, seed=0):

@@ -1,9 +1,9 @@
 from itertools import permutations
 
+from glass_mlx.ranking import fuse, ranks
+
 import numpy as np
 import pytest
-
-from glass_mlx.ranking import fuse, ranks
 
 
 def test_ranks_are_one_to_m_and_the_largest_score_ranks_highest():

@@ -1,7 +1,7 @@
+from glass_mlx.selection import budget, jaccard, select
+
 import numpy as np
 import pytest
-
-from glass_mlx.selection import budget, jaccard, select
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
+from glass_mlx.statistics import NeuronStatistics
+
 import mlx.core as mx
 import numpy as np
 import pytest
-
-from glass_mlx.statistics import NeuronStatistics
 
 
 def hidden(*shape, seed=0):

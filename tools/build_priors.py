@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from glass_mlx import calibrate, load
-from glass_mlx.checkpoints import DEFAULT_MODEL, DTYPES
+from glass_mlx.checkpoints import DEFAULT_MODEL
+from glass_mlx.generate import add_load_arguments
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -26,10 +27,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--temp", type=float, default=1.0, help="sampling temperature (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="compute in this type")
-    parser.add_argument(
-        "--dequantize", action="store_true", help="compute with float weights; faster on a CPU"
-    )
+    add_load_arguments(parser)
     return parser
 
 
@@ -52,17 +50,13 @@ def main() -> None:
         )
         prior.save(args.output)
     except (ValueError, OSError) as error:
-        sys.exit(_fail(error))
+        print(f"build_priors: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nInterrupted; the same command goes on from {partial}", file=sys.stderr)
         sys.exit(130)
     partial.unlink(missing_ok=True)
     print(f"Wrote {args.output}: {prior.about['tokens']} tokens")
-
-
-def _fail(error: Exception) -> int:
-    print(f"build_priors: error: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
