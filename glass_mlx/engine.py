@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glass_mlx.models import (
     DOWN_POLICIES,
@@ -14,7 +14,7 @@ from glass_mlx.models import (
     weight_bytes,
     with_modules,
 )
-from glass_mlx.prior import BUILD_COMMAND, GlobalPrior, stored_priors
+from glass_mlx.prior import BUILD_COMMAND, FILE_NAME, GlobalPrior, stored_priors
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import Selection, budget, select
 from glass_mlx.statistics import NeuronStatistics
@@ -79,8 +79,17 @@ class GenerationResponse(DenseResponse):
     glass: Report | None = None
 
 
+def model_folder(tokenizer: TokenizerWrapper) -> Path | None:
+    """The folder that a model's tokenizer, and so the model, was loaded from, if it was."""
+    path = Path(getattr(tokenizer, "name_or_path", None) or "/dev/null")
+    return path if path.is_dir() else None
+
+
 def resolve_prior(
-    model: nn.Module, prior: GlobalPrior | str | Path | None = None, folder: Path | None = None
+    model: nn.Module,
+    prior: GlobalPrior | str | Path | None = None,
+    folder: Path | None = None,
+    name: str = "MODEL",
 ) -> GlobalPrior:
     """Find a model's prior and check that it fits.
 
@@ -89,23 +98,27 @@ def resolve_prior(
         prior: a prior, or the file of one. Default: looked for in the model's folder, the user's
             cache and this package, in that order.
         folder: where the model's files are, if that is known.
+        name: how the user calls the model, for the command that builds a prior.
 
     Raises:
         FileNotFoundError: if the given file does not exist.
-        ValueError: if the given prior is damaged or belongs to another model, or none is found.
+        ValueError: if the prior that was given, or is in the model's folder, is damaged or belongs
+            to another model, or if none is found.
     """
     widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
     weights = fingerprint(model)
+    if prior is None and folder and (folder / FILE_NAME).is_file():
+        prior = folder / FILE_NAME
     if prior is not None:
         prior = prior if isinstance(prior, GlobalPrior) else GlobalPrior.load(Path(prior))
         if reason := prior.mismatch(widths, weights):
             raise ValueError(f"the prior {prior.source} is not for this model: {reason}")
         return prior
-    for file in stored_priors(folder):
+    for file in stored_priors():
         found = GlobalPrior.load(file)
         if found.mismatch(widths, weights) is None:
             return found
-    command = BUILD_COMMAND.format(model=folder or "MODEL")
+    command = BUILD_COMMAND.format(model=name)
     raise ValueError(
         f"there is no prior for this model; build one with `{command}` and give it with --prior, "
         "or select by the prompt alone with --no-prior"
@@ -172,15 +185,17 @@ def _steps(
     max_tokens: int,
     settings: _Settings,
     *,
-    sampler: Callable[[mx.array], mx.array] = greedy_sampler,
-    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] = (),
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
-    prompt_progress_callback: Callable[[int, int], None] = lambda *_: None,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
     input_embeddings: mx.array | None = None,
     **kwargs: Any,
 ) -> Generator[tuple[int, mx.array, Report], None, None]:
     """Yield tokens with their log-probabilities: the first one dense, then sliced."""
+    sampler = sampler or greedy_sampler
+    logits_processors = logits_processors or []
     ffns = find_ffns(model)
     statistics = NeuronStatistics({ffn.path: ffn.width for ffn in ffns}, (settings.statistic,))
     tapped = with_modules(model, {ffn.path: ffn.tapped(statistics.update) for ffn in ffns})
@@ -197,7 +212,8 @@ def _steps(
 
     def progress(done: int, total: int) -> None:
         mx.eval(statistics.sums)  # prefill does not evaluate the last layer's FFN
-        prompt_progress_callback(done, total)
+        if prompt_progress_callback is not None:
+            prompt_progress_callback(done, total)
 
     # With no tokens to generate, mlx-lm's loop reads the prompt, samples one token and stops.
     for _ in generate_step(
@@ -212,6 +228,8 @@ def _steps(
         **kwargs,
     ):
         pass
+    if statistics.tokens == 0:
+        raise ValueError("this model does not run the modules that it shows; it cannot be sliced")
     token, logprobs = first[0].item(), first[1].squeeze(0)
     dense_bytes = weight_bytes(model)
     mix = 0.0 if settings.prior is None else 1.0 if statistics.tokens == 1 else settings.mix
@@ -220,7 +238,7 @@ def _steps(
         density_got=1.0,
         mix=mix,
         statistic=settings.statistic,
-        prior=settings.prior.source if settings.prior else "none",
+        prior=(settings.prior.source or "given") if settings.prior else "none",
         down_policy=settings.down_policy,
         select_time=0.0,
         slice_time=0.0,
@@ -274,7 +292,7 @@ def stream_generate(
     density: float = DEFAULT_DENSITY,
     mix: float = DEFAULT_MIX,
     statistic: str = "activation",
-    prior: GlobalPrior | str | Path | bool | None = None,
+    prior: GlobalPrior | str | Path | Literal[False] | None = None,
     down_policy: str = "requantize",
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
@@ -322,11 +340,11 @@ def stream_generate(
             )
         found = None
     else:
-        folder = Path(getattr(tokenizer, "name_or_path", None) or "")
-        found = resolve_prior(model, None if prior is True else prior, folder)
+        found = resolve_prior(model, prior, model_folder(tokenizer))
         if statistic not in found.scores:
             raise ValueError(f"the prior {found.source} has no statistic {statistic!r}")
     settings = _Settings(density, mix, statistic, found, down_policy)
+    kwargs.pop("num_draft_tokens", None)  # which mlx-lm ignores without a draft model, too
     steps = _steps(model, prompt, max_tokens, settings, **kwargs)
     return _respond(model, tokenizer, prompt.size, max_tokens, steps)
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.checkpoints import BUILTIN_DENSITY, DEFAULT_MODEL, DTYPES, advice, load
-from glass_mlx.engine import DEFAULT_DENSITY, DEFAULT_MIX, check_settings, generate
+from glass_mlx.engine import (
+    DEFAULT_DENSITY,
+    DEFAULT_MIX,
+    check_settings,
+    generate,
+    model_folder,
+    resolve_prior,
+)
 from glass_mlx.models import DOWN_POLICIES
 from glass_mlx.prior import GlobalPrior
 from glass_mlx.statistics import STATISTICS
@@ -197,6 +204,9 @@ def run(args: argparse.Namespace) -> None:
     if args.dense:
         text = mlx_lm.generate(model, tokenizer, tokens, **common)
     else:
+        if not args.no_prior:
+            name = args.model or DEFAULT_MODEL
+            prior = resolve_prior(model, prior, model_folder(tokenizer), name)
         text = generate(
             model,
             tokenizer,

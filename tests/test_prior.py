@@ -108,8 +108,12 @@ def test_the_model_folder_comes_first_then_the_cache(model, tmp_path, monkeypatc
     made_prior(tiny_model("llama", seed=1)).save(tmp_path / "cache/priors/a.safetensors")
     made_prior(model).save(tmp_path / "cache/priors/b.safetensors")
     assert resolve_prior(model).source.endswith("b.safetensors")
-    made_prior(model).save(tmp_path / "model" / FILE_NAME)
-    assert resolve_prior(model, folder=tmp_path / "model").source.endswith(FILE_NAME)
+    beside = tmp_path / "model" / FILE_NAME
+    made_prior(model).save(beside)
+    assert resolve_prior(model, folder=tmp_path / "model").source == str(beside)
+    made_prior(tiny_model("llama", seed=1)).save(beside)
+    with pytest.raises(ValueError, match="not for this model"):  # and no other one is used
+        resolve_prior(model, folder=tmp_path / "model")
 
 
 def test_the_file_says_where_it_comes_from(file):
