@@ -16,15 +16,15 @@ from typing import Any
 from glass_mlx.files import cache_folder, replacing
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 FORMAT = "glass-prior-1"
 FILE_NAME = "glass_prior.safetensors"
 BUILD_COMMAND = "python tools/build_priors.py --model {model} --output glass_prior.safetensors"
 
-# Fingerprints of one model agree to about 0.995 between float and 4-bit weights, and to 0.9 at
-# 2 bits; those of two models trained apart have nothing in common.
+# The cosine of fingerprints of one model (SmolLM2-135M, requantized in groups of 64) is 0.996
+# at 4 bits, 0.925 at 2 bits. Those of two models trained apart have nothing in common.
 _SAME_MODEL = 0.8
 
 
@@ -96,25 +96,22 @@ class GlobalPrior:
         try:
             with safe_open(file, "numpy") as stored:
                 metadata = stored.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{file} is not a prior in the format {FORMAT}")
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            if _digest(tensors, metadata["about"]) != metadata["digest"]:
-                raise ValueError(f"{file} was changed after it was written; build it again")
-            about = json.loads(metadata["about"])
-        except (SafetensorError, OSError, KeyError) as error:
+        except Exception as error:  # a damaged header shows up in many ways
             raise ValueError(f"{file} is not a complete safetensors file ({error})") from error
-        scores: dict[str, dict[str, np.ndarray]] = {}
-        samples = {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{file} is not a prior in the format {FORMAT}")
         for key, values in tensors.items():
-            path, _, name = key.rpartition(".")
             if not np.isfinite(values).all():
                 raise ValueError(f"{file} has values in {key} that are not finite; build it again")
-            if name == "fingerprint":
-                samples[path] = values
-            else:
-                scores.setdefault(name, {})[path] = values
-        return GlobalPrior(scores, samples, about, str(file))
+        if _digest(tensors, metadata.get("about", "")) != metadata.get("digest"):
+            raise ValueError(f"{file} was changed after it was written; build it again")
+        scores: dict[str, dict[str, np.ndarray]] = {}
+        for key, values in tensors.items():
+            path, _, name = key.rpartition(".")
+            scores.setdefault(name, {})[path] = values
+        samples = scores.pop("fingerprint", {})
+        return GlobalPrior(scores, samples, json.loads(metadata["about"]), str(file))
 
 
 def _digest(tensors: dict[str, np.ndarray], about: str) -> str:

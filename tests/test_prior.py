@@ -80,6 +80,23 @@ def test_another_safetensors_file_is_refused(file):
         GlobalPrior.load(file)
 
 
+def test_mutated_files_are_refused_in_one_sentence(file):
+    content, generator = file.read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    for trial in range(500):
+        mutated = bytearray(content)
+        # half of the trials hit the header, where the structure is
+        end = header if trial % 2 else len(content)
+        for at in generator.integers(0, end, generator.integers(1, 5)):
+            mutated[at] ^= generator.integers(1, 256)
+        if trial % 5 == 0:
+            mutated = mutated[: generator.integers(0, len(mutated))]
+        file.write_bytes(mutated)
+        with pytest.raises(ValueError, match=str(file)) as error:
+            GlobalPrior.load(file)
+        assert "\n" not in str(error.value)
+
+
 def test_values_that_are_not_finite_are_refused(model, file):
     prior = made_prior(model)
     next(iter(prior.scores["activation"].values()))[3] = np.nan
