@@ -42,7 +42,13 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     kind = getattr(model, "model_type", type(model).__name__)
     if kind in REFUSED:
         raise ValueError(f"models of type {kind} cannot be sliced: {REFUSED[kind]}")
-    found = (find_gated(path, module) for path, module in model.named_modules())
+    modules = dict(model.named_modules())
+    if any(hasattr(module, "lora_a") for module in modules.values()):
+        raise ValueError(
+            "this model has adapters that are not fused into its weights; "
+            "give adapter_path to glass_mlx.load, which fuses them"
+        )
+    found = (find_gated(path, module) for path, module in modules.items())
     ffns = [ffn for ffn in found if ffn is not None]
     if not ffns:
         raise ValueError(

@@ -124,6 +124,8 @@ def test_adapters_are_fused_before_slicing(folder, tmp_path):
     weights = {k: v for k, v in tree_flatten(model.parameters()) if "lora_" in k}
     mx.save_safetensors(str(adapters / "adapters.safetensors"), weights)
 
+    with pytest.raises(ValueError, match="not fused"):
+        find_ffns(model)
     fused, _ = load(str(folder), adapter_path=str(adapters))
     tokens = mx.array([[1, 2, 3]])
     assert not any("lora" in k for k, _ in tree_flatten(fused.parameters()))
