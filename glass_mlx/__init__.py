@@ -11,7 +11,6 @@ from glass_mlx.blas import prefer_openblas
 
 prefer_openblas()  # must come before anything imports MLX
 
-from glass_mlx.calibration import calibrate  # noqa: E402
 from glass_mlx.checkpoints import load  # noqa: E402
 from glass_mlx.engine import (  # noqa: E402
     GenerationResponse,
@@ -28,7 +27,6 @@ __all__ = [
     "GlobalPrior",
     "Report",
     "Selection",
-    "calibrate",
     "generate",
     "load",
     "resolve_prior",

@@ -1,5 +1,6 @@
 """From a model's name to a loaded model: hub ids, folders, GGUF files and the built-in default."""
 
+import argparse
 import hashlib
 import json
 import subprocess
@@ -200,6 +201,20 @@ def load(
     if not lazy:
         mx.eval(model.parameters())
     return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a model's weights are held."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Compute in this type. Default: as stored; for GGUF files float16, on a CPU float32.",
+    )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="Turn quantized weights into floats: more memory, on a CPU much faster.",
+    )
 
 
 def advice(model: nn.Module) -> str | None:

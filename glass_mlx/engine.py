@@ -120,7 +120,8 @@ def resolve_prior(
             return found
     command = BUILD_COMMAND.format(model=name)
     raise ValueError(
-        f"there is no prior for this model; build one with `{command}` and give it with --prior, "
+        f"there is no prior for this model; build one with `{command}` (without a clone: "
+        "`python -m glass_mlx.calibration` with the same arguments) and give it with --prior, "
         "or select by the prompt alone with --no-prior"
     )
 

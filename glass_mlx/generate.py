@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.checkpoints import BUILTIN_DENSITY, DEFAULT_MODEL, DTYPES, advice, load
+from glass_mlx.checkpoints import BUILTIN_DENSITY, DEFAULT_MODEL, add_load_arguments, advice, load
 from glass_mlx.engine import (
     DEFAULT_DENSITY,
     DEFAULT_MIX,
@@ -92,20 +92,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "kept whole and given zeros, which is exact and slower (default: %(default)s).",
     )
     return parser
-
-
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a model's weights are held."""
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="Compute in this type. Default: as stored; for GGUF files float16, on a CPU float32.",
-    )
-    parser.add_argument(
-        "--dequantize",
-        action="store_true",
-        help="Turn quantized weights into floats: more memory, on a CPU much faster.",
-    )
 
 
 def _read_prompt(args: argparse.Namespace) -> str:

@@ -1,9 +1,12 @@
+import sys
 from types import SimpleNamespace
 
 import glass_mlx.calibration as calibration
 from glass_mlx.calibration import calibrate
 from glass_mlx.engine import resolve_prior
+from glass_mlx.prior import FILE_NAME
 from invariants import tiny_model
+from test_checkpoints import save_tiny_folder
 
 import numpy as np
 import pytest
@@ -66,6 +69,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
         calibrate(model, TOKENIZER, **OPTIONS, checkpoint=file)
+
+
+def test_the_command_writes_a_prior_that_the_model_finds(tmp_path, monkeypatch, capsys):
+    folder = save_tiny_folder(tmp_path / "tiny")
+    output = folder / FILE_NAME
+    monkeypatch.setattr(calibration, "_null_token", lambda _: 1)
+    arguments = ["--model", folder, "--output", output, "--tokens", "16", "--length", "8"]
+    monkeypatch.setattr(sys, "argv", ["build_priors.py", *map(str, arguments)])
+    calibration.main()
+    assert capsys.readouterr().out == f"Wrote {output}: 256 tokens\n"
+    assert resolve_prior(tiny_model("llama"), folder=folder).about["model"] == str(folder)
+    assert not list(folder.glob("*.partial"))
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--tokens", "0"])
+    with pytest.raises(SystemExit) as stop:
+        calibration.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("build_priors: error: tokens, length")
 
 
 def test_a_model_without_bos_begins_with_eos():

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import GlobalPrior, load, resolve_prior, stream_generate
-from glass_mlx.checkpoints import DEFAULT_MODEL
-from glass_mlx.generate import add_load_arguments
+from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments
 from glass_mlx.models import weight_bytes
 
 import mlx.nn as nn
