@@ -1,8 +1,9 @@
 """The global prior of a model: scores of its neurons, measured once and stored in one file.
 
 The file is safetensors. For every FFN and statistic it has the raw scores, `<path>.<statistic>`,
-float32 (m,), and for every FFN `<path>.fingerprint`, a few of the model's own weights. Metadata:
-`format`, `digest` (over everything else) and `about` (JSON: model, recipe, tokens, versions, ...).
+float32 (m,), and for every FFN `<path>.fingerprint`, a few of the model's own weights. Its
+metadata is one entry, `glass_prior`, of JSON: `format`, `digest` (over everything else) and `about`
+(model, recipe, tokens, versions, ...); with one entry the same prior is the same file.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 FORMAT = "glass-prior-1"
+_METADATA = "glass_prior"
 FILE_NAME = "glass_prior.safetensors"
 BUILD_COMMAND = "python tools/build_priors.py --model {model} --output glass_prior.safetensors"
 
@@ -78,10 +80,9 @@ class GlobalPrior:
             for path, values in scores.items()
         }
         tensors |= {f"{path}.fingerprint": sample for path, sample in self.fingerprint.items()}
-        about = json.dumps(self.about, sort_keys=True)
-        metadata = {"format": FORMAT, "about": about, "digest": _digest(tensors, about)}
+        metadata = {"format": FORMAT, "about": self.about, "digest": _digest(tensors, self.about)}
         with replacing(file) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {_METADATA: json.dumps(metadata, sort_keys=True)})
 
     @staticmethod
     def load(file: Path) -> "GlobalPrior":
@@ -95,7 +96,7 @@ class GlobalPrior:
             raise FileNotFoundError(f"there is no prior at {file}")
         try:
             with safe_open(file, "numpy") as stored:
-                metadata = stored.metadata() or {}
+                metadata = dict(json.loads((stored.metadata() or {}).get(_METADATA, "{}")))
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         except Exception as error:  # a damaged header shows up in many ways
             raise ValueError(f"{file} is not a complete safetensors file ({error})") from error
@@ -104,18 +105,18 @@ class GlobalPrior:
         for key, values in tensors.items():
             if not np.isfinite(values).all():
                 raise ValueError(f"{file} has values in {key} that are not finite; build it again")
-        if _digest(tensors, metadata.get("about", "")) != metadata.get("digest"):
+        if _digest(tensors, metadata.get("about")) != metadata.get("digest"):
             raise ValueError(f"{file} was changed after it was written; build it again")
         scores: dict[str, dict[str, np.ndarray]] = {}
         for key, values in tensors.items():
             path, _, name = key.rpartition(".")
             scores.setdefault(name, {})[path] = values
         samples = scores.pop("fingerprint", {})
-        return GlobalPrior(scores, samples, json.loads(metadata["about"]), str(file))
+        return GlobalPrior(scores, samples, metadata["about"], str(file))
 
 
-def _digest(tensors: dict[str, np.ndarray], about: str) -> str:
-    digest = hashlib.sha256(about.encode())
+def _digest(tensors: dict[str, np.ndarray], about: Any) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {tensors[key].shape}".encode())
         digest.update(np.ascontiguousarray(tensors[key]).tobytes())

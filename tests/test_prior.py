@@ -37,6 +37,12 @@ def test_a_prior_comes_back_as_it_was_saved(model, file):
     assert not list(file.parent.glob(".*"))
 
 
+def test_the_same_prior_is_the_same_file(model, file, tmp_path):
+    for name in "abcdef":
+        made_prior(model).save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == file.read_bytes()
+
+
 def test_it_is_refused_for_another_model(file):
     for other, reason in (
         (tiny_model("llama", seed=1), "other weights"),
@@ -137,6 +143,8 @@ def test_the_file_says_where_it_comes_from(file):
     from safetensors import safe_open
 
     with safe_open(file, "numpy") as stored:
-        assert json.loads(stored.metadata()["about"]) == {"model": "tiny"}
+        metadata = json.loads(stored.metadata()["glass_prior"])
+    assert metadata["about"] == {"model": "tiny"}
+    assert metadata["format"] == "glass-prior-1"
     names = set(load_file(file))
     assert {"model.layers.0.mlp.activation", "model.layers.0.mlp.fingerprint"} <= names
