@@ -2,12 +2,14 @@
 
 import argparse
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,28 +180,27 @@ def load(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     source = resolve(path_or_hf_repo, dtype)
-    options = {"trust_remote_code": True} if trust_remote_code else {}
-    model, tokenizer, config = _one_sentence(
-        path_or_hf_repo or DEFAULT_MODEL,
-        lambda: mlx_lm.load(
+    options = {"revision": revision}
+    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:  # not in mlx-lm 0.31
+        options["trust_remote_code"] = trust_remote_code
+    with _one_sentence(path_or_hf_repo or DEFAULT_MODEL):
+        model, tokenizer, config = mlx_lm.load(
             source,
             tokenizer_config=tokenizer_config,
             model_config=model_config,
             adapter_path=adapter_path,
             lazy=True,
             return_config=True,
-            revision=revision,
             **options,
-        ),
-    )
-    if adapter_path is not None:
-        _fuse_adapters(model)
-    if dtype is not None:
-        model.set_dtype(getattr(mx, dtype))
-    if dequantize:
-        dequantize_model(model)
-    if not lazy:
-        mx.eval(model.parameters())
+        )
+        if adapter_path is not None:
+            _fuse_adapters(model)
+        if dtype is not None:
+            model.set_dtype(getattr(mx, dtype))
+        if dequantize:
+            dequantize_model(model)
+        if not lazy:
+            mx.eval(model.parameters())
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
@@ -229,10 +230,11 @@ def advice(model: nn.Module) -> str | None:
     return None
 
 
-def _one_sentence(name: str, action: Callable[[], Any]) -> Any:
-    """Run a loader of another library, and put what goes wrong into one sentence."""
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Put what goes wrong in loading a model, in whichever library, into one sentence."""
     try:
-        return action()
+        yield
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError

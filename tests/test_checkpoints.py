@@ -149,6 +149,11 @@ def test_missing_paths_are_not_taken_for_hub_ids(name, message):
 
 
 def test_what_cannot_be_loaded_says_why_in_one_sentence(folder, tmp_path):
+    weights = (folder / "model.safetensors").read_bytes()
+    for length in (1, 1000, len(weights) // 2, len(weights) - 1):
+        (folder / "model.safetensors").write_bytes(weights[:length])
+        with pytest.raises(ValueError, match="cannot be loaded: "):
+            load(str(folder))
     (folder / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(ValueError, match="cannot be loaded: ") as error:
         load(str(folder))
