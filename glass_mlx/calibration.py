@@ -14,7 +14,7 @@ from pathlib import Path
 
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, load
 from glass_mlx.files import replacing
-from glass_mlx.models import find_ffns, fingerprint, with_modules
+from glass_mlx.models import find_ffns, fingerprint, with_taps
 from glass_mlx.prior import GlobalPrior
 from glass_mlx.statistics import STATISTICS, NeuronStatistics
 
@@ -72,9 +72,8 @@ def _measure(model: nn.Module, tokens: mx.array, statistics: NeuronStatistics) -
     def report(path: str, hidden: mx.array) -> list[mx.array]:
         return statistics.update(path, hidden, mask)
 
-    tapped = with_modules(model, {ffn.path: ffn.tapped(report) for ffn in find_ffns(model)})
     cache = make_prompt_cache(model)
-    tapped(tokens, cache=cache)
+    with_taps(model, report)(tokens, cache=cache)
     mx.eval([layer.state for layer in cache], statistics.sums)
 
 

@@ -13,6 +13,7 @@ from glass_mlx.models import (
     fingerprint,
     weight_bytes,
     with_modules,
+    with_taps,
 )
 from glass_mlx.prior import BUILD_COMMAND, FILE_NAME, GlobalPrior, stored_priors
 from glass_mlx.ranking import fuse, ranks
@@ -199,7 +200,7 @@ def _steps(
     logits_processors = logits_processors or []
     ffns = find_ffns(model)
     statistics = NeuronStatistics({ffn.path: ffn.width for ffn in ffns}, (settings.statistic,))
-    tapped = with_modules(model, {ffn.path: ffn.tapped(statistics.update) for ffn in ffns})
+    tapped = with_taps(model, statistics.update)
     cache = prompt_cache or make_prompt_cache(model, max_kv_size)
     first, history = [], []
 

@@ -20,6 +20,7 @@ __all__ = [
     "fingerprint",
     "weight_bytes",
     "with_modules",
+    "with_taps",
 ]
 
 # Model types whose FFN looks sliceable and is not.
@@ -82,6 +83,17 @@ def with_modules(model: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]
         for name, module in replacements.items():
             setattr(node, name, module)
     return root
+
+
+def with_taps(model: nn.Module, report: Report) -> nn.Module:
+    """Return a model whose FFNs report their hidden vectors. The given model is not touched.
+
+    Args:
+        model: the model.
+        report: called with an FFN's path and its hidden vectors (..., m); what it returns is
+            computed before the FFN goes on.
+    """
+    return with_modules(model, {ffn.path: ffn.tapped(report) for ffn in find_ffns(model)})
 
 
 def fingerprint(model: nn.Module) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from glass_mlx.engine import slice_model
-from glass_mlx.models import find_ffns, with_modules
+from glass_mlx.models import find_ffns, with_modules, with_taps
 from glass_mlx.selection import Selection
 from glass_mlx.statistics import STATISTICS, NeuronStatistics
 
@@ -103,7 +103,7 @@ def statistics_of(
     """Statistics of a prompt that is read in chunks."""
     ffns = find_ffns(model)
     statistics = NeuronStatistics({ffn.path: ffn.width for ffn in ffns}, tuple(STATISTICS))
-    tapped = with_modules(model, {ffn.path: ffn.tapped(statistics.update) for ffn in ffns})
+    tapped = with_taps(model, statistics.update)
     cache = make_prompt_cache(model) if cached else None
     for chunk in chunks:
         mx.eval(tapped(chunk, cache=cache), statistics.sums)

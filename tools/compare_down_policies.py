@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 from glass_mlx import Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL
-from glass_mlx.models import FFN, find_ffns, with_modules
+from glass_mlx.engine import slice_model
+from glass_mlx.models import FFN, find_ffns, with_modules, with_taps
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
@@ -80,7 +81,7 @@ def compare(
     """For each density and policy, KL(dense || sliced) and KL(exact slice || sliced) a prompt."""
     quantized, tokenizer = load(args.model, dtype="float32")
     model, _ = load(args.model, dtype="float32", dequantize=True)
-    ffns, floats = find_ffns(quantized), find_ffns(model)
+    ffns = find_ffns(quantized)
     prior = resolve_prior(model).scores["activation"]
     results: dict[tuple[float, str], list[tuple[float, float]]] = {}
     for prompt in tqdm(PROMPTS, unit="prompt"):
@@ -94,7 +95,7 @@ def compare(
 
         def prefilled(statistics: NeuronStatistics, tokens: list[int] = tokens) -> list:
             cache = make_prompt_cache(model)
-            tapped = with_modules(model, {f.path: f.tapped(statistics.update) for f in floats})
+            tapped = with_taps(model, statistics.update)
             mx.eval(tapped(mx.array(tokens)[None], cache=cache), statistics.sums)
             return cache
 
@@ -106,10 +107,9 @@ def compare(
         }
         for density in args.density:
             selection = select(fused, density, {f.path: f.multiple for f in ffns})
-            exact = with_modules(
-                model, {f.path: f.sliced(selection.indices[f.path], "requantize") for f in floats}
+            exact = log_probabilities(
+                slice_model(model, selection, "requantize"), written[:-1], prefilled(statistics)
             )
-            exact = log_probabilities(exact, written[:-1], prefilled(statistics))
             scored = {"exact": exact} | {
                 policy: log_probabilities(
                     sliced(model, ffns, selection, policy), written[:-1], prefilled(statistics)
