@@ -1,6 +1,7 @@
-"""How active each neuron of each FFN was: running sums over tokens, chunk by chunk."""
+"""How active each neuron of each FFN was: running sums over tokens, and over sequences."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -10,18 +11,22 @@ _TINY = 1e-30
 
 
 def _activation_sum(hidden: mx.array, weight: mx.array) -> mx.array:
-    return weight[None] @ mx.abs(hidden)
+    return weight[:, None] @ mx.abs(hidden)
 
 
 def _griffin_sum(hidden: mx.array, weight: mx.array) -> mx.array:
-    return mx.square(weight)[None] @ mx.square(hidden)
+    return mx.square(weight)[:, None] @ mx.square(hidden)
 
 
-# What a chunk adds, and what the sums become in the end, given the number of tokens.
+# What a chunk (S, T, m) adds to (S, 1, m), and what the sums become when divided by the tokens.
 STATISTICS = {
-    "activation": (_activation_sum, lambda total, tokens: total / tokens),
-    "griffin": (_griffin_sum, lambda total, tokens: np.sqrt(total)),
+    "activation": (_activation_sum, lambda mean: mean),
+    "griffin": (_griffin_sum, np.sqrt),
 }
+
+# What a prior can be measured by: these, and what takes a backward pass (`impact`).
+IMPACT = "impact"
+PRIOR_STATISTICS = (*STATISTICS, IMPACT)
 
 
 class NeuronStatistics:
@@ -30,80 +35,149 @@ class NeuronStatistics:
     With h_t in R^m the hidden vector of token t:
 
     - "activation" (A-GLASS, arXiv 2508.14302): mean_t |h_tj| / ||h_t||_2
-    - "griffin" (GRIFFIN, arXiv 2404.01365): sqrt(sum_t (h_tj / ||h_t||_2)^2)
+    - "griffin": sqrt(mean_t (h_tj / ||h_t||_2)^2), which ranks neurons as GRIFFIN's sum does
+      (arXiv 2404.01365) and does not grow with the number of tokens
 
-    Sums are float32 and lazy: evaluate `sums` after every chunk, or let the forward pass depend
-    on what `update` returns.
+    Sums are float32 and lazy. The hidden vectors that `update` returns depend on them, so that
+    they are computed with the layer and no hidden vector outlives it; where nothing uses the
+    layer's output, evaluate `sums`.
 
     Args:
         widths: the number of neurons m of each FFN, by its path in the model.
         names: which statistics to keep, keys of `STATISTICS`.
+        sequences: how many sequences S a batch has, for `sequence_scores`.
 
     Raises:
         ValueError: for an unknown statistic.
     """
 
-    def __init__(self, widths: Mapping[str, int], names: tuple[str, ...] = ("activation",)) -> None:
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        names: tuple[str, ...] = ("activation",),
+        sequences: int = 1,
+    ) -> None:
         for name in names:
             if name not in STATISTICS:
                 raise ValueError(f"statistic {name!r} is not one of {', '.join(STATISTICS)}")
         self.names = names
         self.sums = {
-            path: {name: mx.zeros((m,), mx.float32) for name in names} for path, m in widths.items()
+            path: {name: mx.zeros((sequences, m), mx.float32) for name in names}
+            for path, m in widths.items()
         }
-        self._tokens: dict[str, float | mx.array] = dict.fromkeys(widths, 0)
+        self._sequences = sequences
+        self._tokens = {path: mx.zeros((sequences,), mx.float32) for path in widths}
 
-    def update(self, path: str, hidden: mx.array, mask: mx.array | None = None) -> list[mx.array]:
+    def update(self, path: str, hidden: mx.array, mask: mx.array | None = None) -> mx.array:
         """Add the tokens of a chunk.
 
         Args:
             path: the FFN.
-            hidden: (..., m) hidden vectors of its tokens.
+            hidden: (..., m) hidden vectors of its tokens, sequence after sequence.
             mask: (...), 1 for tokens that count and 0 for those that do not. Default: all count.
 
         Returns:
-            The FFN's running sums, each (m,).
+            The hidden vectors as they were given, depending on the FFN's sums.
         """
-        hidden = hidden.reshape(-1, hidden.shape[-1]).astype(mx.float32)
-        norm = mx.linalg.norm(hidden, axis=-1)
+        values = hidden.reshape(self._sequences, -1, hidden.shape[-1]).astype(mx.float32)
+        norm = mx.linalg.norm(values, axis=-1)
         weight = mx.where(norm > _TINY, 1 / mx.maximum(norm, _TINY), 0)
         if mask is None:
-            self._tokens[path] = self._tokens[path] + hidden.shape[0]
+            self._tokens[path] = self._tokens[path] + values.shape[1]
         else:
-            mask = mask.reshape(-1).astype(mx.float32)
+            mask = mask.reshape(self._sequences, -1).astype(mx.float32)
             weight = weight * mask
-            self._tokens[path] = self._tokens[path] + mask.sum()
+            self._tokens[path] = self._tokens[path] + mask.sum(-1)
         sums = self.sums[path]
         for name in self.names:
-            sums[name] = sums[name] + STATISTICS[name][0](hidden, weight)[0]
-        return list(sums.values())
+            sums[name] = sums[name] + STATISTICS[name][0](values, weight).squeeze(1)
+        return mx.depends(hidden, list(sums.values()))
 
     @property
     def tokens(self) -> int:
         """The number of tokens seen, by the FFN that saw most."""
-        return max(int(count) for count in self._tokens.values())
+        return max(int(count.sum()) for count in self._tokens.values())
 
     def scores(self, name: str) -> dict[str, np.ndarray]:
         """Return one statistic of every FFN, (m,) float32, larger for a more active neuron."""
         finish = STATISTICS[name][1]
         return {
-            path: finish(np.array(sums[name]), max(float(self._tokens[path]), 1))
+            path: finish(np.array(sums[name]).sum(0) / max(self._tokens[path].sum().item(), 1))
             for path, sums in self.sums.items()
         }
 
-    def state(self) -> dict[str, np.ndarray]:
-        """The running sums and counts, as named arrays that `restore` takes back."""
-        sums = {
-            f"{path}.{name}": np.array(total)
-            for path, totals in self.sums.items()
-            for name, total in totals.items()
+    def sequence_scores(self, name: str) -> dict[str, np.ndarray]:
+        """Return one statistic of every FFN for each sequence by itself, (S, m) float32."""
+        finish = STATISTICS[name][1]
+        return {
+            path: finish(np.array(sums[name] / mx.maximum(self._tokens[path], 1)[:, None]))
+            for path, sums in self.sums.items()
         }
-        counts = {f"{path}.tokens": np.float64(float(n)) for path, n in self._tokens.items()}
-        return sums | {key: np.atleast_1d(count) for key, count in counts.items()}
+
+
+class SequenceMoments:
+    """Mean and spread over sequences of per-neuron scores, for two halves of the sequences.
+
+    Sequences go to the halves in turn, so that the halves say how far the mean can be trusted.
+
+    Args:
+        widths: the number of neurons m of each FFN, by its path in the model.
+        names: the statistics that are kept.
+
+    Attributes:
+        sums: by statistic and FFN, (2, 2, m) float64: for each half the sum of the scores and of
+            their squares.
+        sequences: (2,) int64, the number of sequences in each half.
+        tokens: the number of tokens in all of them.
+    """
+
+    def __init__(self, widths: Mapping[str, int], names: tuple[str, ...]) -> None:
+        self.sums = {
+            name: {path: np.zeros((2, 2, m)) for path, m in widths.items()} for name in names
+        }
+        self.sequences = np.zeros(2, np.int64)
+        self.tokens = 0
+
+    def add(self, scores: Mapping[str, Mapping[str, np.ndarray]], tokens: int) -> None:
+        """Add a batch: scores (S, m) by statistic and FFN, and the tokens they are from."""
+        first = int(self.sequences.sum()) % 2
+        for name, sums in self.sums.items():
+            for path, total in sums.items():
+                values = scores[name][path].astype(np.float64)
+                for half in (0, 1):
+                    mine = values[half ^ first :: 2]
+                    total[half] += mine.sum(0), np.square(mine).sum(0)
+        count = len(values)
+        self.sequences += [(count + 1 - (half ^ first)) // 2 for half in (0, 1)]
+        self.tokens += tokens
+
+    def mean(self, name: str, path: str, half: Literal[0, 1] | None = None) -> np.ndarray:
+        """The mean score of each neuron, (m,) float64, over all sequences or those of a half."""
+        return self._moments(name, path, half)[0]
+
+    def variance(self, name: str, path: str) -> np.ndarray:
+        """The variance over sequences of the score of each neuron, (m,) float64."""
+        mean, square = self._moments(name, path, None)
+        return np.maximum(square - mean**2, 0)
+
+    def _moments(self, name: str, path: str, half: int | None) -> np.ndarray:
+        sums = self.sums[name][path]
+        if half is None:
+            return sums.sum(0) / max(self.sequences.sum(), 1)
+        return sums[half] / max(self.sequences[half], 1)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The sums and counts, as named arrays that `restore` takes back."""
+        sums = {
+            f"{path}.{name}": total
+            for name, totals in self.sums.items()
+            for path, total in totals.items()
+        }
+        return sums | {"sequences": self.sequences, "tokens": np.array([self.tokens])}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from a `state` of the same FFNs and statistics."""
-        for path, totals in self.sums.items():
-            self._tokens[path] = float(state[f"{path}.tokens"][0])
-            for name in totals:
-                totals[name] = mx.array(state[f"{path}.{name}"])
+        for name, totals in self.sums.items():
+            for path in totals:
+                totals[path] = state[f"{path}.{name}"].copy()
+        self.sequences, self.tokens = state["sequences"].copy(), int(state["tokens"][0])

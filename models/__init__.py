@@ -9,15 +9,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .ffn import FFN, Report, find_gated
+from .ffn import FFN, Watch, find_gated
 from .linear import DOWN_POLICIES, dense_weight, is_linear, outputs
 
 __all__ = [
     "DOWN_POLICIES",
     "FFN",
-    "Report",
+    "Watch",
     "find_ffns",
     "fingerprint",
+    "layer_order",
     "weight_bytes",
     "with_modules",
     "with_taps",
@@ -56,7 +57,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             f"no feed-forward network with gate_proj, up_proj and down_proj was found in this "
             f"model of type {kind}; it cannot be sliced"
         )
-    return sorted(ffns, key=lambda ffn: re.sub(r"\d+", lambda n: n[0].zfill(6), ffn.path))
+    return sorted(ffns, key=lambda ffn: layer_order(ffn.path))
+
+
+def layer_order(path: str) -> str:
+    """A key that sorts the paths of modules as the layers stand."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(6), path)
 
 
 def with_modules(model: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) -> nn.Module:
@@ -68,32 +74,37 @@ def with_modules(model: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]
 
     Args:
         model: the model.
-        modules: new modules by attribute name, by the path of the module that they belong to.
+        modules: new modules by name, by the path of the module or list that they belong to.
     """
     root = copy.copy(model)
     copies = {"": root}
     for path, replacements in modules.items():
         node, at = root, ""
-        for key in path.split("."):
-            at += f".{key}"
+        for name in path.split(".") if path else ():
+            at += f".{name}"
+            key = _key(node, name)
             if at not in copies:
-                index = int(key) if isinstance(node, list) else key
-                copies[at] = node[index] = copy.copy(node[index])
+                copies[at] = node[key] = copy.copy(node[key])
             node = copies[at]
         for name, module in replacements.items():
-            setattr(node, name, module)
+            node[_key(node, name)] = module
     return root
 
 
-def with_taps(model: nn.Module, report: Report) -> nn.Module:
-    """Return a model whose FFNs report their hidden vectors. The given model is not touched.
+def _key(node: nn.Module | list[nn.Module], name: str) -> str | int:
+    """What a part of a path selects in a module, or in a list of modules."""
+    return int(name) if isinstance(node, list) else name
+
+
+def with_taps(model: nn.Module, watch: Watch) -> nn.Module:
+    """Return a model whose FFNs show their hidden vectors. The given model is not touched.
 
     Args:
         model: the model.
-        report: called with an FFN's path and its hidden vectors (..., m); what it returns is
-            computed before the FFN goes on.
+        watch: called with an FFN's path and its hidden vectors (..., m); the FFN goes on with
+            what it returns.
     """
-    return with_modules(model, {ffn.path: ffn.tapped(report) for ffn in find_ffns(model)})
+    return with_modules(model, {ffn.path: ffn.tapped(watch) for ffn in find_ffns(model)})
 
 
 def fingerprint(model: nn.Module) -> dict[str, np.ndarray]:

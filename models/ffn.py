@@ -9,25 +9,21 @@ import numpy as np
 
 from .linear import Linear, input_multiple, inputs, is_linear, outputs, take_inputs, take_outputs
 
-# (FFN path, hidden vectors) to arrays that must be computed before the FFN goes on.
-Report = Callable[[str, mx.array], list[mx.array]]
+# (FFN path, hidden vectors) to the hidden vectors that the FFN goes on with.
+Watch = Callable[[str, mx.array], mx.array]
 
 
 class Tap(nn.Module):
-    """A projection that reports its input.
+    """A projection whose input passes through a function first."""
 
-    The input then depends on what the report returns: so the report is evaluated with the layer,
-    and no hidden vector outlives its layer.
-    """
-
-    def __init__(self, layer: nn.Module, path: str, report: Report) -> None:
+    def __init__(self, layer: nn.Module, path: str, watch: Watch) -> None:
         super().__init__()
         self.layer = layer
-        self._path, self._report = path, report
+        self._path, self._watch = path, watch
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Report (..., m) hidden vectors and project them."""
-        return self.layer(mx.depends(x, self._report(self._path, x)))
+        """Show (..., m) hidden vectors and project what comes back."""
+        return self.layer(self._watch(self._path, x))
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,10 @@ class FFN:
         """What the number of kept neurons should be rounded to."""
         return input_multiple(self.contract[1])
 
-    def tapped(self, report: Report) -> dict[str, nn.Module]:
-        """Modules to put in place of the FFN's own, so that it reports its hidden vectors."""
+    def tapped(self, watch: Watch) -> dict[str, nn.Module]:
+        """Modules to put in place of the FFN's own, so that its hidden vectors can be watched."""
         name, down = self.contract
-        return {name: Tap(down, self.path, report)}
+        return {name: Tap(down, self.path, watch)}
 
     def sliced(self, indices: np.ndarray, policy: str) -> dict[str, nn.Module]:
         """Modules to put in place of the FFN's own, so that it computes some of its neurons.

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -54,7 +55,21 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=chr(0x4E00)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=chr(0x4E01))
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '上' if m.role == 'user' else '下' }}{{ m.content }}不{% endfor %}"
+    "{% if add_generation_prompt %}下{% endif %}"
+)
+
+
+def chat_tokenizer() -> TokenizerWrapper:
+    """The letter tokenizer with a chat template: 上 a user's turn 不 下 the answer 不."""
+    tokenizer = letter_tokenizer()
+    tokenizer.eos_token = "不"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return TokenizerWrapper(tokenizer)
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, int]]:

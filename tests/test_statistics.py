@@ -1,4 +1,4 @@
-from glass_mlx.statistics import NeuronStatistics
+from glass_mlx.statistics import NeuronStatistics, SequenceMoments
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ def test_statistics_follow_their_formulas():
         statistics.scores("activation")["f"], np.abs(unit).mean(0), rtol=1e-5
     )
     np.testing.assert_allclose(
-        statistics.scores("griffin")["f"], np.sqrt((unit**2).sum(0)), rtol=1e-5
+        statistics.scores("griffin")["f"], np.sqrt((unit**2).mean(0)), rtol=1e-5
     )
     assert statistics.tokens == 7
 
@@ -40,16 +40,58 @@ def test_zero_vectors_and_half_precision_stay_finite():
     large = mx.full((1, 4), 60000, mx.float16)
     statistics.update("f", mx.concatenate([large, mx.zeros((1, 4), mx.float16)]))
     np.testing.assert_allclose(statistics.scores("activation")["f"], 0.25)
-    np.testing.assert_allclose(statistics.scores("griffin")["f"], 0.5)
+    np.testing.assert_allclose(statistics.scores("griffin")["f"], 0.5**1.5)
 
 
-def test_state_goes_on_where_it_was():
-    a, b = NeuronStatistics({"f": 5}), NeuronStatistics({"f": 5})
-    a.update("f", mx.array(hidden(3, 5)))
+def test_hidden_vectors_come_back_and_bring_the_sums_with_them():
+    statistics = NeuronStatistics({"f": 5})
+    h = mx.array(hidden(3, 5))
+    same = statistics.update("f", h)
+    assert mx.array_equal(same, h)
+
+
+def test_sequences_of_a_batch_have_scores_of_their_own():
+    h = hidden(2, 4, 5)
+    mask = mx.array([[0, 1, 1, 1], [1, 1, 0, 0]])
+    batch = NeuronStatistics({"f": 5}, ("activation", "griffin"), sequences=2)
+    batch.update("f", mx.array(h[:, :2]), mask[:, :2])
+    batch.update("f", mx.array(h[:, 2:].reshape(4, 5)), mask[:, 2:])  # flat, as in some models
+    for row, part in enumerate((h[0, 1:], h[1, :2])):
+        alone = NeuronStatistics({"f": 5}, ("activation", "griffin"))
+        alone.update("f", mx.array(part))
+        for name in batch.names:
+            np.testing.assert_allclose(
+                batch.sequence_scores(name)["f"][row], alone.scores(name)["f"], rtol=1e-5
+            )
+    assert batch.tokens == 5
+
+
+@pytest.mark.parametrize("batches", [(7,), (3, 4), (1, 2, 1, 3)])
+def test_moments_over_sequences_do_not_depend_on_batches(batches):
+    scores = hidden(7, 5)
+    moments = SequenceMoments({"f": 5}, ("activation",))
+    first = 0
+    for size in batches:
+        moments.add({"activation": {"f": scores[first : first + size]}}, 10 * size)
+        first += size
+    np.testing.assert_allclose(moments.mean("activation", "f"), scores.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.variance("activation", "f"), scores.var(0), rtol=1e-4)
+    for half in (0, 1):
+        np.testing.assert_allclose(
+            moments.mean("activation", "f", half), scores[half::2].mean(0), rtol=1e-5
+        )
+    assert (moments.sequences.tolist(), moments.tokens) == ([4, 3], 70)
+
+
+def test_moments_go_on_where_they_were():
+    a, b = (SequenceMoments({"f": 5}, ("activation",)) for _ in range(2))
+    a.add({"activation": {"f": hidden(3, 5)}}, 3)
     b.restore(a.state())
-    for statistics in (a, b):
-        statistics.update("f", mx.array(hidden(4, 5, seed=1)))
-    assert np.array_equal(a.scores("activation")["f"], b.scores("activation")["f"])
+    for moments in (a, b):
+        moments.add({"activation": {"f": hidden(4, 5, seed=1)}}, 4)
+    for half in (None, 0, 1):
+        one, two = (m.mean("activation", "f", half) for m in (a, b))
+        assert np.array_equal(one, two)
     assert a.tokens == b.tokens == 7
 
 
