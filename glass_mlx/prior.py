@@ -1,29 +1,31 @@
 """The global prior of a model: scores of its neurons, measured once and stored in one file.
 
 The file is safetensors. For every FFN and statistic it has the raw scores, `<path>.<statistic>`,
-float32 (m,), and for every FFN `<path>.fingerprint`, a few of the model's own weights. Its
-metadata is one entry, `glass_prior`, of JSON: `format`, `digest` (over everything else) and `about`
-(model, recipe, tokens, versions, ...); with one entry the same prior is the same file.
+and their standard deviation over sequences, `<path>.<statistic>_spread`, both float32 (m,), and
+for every FFN `<path>.fingerprint`, a few of the model's own weights. Its metadata is one entry,
+`glass_prior`, of JSON: `format`, `digest` (over everything else) and `about` (model, recipe,
+tokens, stability, versions, ...). There is no date in it, and one entry has one order: what is
+measured again in the same way is the same file.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.files import cache_folder, replacing
+from glass_mlx.files import cache_folder, read_tensors, write_tensors
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-FORMAT = "glass-prior-1"
-_METADATA = "glass_prior"
+FORMAT = "glass-prior-2"
 FILE_NAME = "glass_prior.safetensors"
 BUILD_COMMAND = "python tools/build_priors.py --model {model} --output glass_prior.safetensors"
+_METADATA = "glass_prior"
+_SAMPLE = "fingerprint"
+_SPREAD = "_spread"
 
 # The cosine of fingerprints of one model (SmolLM2-135M, requantized in groups of 64) is 0.996
 # at 4 bits, 0.925 at 2 bits. Those of two models trained apart have nothing in common.
@@ -37,13 +39,16 @@ class GlobalPrior:
     Attributes:
         scores: for each statistic, the scores (m,) float32 of each FFN by its path.
         fingerprint: a sample of the weights of each FFN, see `models.fingerprint`.
-        about: where the prior comes from: model, recipe, tokens, seed, versions, date.
+        about: where the prior comes from: model, recipe, tokens, seed, stability, versions.
+        spread: for each statistic, the standard deviation (m,) float32 over sequences of each
+            neuron's score: how sure the mean is.
         source: the file it was read from, for reports.
     """
 
     scores: dict[str, dict[str, np.ndarray]]
     fingerprint: dict[str, np.ndarray]
     about: dict[str, Any]
+    spread: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     source: str = ""
 
     def mismatch(self, widths: Mapping[str, int], weights: Mapping[str, np.ndarray]) -> str | None:
@@ -65,24 +70,24 @@ class GlobalPrior:
         if any(weights[path].shape != self.fingerprint[path].shape for path in widths):
             return "it was measured on a model of another hidden size"
         ours, theirs = (
-            np.concatenate([sample[path].ravel() for path in widths])
+            np.concatenate([sample[path].ravel() for path in widths]).astype(np.float64)
             for sample in (weights, self.fingerprint)
         )
-        if ours @ theirs < _SAME_MODEL * np.linalg.norm(ours) * np.linalg.norm(theirs):
+        if ours @ theirs <= _SAME_MODEL * np.linalg.norm(ours) * np.linalg.norm(theirs):
             return "it was measured on a model with other weights"
         return None
 
     def save(self, file: Path) -> None:
         """Write the prior to a file, by way of a temporary one beside it."""
         tensors = {
-            f"{path}.{name}": values
-            for name, scores in self.scores.items()
+            f"{path}.{name}{suffix}": values
+            for suffix, groups in (("", self.scores), (_SPREAD, self.spread))
+            for name, scores in groups.items()
             for path, values in scores.items()
         }
-        tensors |= {f"{path}.fingerprint": sample for path, sample in self.fingerprint.items()}
+        tensors |= {f"{path}.{_SAMPLE}": sample for path, sample in self.fingerprint.items()}
         metadata = {"format": FORMAT, "about": self.about, "digest": _digest(tensors, self.about)}
-        with replacing(file) as temporary:
-            save_file(tensors, temporary, {_METADATA: json.dumps(metadata, sort_keys=True)})
+        write_tensors(file, tensors, {_METADATA: json.dumps(metadata, sort_keys=True)})
 
     @staticmethod
     def load(file: Path) -> "GlobalPrior":
@@ -94,25 +99,60 @@ class GlobalPrior:
         """
         if not file.is_file():
             raise FileNotFoundError(f"there is no prior at {file}")
-        try:
-            with safe_open(file, "numpy") as stored:
-                metadata = dict(json.loads((stored.metadata() or {}).get(_METADATA, "{}")))
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        except Exception as error:  # a damaged header shows up in many ways
-            raise ValueError(f"{file} is not a complete safetensors file ({error})") from error
+        tensors, stored = read_tensors(file)
+        metadata = _parse(stored.get(_METADATA, ""))
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{file} is not a prior in the format {FORMAT}")
+            raise ValueError(f"{file} is not a prior in the format {FORMAT}; build it again")
         for key, values in tensors.items():
             if not np.isfinite(values).all():
                 raise ValueError(f"{file} has values in {key} that are not finite; build it again")
-        if _digest(tensors, metadata.get("about")) != metadata.get("digest"):
+        about = metadata.get("about")
+        if _digest(tensors, about) != metadata.get("digest"):
             raise ValueError(f"{file} was changed after it was written; build it again")
-        scores: dict[str, dict[str, np.ndarray]] = {}
+        groups: dict[str, dict[str, np.ndarray]] = {}
         for key, values in tensors.items():
             path, _, name = key.rpartition(".")
-            scores.setdefault(name, {})[path] = values
-        samples = scores.pop("fingerprint", {})
-        return GlobalPrior(scores, samples, metadata["about"], str(file))
+            groups.setdefault(name, {})[path] = values
+        samples = groups.pop(_SAMPLE, {})
+        if reason := _malformed(groups, samples, about):
+            raise ValueError(f"{file} is not a whole prior: {reason}; build it again")
+        scores = {name: group for name, group in groups.items() if not name.endswith(_SPREAD)}
+        spread = {
+            name.removesuffix(_SPREAD): group
+            for name, group in groups.items()
+            if name.endswith(_SPREAD)
+        }
+        return GlobalPrior(scores, samples, about, spread, str(file))
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The object that a JSON text is, or an empty one."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _malformed(
+    groups: Mapping[str, Mapping[str, np.ndarray]], samples: Mapping[str, np.ndarray], about: Any
+) -> str | None:
+    """Say what the contents of a prior's file lack, or None if they are complete."""
+    if not isinstance(about, dict):
+        return "it does not say where it comes from"
+    if not samples or not any(not name.endswith(_SPREAD) for name in groups):
+        return "it has no scores"
+    widths = {path: len(v) for path, v in next(iter(groups.values())).items() if v.ndim}
+    for name, group in groups.items():
+        if group.keys() != samples.keys():
+            return f"{name} and the fingerprint are of different FFNs"
+        for path, values in group.items():
+            if values.dtype != np.float32 or values.shape != (widths.get(path),):
+                return f"{path}.{name} is {values.dtype} of shape {values.shape}"
+    for path, sample in samples.items():
+        if sample.dtype != np.float32 or sample.ndim != 2:
+            return f"{path}.{_SAMPLE} is {sample.dtype} of shape {sample.shape}"
+    return None
 
 
 def _digest(tensors: dict[str, np.ndarray], about: Any) -> str:
@@ -123,8 +163,22 @@ def _digest(tensors: dict[str, np.ndarray], about: Any) -> str:
     return digest.hexdigest()
 
 
-def stored_priors() -> Iterator[Path]:
-    """The priors in the user's cache, then those of this package."""
-    packaged = Path(str(resources.files("glass_mlx") / "priors"))
-    for place in (cache_folder() / "priors", packaged):
-        yield from sorted(place.glob("*.safetensors"))
+def cached_priors() -> Path:
+    """The folder of the user's own priors."""
+    return cache_folder() / "priors"
+
+
+def cache_name(model: str, fingerprint: Mapping[str, np.ndarray]) -> str:
+    """A name for a model's prior in the cache: the model's, and a hash that is its own."""
+    digest = hashlib.sha256(b"".join(sample.tobytes() for sample in fingerprint.values()))
+    return f"{model.rstrip('/').split('/')[-1]}-{digest.hexdigest()[:12]}"
+
+
+def packaged_priors() -> Path:
+    """The folder of the priors that come with this package."""
+    return Path(str(resources.files("glass_mlx") / "priors"))
+
+
+def stored_in(folder: Path) -> Iterator[Path]:
+    """The priors in a folder, in the order of their names."""
+    yield from sorted(folder.glob("*.safetensors"))

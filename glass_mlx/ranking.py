@@ -41,3 +41,13 @@ def fuse(local: np.ndarray, prior: np.ndarray, mix: float) -> np.ndarray:
     if not 0 <= mix <= 1:
         raise ValueError(f"the mix λ must be between 0 and 1, not {mix}")
     return (1 - mix) * local + mix * prior
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two rankings (m,) of 1..m: 1 - 6 d / (m (m^2 - 1)).
+
+    d is the squared Spearman distance sum_j (a_j - b_j)^2. One neuron agrees with itself: 1.
+    """
+    m = len(a)
+    distance = np.square((a - b).astype(np.float64)).sum()
+    return 1.0 if m == 1 else float(1 - 6 * distance / (m * (m**2 - 1)))

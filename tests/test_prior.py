@@ -1,7 +1,8 @@
 import json
 from dataclasses import replace
 
-from glass_mlx.engine import resolve_prior
+import glass_mlx.prior as prior_module
+from glass_mlx.engine import NoPriorError, resolve_prior
 from glass_mlx.models import find_ffns, fingerprint
 from glass_mlx.prior import FILE_NAME, GlobalPrior
 from invariants import tiny_model
@@ -13,8 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 def made_prior(model, seed=0):
     generator = np.random.default_rng(seed)
-    scores = {f.path: generator.random(f.width, np.float32) for f in find_ffns(model)}
-    return GlobalPrior({"activation": scores}, fingerprint(model), {"model": "tiny"})
+    scores, spread = (
+        {f.path: generator.random(f.width, np.float32) for f in find_ffns(model)} for _ in range(2)
+    )
+    samples = fingerprint(model)
+    return GlobalPrior({"activation": scores}, samples, {"model": "tiny"}, {"activation": spread})
 
 
 @pytest.fixture
@@ -33,6 +37,8 @@ def test_a_prior_comes_back_as_it_was_saved(model, file):
     assert read.about == {"model": "tiny"}
     for path, values in made.scores["activation"].items():
         assert np.array_equal(read.scores["activation"][path], values)
+        spread = made.spread["activation"][path]
+        assert np.array_equal(read.spread["activation"][path], spread)
     assert resolve_prior(model, file).source == str(file)
     assert not list(file.parent.glob(".*"))
 
@@ -103,6 +109,91 @@ def test_mutated_files_are_refused_in_one_sentence(file):
         assert "\n" not in str(error.value)
 
 
+def edit_metadata(metadata, generator):
+    """Put something else, of any type, somewhere in what a prior says of itself."""
+    strange = [None, -1, 1e308, "", "x" * 1000, [], {}, [[[]]], {"a": None}, True]
+    value = strange[generator.integers(len(strange))]
+    keys = ["format", "about", "digest"]
+    key = keys[generator.integers(3)]
+    if generator.random() < 0.3:
+        metadata.pop(key)
+    else:
+        metadata[key] = value
+
+
+def edit_tensors(tensors, generator):
+    """Change a tensor's presence, name, type, shape or values."""
+    key = [*tensors][generator.integers(len(tensors))]
+    values = tensors[key]
+    changes = [
+        lambda: tensors.pop(key),
+        lambda: tensors.update({f"{key}x": tensors.pop(key)}),
+        lambda: tensors.update({key.replace(".", ""): tensors.pop(key)}),
+        lambda: tensors.update({key: values.astype(np.int64)}),
+        lambda: tensors.update({key: values.astype(np.float16)}),
+        lambda: tensors.update({key: values[None]}),
+        lambda: tensors.update({key: values[:0]}),
+        lambda: tensors.update({key: values.ravel()[:3]}),
+        lambda: tensors.update({key: values.ravel()[:1].reshape(())}),
+        lambda: tensors.update({key: np.full_like(values, np.nan)}),
+        lambda: tensors.update({"": values}),
+        lambda: tensors.clear(),
+    ]
+    changes[generator.integers(len(changes))]()
+
+
+def test_forged_files_are_refused_or_used_but_never_crash(model, file):
+    """Files that are whole and have a right digest, but not what a prior has."""
+    generator = np.random.default_rng(1)
+    refused = 0
+    for _ in range(500):
+        tensors = load_file(file)
+        metadata = {"format": prior_module.FORMAT, "about": {"model": "tiny"}}
+        edit_tensors(tensors, generator)
+        metadata["digest"] = prior_module._digest(tensors, metadata["about"])
+        if generator.random() < 0.3:
+            edit_metadata(metadata, generator)
+        forged = file.with_name("forged")
+        save_file(tensors, forged, {"glass_prior": json.dumps(metadata)})
+        try:
+            resolve_prior(model, forged)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            assert str(forged) in str(error)
+            refused += 1
+    assert refused > 450
+
+
+def test_deep_and_wrong_metadata_is_refused(file):
+    for text in ("[" * 100000, "{", "[]", "1", '{"format": 2}'):
+        save_file({"a": np.zeros(3)}, file, {"glass_prior": text})
+        with pytest.raises(ValueError, match="not a prior in the format"):
+            GlobalPrior.load(file)
+
+
+def test_a_header_that_announces_much_allocates_nothing(file):
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for entry in header.values():
+        if "shape" in entry:
+            entry["shape"], entry["data_offsets"] = [1 << 40], [0, 1 << 42]
+    forged = json.dumps(header).encode()
+    huge = (1 << 62).to_bytes(8, "little")
+    for start in (len(forged).to_bytes(8, "little"), huge):
+        file.write_bytes(start + forged + content[8 + size :])
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            GlobalPrior.load(file)
+
+
+def test_zero_or_huge_fingerprints_are_of_no_model(model):
+    prior = made_prior(model)
+    for value in (0, 3e38, -3e38):
+        samples = {p: np.full_like(s, value) for p, s in prior.fingerprint.items()}
+        with pytest.raises(ValueError, match="other weights"):
+            resolve_prior(model, replace(prior, fingerprint=samples))
+
+
 def test_values_that_are_not_finite_are_refused(model, file):
     prior = made_prior(model)
     next(iter(prior.scores["activation"].values()))[3] = np.nan
@@ -117,7 +208,7 @@ def test_an_interrupted_save_leaves_the_old_file(model, file, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glass_mlx.prior.save_file", fail)
+    monkeypatch.setattr("glass_mlx.files.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         made_prior(model, seed=1).save(file)
     assert file.read_bytes() == before
@@ -126,8 +217,11 @@ def test_an_interrupted_save_leaves_the_old_file(model, file, monkeypatch):
 
 def test_the_model_folder_comes_first_then_the_cache(model, tmp_path, monkeypatch):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"build_priors.py .*--no-prior"):
-        resolve_prior(model)
+    lines = []
+    with pytest.raises(NoPriorError, match=r"--build-prior.*build_priors.py .*--no-prior"):
+        resolve_prior(model, folder=tmp_path, report=lines.append)
+    places = (tmp_path, tmp_path / "cache/priors", "glass_mlx/priors")
+    assert all(str(p) in line for p, line in zip(places, lines, strict=True))
     made_prior(tiny_model("llama", seed=1)).save(tmp_path / "cache/priors/a.safetensors")
     made_prior(model).save(tmp_path / "cache/priors/b.safetensors")
     assert resolve_prior(model).source.endswith("b.safetensors")
@@ -145,6 +239,7 @@ def test_the_file_says_where_it_comes_from(file):
     with safe_open(file, "numpy") as stored:
         metadata = json.loads(stored.metadata()["glass_prior"])
     assert metadata["about"] == {"model": "tiny"}
-    assert metadata["format"] == "glass-prior-1"
+    assert metadata["format"] == "glass-prior-2"
     names = set(load_file(file))
-    assert {"model.layers.0.mlp.activation", "model.layers.0.mlp.fingerprint"} <= names
+    parts = ("activation", "activation_spread", "fingerprint")
+    assert {f"model.layers.0.mlp.{part}" for part in parts} <= names

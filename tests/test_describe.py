@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+from glass_mlx.describe import describe, draw
+from invariants import tiny_model
+from test_prior import made_prior
+
+import matplotlib.image
+import numpy as np
+
+ABOUT = {
+    "model": "tiny",
+    "recipes": [
+        {"recipe": "corpus", "file": "a.txt", "weight": 2.0, "tokens": 5, "sequences": 1},
+    ],
+    "tokens": 5,
+    "seed": 3,
+    "versions": {"mlx": "1"},
+    "stability": {"activation": {"spearman": {}, "jaccard 0.5": {}}},
+}
+
+
+def test_it_says_what_a_prior_is_with_layers_in_their_order():
+    prior = made_prior(tiny_model("llama", num_hidden_layers=12))
+    paths = [*prior.scores["activation"]]
+    about = ABOUT | {"stability": {"activation": {"spearman": dict.fromkeys(paths, 0.25)}}}
+    shuffled = {"activation": dict(sorted(prior.scores["activation"].items()))}
+    lines = describe(replace(prior, about=about, scores=shuffled)).splitlines()
+    assert "recipe      corpus a.txt, weight 2: 5 tokens in 1 sequences" in lines
+    assert "settings    seed 3" in lines
+    assert [line.split()[0] for line in lines[-13:]] == [*paths, "mean"]
+    assert lines[-1].split() == ["mean", "0.250"]
+
+
+def test_what_is_missing_is_left_out():
+    assert "model       ?" in describe(replace(made_prior(tiny_model("llama")), about={}))
+
+
+def test_the_picture_has_a_panel_for_each_statistic(tmp_path):
+    prior = made_prior(tiny_model("llama"))
+    draw(prior, tmp_path / "one.png")
+    zero = {path: np.zeros_like(values) for path, values in prior.scores["activation"].items()}
+    draw(replace(prior, scores=prior.scores | {"griffin": zero}), tmp_path / "two.png")
+    one, two = (matplotlib.image.imread(tmp_path / name) for name in ("one.png", "two.png"))
+    assert two.shape[0] > one.shape[0]
+    assert one[..., :3].std() > 0.05
