@@ -14,6 +14,7 @@ prefer_openblas()  # must come before anything imports MLX
 from glass_mlx.checkpoints import load  # noqa: E402
 from glass_mlx.engine import (  # noqa: E402
     GenerationResponse,
+    NoPriorError,
     Report,
     generate,
     resolve_prior,
@@ -25,6 +26,7 @@ from glass_mlx.selection import Selection  # noqa: E402
 __all__ = [
     "GenerationResponse",
     "GlobalPrior",
+    "NoPriorError",
     "Report",
     "Selection",
     "generate",

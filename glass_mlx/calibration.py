@@ -1,232 +1,495 @@
-"""Measure a model's global prior from text that the model writes itself (null-prompt stimulation).
+"""Measure a model's global prior, from text that the model writes itself or from a corpus.
 
-Batch after batch, sequences are sampled from the beginning-of-sequence token alone, without
-stopping at end-of-sequence tokens, and read once more densely to measure the FFNs' neurons.
+Batch after batch, sequences are written (`recipes`) and read once more densely to measure the
+FFNs' neurons. Each sequence gives one score a neuron and statistic; the prior keeps their mean and
+spread. What is held beside the model does not grow with the number of tokens.
 """
 
 import argparse
-import datetime
 import json
 import platform
 import sys
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, load
-from glass_mlx.files import replacing
+from glass_mlx.describe import describe, draw
+from glass_mlx.files import locked, read_tensors, write_tensors
+from glass_mlx.hub import locate, publish
+from glass_mlx.impact import impact
 from glass_mlx.models import find_ffns, fingerprint, with_taps
 from glass_mlx.prior import GlobalPrior
-from glass_mlx.statistics import STATISTICS, NeuronStatistics
+from glass_mlx.recipes import Recipe, Sequence, Writer, padded, source
+from glass_mlx.stability import Stability, compare, overall
+from glass_mlx.statistics import (
+    IMPACT,
+    PRIOR_STATISTICS,
+    STATISTICS,
+    NeuronStatistics,
+    SequenceMoments,
+)
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-
-def _null_token(tokenizer: TokenizerWrapper) -> int:
-    """The token that stands before any text; models without one separate documents by EOS."""
-    if tokenizer.bos_token_id is not None:
-        return tokenizer.bos_token_id
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    raise ValueError("the tokenizer has neither a beginning- nor an end-of-sequence token")
+# As many tokens are read at once at most, which bounds the memory that reading takes.
+_READ_TOKENS = 2048
 
 
-def _sample(
-    model: nn.Module, start: int, sequences: int, length: int, temperature: float, key: mx.array
-) -> mx.array:
-    """Sample (sequences, 1 + length) token ids, all beginning with the token `start`."""
+@dataclass(frozen=True)
+class Settings:
+    """How a prior is measured.
 
-    def sampler(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, step = mx.random.split(key)
-        return mx.random.categorical(logprobs / temperature, key=step)
+    Attributes:
+        recipes: the texts to measure on; tokens are shared out by their weights. Default: see
+            `default_recipes`.
+        statistics: what to measure, of `PRIOR_STATISTICS`.
+        tokens: how many tokens to measure at least.
+        sequences: how many sequences to measure at least, instead of tokens.
+        length: tokens a sequence.
+        batch_size: sequences written at once.
+        temperature: of sampling.
+        seed: the same seed gives the same prior, interrupted or not.
+        until_stable: stop before `tokens` when `stability.overall` of the two halves of the
+            sequences reaches this.
+        corpus_field: the field of a JSONL corpus that has the text.
+    """
 
-    generator = BatchGenerator(
-        model,
-        sampler=sampler,
-        max_tokens=length,
-        completion_batch_size=sequences,
-        prefill_batch_size=sequences,
-    )
-    rows = {uid: [start] for uid in generator.insert([[start]] * sequences)}
-    while responses := generator.next_generated():
-        for response in responses:
-            rows[response.uid].append(response.token)
-    generator.close()
-    return mx.array(list(rows.values()))
+    recipes: tuple[Recipe, ...] = ()
+    statistics: tuple[str, ...] = ("activation", "griffin")
+    tokens: int = 16384
+    sequences: int | None = None
+    length: int = 256
+    batch_size: int = 32
+    temperature: float = 1.0
+    seed: int = 0
+    until_stable: float | None = None
+    corpus_field: str = "text"
 
-
-def _measure(model: nn.Module, tokens: mx.array, statistics: NeuronStatistics) -> None:
-    """Read sequences (B, T) and add all tokens but the first, which decoding never sees."""
-    mask = mx.ones(tokens.shape)
-    mask[:, 0] = 0
-
-    def report(path: str, hidden: mx.array) -> list[mx.array]:
-        return statistics.update(path, hidden, mask)
-
-    cache = make_prompt_cache(model)
-    with_taps(model, report)(tokens, cache=cache)
-    mx.eval([layer.state for layer in cache], statistics.sums)
-
-
-def _dtype(model: nn.Module) -> str:
-    """The first floating type among the model's arrays, which is what it computes in."""
-    arrays = (array for _, array in tree_flatten(model.parameters()))
-    return str(next(a.dtype for a in arrays if mx.issubdtype(a.dtype, mx.floating)))
-
-
-def _save(file: Path, statistics: NeuronStatistics, identity: str, batches: int) -> None:
-    with replacing(file) as temporary:
-        metadata = {"identity": identity, "batches": str(batches)}
-        save_file(statistics.state(), temporary, metadata)
+    def check(self) -> None:
+        """Raise ValueError for the first value that is out of range."""
+        counts = (self.tokens, self.length, self.batch_size, self.temperature)
+        if min(counts) <= 0 or (self.sequences is not None and self.sequences <= 0):
+            raise ValueError(
+                "tokens, sequences, length, batch size and temperature must be positive"
+            )
+        if self.seed < 0:
+            raise ValueError(f"the seed must not be negative, but is {self.seed}")
+        if self.until_stable is not None and not 0 < self.until_stable < 1:
+            raise ValueError(f"--until-stable must be between 0 and 1, not {self.until_stable}")
+        for name in self.statistics:
+            if name not in PRIOR_STATISTICS:
+                raise ValueError(f"statistic {name!r} is not one of {', '.join(PRIOR_STATISTICS)}")
 
 
-def _resume(file: Path, statistics: NeuronStatistics, identity: str) -> int:
-    """Read the sums of an interrupted calibration, and return how many batches they hold."""
+def default_recipes(tokenizer: TokenizerWrapper) -> tuple[Recipe, ...]:
+    """The texts that a prior is measured on if none are named."""
+    return (Recipe("chat" if tokenizer.has_chat_template else "bos"),)
+
+
+@dataclass(eq=False)
+class _Text:
+    """One recipe, and what was measured on it so far."""
+
+    recipe: Recipe
+    identity: dict[str, Any]
+    moments: SequenceMoments
+    batches: int = 0
+    ended: bool = False
+
+    @property
+    def sequences(self) -> int:
+        return int(self.moments.sequences.sum())
+
+    def about(self) -> dict[str, Any]:
+        return self.identity | {"tokens": self.moments.tokens, "sequences": self.sequences}
+
+
+def _measure(
+    model: nn.Module, sequences: list[Sequence], statistics: tuple[str, ...], to: SequenceMoments
+) -> None:
+    """Read sequences densely, some at a time, and add their scores."""
+    widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
+    streaming = tuple(name for name in statistics if name in STATISTICS)
+    step = max(1, _READ_TOKENS // max(len(sequence.tokens) for sequence in sequences))
+    for at in range(0, len(sequences), step):
+        group = sequences[at : at + step]
+        tokens, mask = padded(group)
+        running = NeuronStatistics(widths, streaming, len(group))
+
+        def watch(
+            path: str,
+            hidden: mx.array,
+            running: NeuronStatistics = running,
+            mask: mx.array = mask,
+        ) -> mx.array:
+            return running.update(path, hidden, mask)
+
+        if streaming:
+            with_taps(model, watch)(tokens)
+            mx.eval(running.sums)
+            if running.tokens == 0:
+                raise ValueError("this model does not run the modules that it shows")
+        scores = {name: running.sequence_scores(name) for name in streaming}
+        if IMPACT in statistics:
+            each = [impact(model, sequence.tokens, sequence.counted) for sequence in group]
+            scores[IMPACT] = {
+                path: np.stack([np.array(sequence[path]) for sequence in each]) for path in widths
+            }
+        to.add(scores, sum(sum(sequence.counted) for sequence in group))
+
+
+def _mean(
+    texts: list[_Text], statistic: str, path: str, half: Literal[0, 1] | None = None
+) -> np.ndarray:
+    """The weighted mean of the recipes' scores, (m,) float64."""
+    weights = [text.recipe.weight for text in texts]
+    means = [text.moments.mean(statistic, path, half) for text in texts]
+    return np.average(means, axis=0, weights=weights)
+
+
+def _spread(texts: list[_Text], statistic: str, path: str) -> np.ndarray:
+    """The standard deviation of a score over sequences of the mixture of recipes, (m,) float64."""
+    weights = [text.recipe.weight for text in texts]
+    mean = _mean(texts, statistic, path)
+    variances = [
+        text.moments.variance(statistic, path) + (text.moments.mean(statistic, path) - mean) ** 2
+        for text in texts
+    ]
+    return np.sqrt(np.average(variances, axis=0, weights=weights))
+
+
+def _stability(
+    texts: list[_Text], statistics: tuple[str, ...], widths: dict[str, int]
+) -> dict[str, Stability]:
+    """Compare the halves of the sequences, by statistic; empty while a half has none."""
+    texts = [text for text in texts if text.moments.sequences.all()]
+    if not texts:
+        return {}
+    halves = {
+        name: [{path: _mean(texts, name, path, half) for path in widths} for half in (0, 1)]
+        for name in statistics
+    }
+    return {name: compare(*pair) for name, pair in halves.items()}
+
+
+def _save(file: Path, texts: list[_Text], identity: str) -> None:
+    tensors = {
+        f"{n}.{key}": values
+        for n, text in enumerate(texts)
+        for key, values in (text.moments.state() | {"batches": np.array([text.batches])}).items()
+    }
+    write_tensors(file, tensors, {"identity": identity})
+
+
+def _resume(file: Path, texts: list[_Text], identity: str) -> None:
+    """Go on from the file of an interrupted calibration, if there is one."""
     if not file.is_file():
-        return 0
+        return
     try:
-        with safe_open(file, "numpy") as stored:
-            metadata = stored.metadata() or {}
-            state = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it to begin again") from error
+        tensors, metadata = read_tensors(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to begin again") from error
     if metadata.get("identity") != identity:
         raise ValueError(
             f"{file} is from another calibration that was interrupted; finish that one with its "
             "own arguments, or delete the file"
         )
-    statistics.restore(state)
-    return int(metadata["batches"])
+    for n, text in enumerate(texts):
+        start = f"{n}."
+        state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        text.moments.restore(state)
+        text.batches = int(state["batches"][0])
+
+
+def _dtype(model: nn.Module) -> str:
+    """The first floating type among the model's arrays, which is what it computes in."""
+    arrays = (array for _, array in tree_flatten(model.parameters()))
+    dtype = next(array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def calibrate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
+    settings: Settings | None = None,
     *,
     name: str = "",
-    tokens: int = 16384,
-    length: int = 256,
-    batch_size: int = 32,
-    temperature: float = 1.0,
-    seed: int = 0,
     checkpoint: Path | None = None,
 ) -> GlobalPrior:
-    """Measure a global prior by null-prompt stimulation.
+    """Measure a global prior.
 
     Args:
         model: the dense model.
         tokenizer: its tokenizer.
+        settings: how to measure.
         name: the model's name, for the record.
-        tokens: how many generated tokens to measure at least.
-        length: tokens generated a sequence.
-        batch_size: sequences sampled at once.
-        temperature: of sampling.
-        seed: the same seed gives the same prior, interrupted or not.
         checkpoint: a file for the sums so far, written after every batch and read at the start
             if it belongs to the same call.
 
-    Returns:
-        A prior with every statistic in `statistics.STATISTICS`.
-
     Raises:
-        ValueError: if the model cannot be sliced, a number is not positive, or the tokenizer has
-            no token to begin with.
+        FileNotFoundError: if there is no such corpus.
+        ValueError: if the model cannot be sliced, a setting is out of range, or a recipe does not
+            go with the tokenizer or gives no text.
     """
-    if min(tokens, length, batch_size, temperature) <= 0:
-        raise ValueError("tokens, length, batch size and temperature must be positive")
+    settings = settings or Settings()
+    settings.check()
+    recipes = settings.recipes or default_recipes(tokenizer)
     widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
-    batches = -(-tokens // (length * batch_size))
-    recipe = {
-        "recipe": "null prompt from the beginning-of-sequence token",
-        "tokens": batches * batch_size * length,
-        "length": length,
-        "batch_size": batch_size,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    statistics = NeuronStatistics(widths, tuple(STATISTICS))
-    start = _null_token(tokenizer)
     corners = fingerprint(model)
-    identity = json.dumps([name, recipe, sum(float(c.sum()) for c in corners.values())])
-    done = _resume(checkpoint, statistics, identity) if checkpoint else 0
-    with tqdm(total=recipe["tokens"], initial=done * batch_size * length, unit="tok") as bar:
-        for batch in range(done, batches):
-            key = mx.random.key(int(np.random.SeedSequence([seed, batch]).generate_state(1)[0]))
-            rows = _sample(model, start, batch_size, length, temperature, key)
-            _measure(model, rows, statistics)
-            if checkpoint:
-                _save(checkpoint, statistics, identity, batch + 1)
-            bar.update(batch_size * length)
-    about = recipe | {
+    texts = [
+        _Text(recipe, recipe.identity(), SequenceMoments(widths, settings.statistics))
+        for recipe in recipes
+    ]
+    about = {
         "model": name,
         "model_type": getattr(model, "model_type", ""),
         "dtype": _dtype(model),
+        "length": settings.length,
+        "batch_size": settings.batch_size,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
         "versions": {package: version(package) for package in ("glass-mlx", "mlx", "mlx-lm")},
         "machine": f"{platform.system()} {platform.machine()}",
-        "date": datetime.date.today().isoformat(),
     }
-    return GlobalPrior({name: statistics.scores(name) for name in STATISTICS}, corners, about)
+    limits = [settings.tokens, settings.sequences, settings.until_stable, settings.corpus_field]
+    weights = sum(float(corner.sum()) for corner in corners.values())
+    identity = json.dumps(
+        [about, limits, settings.statistics, [t.identity for t in texts], weights]
+    )
+    if checkpoint:
+        _resume(checkpoint, texts, identity)
+
+    def sequences_left() -> int:
+        if settings.sequences is not None:
+            return settings.sequences - sum(text.sequences for text in texts)
+        tokens = sum(text.moments.tokens for text in texts)
+        return -(-(settings.tokens - tokens) // settings.length)
+
+    total = settings.sequences * settings.length if settings.sequences else settings.tokens
+    with tqdm(total=total, unit="tok", dynamic_ncols=True) as bar:
+        bar.initial = bar.n = sum(text.moments.tokens for text in texts)
+        sources = {
+            text: source(
+                text.recipe,
+                Writer(
+                    model,
+                    settings.length,
+                    settings.temperature,
+                    [settings.seed, n],
+                    lambda written: bar.update(min(written, total - bar.n)),
+                ),
+                tokenizer,
+                settings.corpus_field,
+                text.sequences,
+            )
+            for n, text in enumerate(texts)
+        }
+        stability = _stability(texts, settings.statistics, widths)
+        while reading := [text for text in texts if not text.ended]:
+            if settings.until_stable and stability and overall(stability) >= settings.until_stable:
+                break
+            if sequences_left() <= 0:
+                reading = [text for text in reading if text.sequences == 0]
+                if not reading:
+                    break
+            text = min(reading, key=lambda text: text.moments.tokens / text.recipe.weight)
+            size = max(1, min(settings.batch_size, sequences_left()))
+            sequences = sources[text](size, text.batches)
+            if not sequences:
+                text.ended = True
+                continue
+            _measure(model, sequences, settings.statistics, text.moments)
+            text.batches += 1
+            if checkpoint:
+                _save(checkpoint, texts, identity)
+            stability = _stability(texts, settings.statistics, widths)
+            bar.n = sum(text.moments.tokens for text in texts)
+            bar.set_postfix(stability=f"{overall(stability):.3f}" if stability else "none yet")
+    for text in texts:
+        if text.sequences == 0:
+            raise ValueError(f"the recipe {text.identity} gave no text to measure")
+    about |= {
+        "recipes": [text.about() for text in texts],
+        "tokens": sum(text.moments.tokens for text in texts),
+        "sequences": sum(text.sequences for text in texts),
+        "stability": stability,
+    }
+    scores, spread = (
+        {
+            name: {path: of(texts, name, path).astype(np.float32) for path in widths}
+            for name in settings.statistics
+        }
+        for of in (_mean, _spread)
+    )
+    return GlobalPrior(scores, corners, about, spread)
+
+
+def build(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    output: Path,
+    settings: Settings | None = None,
+    name: str = "",
+) -> GlobalPrior:
+    """Measure a global prior into a file; an interrupted call is gone on with by the same one.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        output: the file to write. What is measured so far is in one beside it.
+        settings: how to measure.
+        name: the model's name, for the record.
+
+    Raises:
+        FileNotFoundError: if there is no such corpus.
+        OSError: if a file cannot be written.
+        ValueError: if another run is writing the file, or see `calibrate`.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    with locked(output):
+        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial)
+        prior.save(output)
+        partial.unlink(missing_ok=True)
+    return prior
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
+    defaults = Settings()
     parser = argparse.ArgumentParser(
-        description="Measure the global prior of a model and write it to a file."
+        description="Measure the global prior of a model and write it to a file, or show one."
     )
     parser.add_argument(
         "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the file to write")
-    parser.add_argument(
-        "--tokens", type=int, default=16384, help="tokens to generate and measure (%(default)s)"
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--output",
+        type=Path,
+        help="the file to write. An interrupted run is gone on with by the same command",
     )
-    parser.add_argument("--length", type=int, default=256, help="tokens a sequence (%(default)s)")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="sequences at once (%(default)s)"
+    action.add_argument(
+        "--show", metavar="FILE", help="say what a prior (a file or hub:user/repo) is, and draw it"
     )
     parser.add_argument(
-        "--temp", type=float, default=1.0, help="sampling temperature (%(default)s)"
+        "--picture", type=Path, help="the PNG that --show draws. Default: FILE's name with .png"
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument(
+        "--push-to-hub", metavar="USER/REPO", help="publish the prior there, with a model card"
+    )
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--recipe",
+        nargs="+",
+        default=[],
+        metavar="RECIPE",
+        help="texts to measure on, each with =WEIGHT or without: bos (written by the model from "
+        "the beginning-of-sequence token), chat (through its chat template) or corpus:FILE (text, "
+        "or JSONL with messages, prompt and completion, or text). Default: chat, or bos if the "
+        "model has no chat template",
+    )
+    group.add_argument(
+        "--statistic",
+        nargs="+",
+        choices=PRIOR_STATISTICS,
+        default=[*defaults.statistics],
+        help=f"what to measure; impact takes a backward pass ({' '.join(defaults.statistics)})",
+    )
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--tokens", type=int, default=defaults.tokens, help="tokens to measure (%(default)s)"
+    )
+    amount.add_argument("--sequences", type=int, help="sequences to measure, instead of tokens")
+    group.add_argument(
+        "--until-stable",
+        type=float,
+        metavar="X",
+        help="stop earlier, once the neurons that two halves of the data keep at density 0.5 have "
+        "a Jaccard index of X",
+    )
+    group.add_argument(
+        "--length", type=int, default=defaults.length, help="tokens a sequence (%(default)s)"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=defaults.batch_size,
+        help="sequences written at once (%(default)s)",
+    )
+    group.add_argument(
+        "--temp",
+        type=float,
+        default=defaults.temperature,
+        help="sampling temperature (%(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
+    group.add_argument(
+        "--corpus-field",
+        default=defaults.corpus_field,
+        help="the field of a JSONL corpus that has the text (%(default)s)",
+    )
     add_load_arguments(parser)
     return parser
 
 
+def _show(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
+    file = locate(args.show)
+    prior = GlobalPrior.load(file)
+    print(describe(prior))
+    picture = args.picture or Path(f"{file.stem}.png")
+    draw(prior, picture)
+    print(f"\npicture     {picture}")
+    return prior, file
+
+
+def _build(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
+    settings = Settings(
+        recipes=tuple(map(Recipe.parse, args.recipe)),
+        statistics=tuple(dict.fromkeys(args.statistic)),
+        tokens=args.tokens,
+        sequences=args.sequences,
+        length=args.length,
+        batch_size=args.batch_size,
+        temperature=args.temp,
+        seed=args.seed,
+        until_stable=args.until_stable,
+        corpus_field=args.corpus_field,
+    )
+    settings.check()
+    model, tokenizer = load(args.model, lazy=True, dtype=args.dtype, dequantize=args.dequantize)
+    start = time.perf_counter()
+    prior = build(model, tokenizer, args.output, settings, args.model or DEFAULT_MODEL)
+    about = prior.about
+    stability = f"{overall(about['stability']):.3f}" if about["stability"] else "not known"
+    print(
+        f"Wrote {args.output}: {about['tokens']} tokens in {about['sequences']} sequences, "
+        f"{time.perf_counter() - start:.1f} s, stability {stability}\n"
+        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB"
+    )
+    return prior, args.output
+
+
 def main() -> None:
-    """Run the command."""
+    """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    partial = args.output.with_name(f"{args.output.name}.partial")
     try:
-        model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
-        prior = calibrate(
-            model,
-            tokenizer,
-            name=args.model or DEFAULT_MODEL,
-            tokens=args.tokens,
-            length=args.length,
-            batch_size=args.batch_size,
-            temperature=args.temp,
-            seed=args.seed,
-            checkpoint=partial,
-        )
-        prior.save(args.output)
+        prior, file = _show(args) if args.show else _build(args)
+        if args.push_to_hub:
+            print(f"Published at {publish(prior, file, args.push_to_hub)}")
     except (ValueError, OSError) as error:
         print(f"build_priors: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\nInterrupted; the same command goes on from {partial}", file=sys.stderr)
+        print("\nInterrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    partial.unlink(missing_ok=True)
-    print(f"Wrote {args.output}: {prior.about['tokens']} tokens")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from glass_mlx.hub import locate
 from glass_mlx.models import (
     DOWN_POLICIES,
     FFN,
@@ -15,7 +16,14 @@ from glass_mlx.models import (
     with_modules,
     with_taps,
 )
-from glass_mlx.prior import BUILD_COMMAND, FILE_NAME, GlobalPrior, stored_priors
+from glass_mlx.prior import (
+    BUILD_COMMAND,
+    FILE_NAME,
+    GlobalPrior,
+    cached_priors,
+    packaged_priors,
+    stored_in,
+)
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import Selection, budget, select
 from glass_mlx.statistics import NeuronStatistics
@@ -50,7 +58,8 @@ class Report:
         density: share of neurons asked for.
         density_got: share of neurons that computed this token.
         mix: λ, the weight of the prior; 1 for a prompt of one token, 0 without a prior.
-        statistic: the statistic that neurons are ranked by.
+        statistic: the statistic that the prompt ranks neurons by.
+        prior_statistic: the statistic that the prior ranks them by.
         prior: the file the prior came from, "given" for one made in this process, or "none".
         down_policy: how quantized down projections are sliced.
         select_time: seconds to rank, fuse and select.
@@ -64,6 +73,7 @@ class Report:
     density_got: float
     mix: float
     statistic: str
+    prior_statistic: str
     prior: str
     down_policy: str
     select_time: float
@@ -86,44 +96,58 @@ def model_folder(tokenizer: TokenizerWrapper) -> Path | None:
     return path if path.is_dir() else None
 
 
+class NoPriorError(ValueError):
+    """There is no prior for a model in any of the places where priors are looked for."""
+
+
 def resolve_prior(
     model: nn.Module,
     prior: GlobalPrior | str | Path | None = None,
     folder: Path | None = None,
     name: str = "MODEL",
+    report: Callable[[str], object] = lambda line: None,
 ) -> GlobalPrior:
     """Find a model's prior and check that it fits.
 
     Args:
         model: the model.
-        prior: a prior, or the file of one. Default: looked for in the model's folder, the user's
-            cache and this package, in that order.
+        prior: a prior, the file of one, or `hub:user/repo`, which is fetched. Default: looked for
+            in the model's folder, the user's cache and this package, in that order.
         folder: where the model's files are, if that is known.
         name: how the user calls the model, for the command that builds a prior.
+        report: called with a line on each place that was looked in.
 
     Raises:
         FileNotFoundError: if the given file does not exist.
+        NoPriorError: if none is found.
         ValueError: if the prior that was given, or is in the model's folder, is damaged or belongs
-            to another model, or if none is found.
+            to another model, or if it cannot be fetched.
     """
     widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
     weights = fingerprint(model)
-    if prior is None and folder and (folder / FILE_NAME).is_file():
-        prior = folder / FILE_NAME
+    if prior is None and folder:
+        if (folder / FILE_NAME).is_file():
+            prior = folder / FILE_NAME
+        else:
+            report(f"no {FILE_NAME} in the model's folder {folder}")
     if prior is not None:
-        prior = prior if isinstance(prior, GlobalPrior) else GlobalPrior.load(Path(prior))
+        prior = prior if isinstance(prior, GlobalPrior) else GlobalPrior.load(locate(prior))
         if reason := prior.mismatch(widths, weights):
             raise ValueError(f"the prior {prior.source} is not for this model: {reason}")
+        report(f"using {prior.source or 'the given one'}")
         return prior
-    for file in stored_priors():
-        found = GlobalPrior.load(file)
-        if found.mismatch(widths, weights) is None:
-            return found
+    for place in (cached_priors(), packaged_priors()):
+        for file in stored_in(place):
+            found = GlobalPrior.load(file)
+            if found.mismatch(widths, weights) is None:
+                report(f"using {found.source}")
+                return found
+        report(f"none for this model in {place}")
     command = BUILD_COMMAND.format(model=name)
-    raise ValueError(
-        f"there is no prior for this model; build one with `{command}` (without a clone: "
-        "`python -m glass_mlx.calibration` with the same arguments) and give it with --prior, "
-        "or select by the prompt alone with --no-prior"
+    raise NoPriorError(
+        "there is no prior for this model; have a small one built now with --build-prior, build "
+        f"one with `{command}` (without a clone: `python -m glass_mlx.calibration` with the same "
+        "arguments) and give it with --prior, or select by the prompt alone with --no-prior"
     )
 
 
@@ -165,6 +189,7 @@ class _Settings:
     density: float
     mix: float
     statistic: str
+    prior_statistic: str
     prior: GlobalPrior | None
     down_policy: str
 
@@ -176,7 +201,7 @@ def _select(
     for path, scores in statistics.scores(settings.statistic).items():
         fused[path] = ranks(scores)
         if settings.prior is not None:
-            general = ranks(settings.prior.scores[settings.statistic][path])
+            general = ranks(settings.prior.scores[settings.prior_statistic][path])
             fused[path] = fuse(fused[path], general, mix)
     return select(fused, settings.density, {ffn.path: ffn.multiple for ffn in ffns})
 
@@ -240,6 +265,7 @@ def _steps(
         density_got=1.0,
         mix=mix,
         statistic=settings.statistic,
+        prior_statistic=settings.prior_statistic,
         prior=(settings.prior.source or "given") if settings.prior else "none",
         down_policy=settings.down_policy,
         select_time=0.0,
@@ -294,6 +320,7 @@ def stream_generate(
     density: float = DEFAULT_DENSITY,
     mix: float = DEFAULT_MIX,
     statistic: str = "activation",
+    prior_statistic: str | None = None,
     prior: GlobalPrior | str | Path | Literal[False] | None = None,
     down_policy: str = "requantize",
     **kwargs: Any,
@@ -312,9 +339,10 @@ def stream_generate(
         density: share of the neurons of each FFN to keep, in (0, 1]. The number is rounded to
             what the layer's kernels can use; `glass.density_got` is the share that came out.
         mix: λ in [0, 1], the weight of the prior's ranking against the prompt's.
-        statistic: what ranks the neurons, a key of `statistics.STATISTICS`.
-        prior: a prior or the file of one; None to look for it (see `resolve_prior`); False to
-            select by the prompt alone.
+        statistic: what the prompt ranks the neurons by, a key of `statistics.STATISTICS`.
+        prior_statistic: what the prior ranks them by, one that it has. Default: the same.
+        prior: a prior, the file of one or `hub:user/repo`; None to look for it (see
+            `resolve_prior`); False to select by the prompt alone.
         down_policy: how quantized down projections are sliced: "requantize" or "scatter".
         **kwargs: passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` that has
             content already, only the tokens read now are seen by the selection.
@@ -332,6 +360,7 @@ def stream_generate(
         raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
+    prior_statistic = prior_statistic or statistic
     prompt = _encode(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
@@ -343,9 +372,12 @@ def stream_generate(
         found = None
     else:
         found = resolve_prior(model, prior, model_folder(tokenizer))
-        if statistic not in found.scores:
-            raise ValueError(f"the prior {found.source} has no statistic {statistic!r}")
-    settings = _Settings(density, mix, statistic, found, down_policy)
+        if prior_statistic not in found.scores:
+            raise ValueError(
+                f"the prior {found.source} has no statistic {prior_statistic!r}; it has "
+                f"{', '.join(found.scores)}"
+            )
+    settings = _Settings(density, mix, statistic, prior_statistic, found, down_policy)
     kwargs.pop("num_draft_tokens", None)  # which mlx-lm ignores without a draft model, too
     steps = _steps(model, prompt, max_tokens, settings, **kwargs)
     return _respond(model, tokenizer, prompt.size, max_tokens, steps)

@@ -6,27 +6,32 @@ Takes the flags of `mlx_lm.generate` and a few of its own.
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from glass_mlx.checkpoints import BUILTIN_DENSITY, DEFAULT_MODEL, add_load_arguments, advice, load
 from glass_mlx.engine import (
     DEFAULT_DENSITY,
     DEFAULT_MIX,
+    NoPriorError,
     check_settings,
     generate,
     model_folder,
     resolve_prior,
 )
-from glass_mlx.models import DOWN_POLICIES
-from glass_mlx.prior import GlobalPrior
-from glass_mlx.statistics import STATISTICS
+from glass_mlx.hub import locate
+from glass_mlx.models import DOWN_POLICIES, fingerprint
+from glass_mlx.prior import GlobalPrior, cache_name, cached_priors
+from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# How many tokens a prior that is built on the spot is measured on.
+BUILD_TOKENS = 4096
 
 # Flags of mlx_lm.generate that are not combined with slicing.
 _REFUSED = ("--draft-model", "--image", "--prompt-cache-file")
@@ -73,14 +78,26 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--statistic",
         choices=STATISTICS,
         default="activation",
-        help="What neurons are ranked by (default: %(default)s).",
+        help="What the prompt ranks neurons by (default: %(default)s).",
+    )
+    group.add_argument(
+        "--prior-statistic",
+        choices=PRIOR_STATISTICS,
+        help="What the prior ranks neurons by (default: the same).",
     )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
         "--prior",
-        type=Path,
-        help="The file of the model's global prior. Default: glass_prior.safetensors in the "
-        "model's folder, then the user's cache, then the priors of this package.",
+        metavar="FILE",
+        help="The file of the model's global prior, or hub:user/repo, which is fetched. Default: "
+        "glass_prior.safetensors in the model's folder, then the user's cache, then the priors of "
+        "this package.",
+    )
+    source.add_argument(
+        "--build-prior",
+        action="store_true",
+        help=f"If there is no prior, measure a small one ({BUILD_TOKENS} tokens) into the user's "
+        "cache, and use it.",
     )
     source.add_argument("--no-prior", action="store_true", help="Select by the prompt alone.")
     source.add_argument("--dense", action="store_true", help="Do not slice, for comparison.")
@@ -92,6 +109,32 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "kept whole and given zeros, which is exact and slower (default: %(default)s).",
     )
     return parser
+
+
+def _find_prior(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    given: GlobalPrior | None,
+) -> GlobalPrior:
+    """The model's prior; if there is none and the user asks for it, it is measured now."""
+    name = args.model or DEFAULT_MODEL
+
+    def report(line: str) -> None:
+        if args.verbose:
+            print(f"prior: {line}", file=sys.stderr)
+
+    try:
+        return resolve_prior(model, given, model_folder(tokenizer), name, report)
+    except NoPriorError:
+        if not args.build_prior:
+            raise
+    from glass_mlx.calibration import Settings, build
+
+    file = cached_priors() / f"{cache_name(name, fingerprint(model))}.safetensors"
+    report(f"measuring one into {file}")
+    build(model, tokenizer, file, Settings(tokens=BUILD_TOKENS), name)
+    return resolve_prior(model, file, report=report)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -149,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
         density = BUILTIN_DENSITY if args.model is None else DEFAULT_DENSITY
     check_settings(density, args.mix, args.statistic, args.down_policy, args.max_tokens)
     prompt, options = _read_prompt(args), _template_options(args)
-    prior = GlobalPrior.load(args.prior) if args.prior else None
+    prior = GlobalPrior.load(locate(args.prior)) if args.prior else None
 
     if args.seed is not None:
         mx.random.seed(args.seed)
@@ -191,8 +234,7 @@ def run(args: argparse.Namespace) -> None:
         text = mlx_lm.generate(model, tokenizer, tokens, **common)
     else:
         if not args.no_prior:
-            name = args.model or DEFAULT_MODEL
-            prior = resolve_prior(model, prior, model_folder(tokenizer), name)
+            prior = _find_prior(args, model, tokenizer, prior)
         text = generate(
             model,
             tokenizer,
@@ -200,6 +242,7 @@ def run(args: argparse.Namespace) -> None:
             density=density,
             mix=args.mix,
             statistic=args.statistic,
+            prior_statistic=args.prior_statistic,
             prior=False if args.no_prior else prior,
             down_policy=args.down_policy,
             **common,

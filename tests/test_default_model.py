@@ -101,7 +101,7 @@ def test_the_shipped_prior_is_for_it_in_every_precision(fixture, request):
     prior = resolve_prior(model)
     assert prior.about["tokens"] >= 16000
     assert prior.source.endswith("priors/SmolLM2-135M-Instruct.safetensors")
-    assert prior.scores.keys() == {"activation", "griffin"}
+    assert prior.scores.keys() == prior.spread.keys() == {"activation", "griffin", "impact"}
     assert {len(s) for s in prior.scores["activation"].values()} == {1536}
     assert len(prior.scores["activation"]) == 30
 

@@ -1,0 +1,178 @@
+"""The texts that priors are measured on."""
+
+import json
+
+from glass_mlx.recipes import SKIPPED, Recipe, Sequence, Writer, chat_frame, padded, source
+from invariants import chat_tokenizer, letter_tokenizer, tiny_model
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+TOKENIZER = chat_tokenizer()
+USER, ANSWER, END, BOS = TOKENIZER.encode("上下不丁")
+
+
+def writer(length=40, seed=0, progress=lambda count: None):
+    return Writer(tiny_model("llama"), length, 1.0, [seed], progress)
+
+
+def sequences(recipe, length=40, size=3, batch=0, tokenizer=TOKENIZER, **options):
+    return source(recipe, writer(length), tokenizer, **options)(size, batch)
+
+
+def corpus(tmp_path, name, *records):
+    file = tmp_path / name
+    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return Recipe("corpus", 1.0, file)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "weight", "file"),
+    [
+        ("bos", "bos", 1.0, None),
+        ("chat=0.25", "chat", 0.25, None),
+        ("corpus:notes.txt", "corpus", 1.0, "notes.txt"),
+        ("corpus:a/b.jsonl=3", "corpus", 3.0, "a/b.jsonl"),
+        ("corpus:a=b.txt", "corpus", 1.0, "a=b.txt"),
+        ("corpus:a=b.txt=2", "corpus", 2.0, "a=b.txt"),
+    ],
+)
+def test_recipes_are_read(text, kind, weight, file):
+    recipe = Recipe.parse(text)
+    assert (recipe.kind, recipe.weight) == (kind, weight)
+    assert (str(recipe.file) if recipe.file else None) == file
+
+
+@pytest.mark.parametrize("text", ["", "poem", "corpus", "corpus:", "bos:x", "bos=0", "chat=nan"])
+def test_others_are_refused(text):
+    with pytest.raises(ValueError, match="recipe"):
+        Recipe.parse(text)
+
+
+def test_bos_begins_with_that_token_and_leaves_early_positions_out():
+    for sequence in sequences(Recipe("bos")):
+        assert sequence.tokens[0] == BOS
+        assert len(sequence.tokens) == len(sequence.counted) == 41
+        assert sequence.counted == [0] * SKIPPED + [1] * (41 - SKIPPED)
+
+
+def test_the_same_batch_is_the_same_text_and_another_one_is_not():
+    for recipe in (Recipe("bos"), Recipe("chat")):
+        assert sequences(recipe) == sequences(recipe)
+        assert sequences(recipe, batch=1) != sequences(recipe)
+        rows = [tuple(s.tokens) for s in sequences(recipe)]
+        assert len({*rows}) == 3
+
+
+def test_chat_writes_a_turn_and_answers_it_and_counts_the_answer():
+    assert chat_frame(TOKENIZER) == ([USER], [END, ANSWER])
+    for sequence in sequences(Recipe("chat"), size=8):
+        assert sequence.tokens[0] == USER
+        answered = sequence.counted.index(1)
+        assert sequence.tokens[answered - 2 : answered] == [END, ANSWER]
+        turn, answer = sequence.tokens[1 : answered - 2], sequence.tokens[answered:]
+        assert END not in turn
+        assert END not in answer[:-1]
+        assert len(turn) <= 10
+        assert len(turn) + len(answer) == 40 or answer[-1] == END
+        assert sequence.counted == [0] * answered + [1] * len(answer)
+
+
+def test_progress_counts_every_written_token():
+    steps = []
+    source(Recipe("bos"), writer(progress=steps.append), TOKENIZER)(3, 0)
+    assert sum(steps) == 3 * 40
+
+
+def test_without_a_template_or_a_first_token_it_says_so():
+    plain = TokenizerWrapper(letter_tokenizer())
+    with pytest.raises(ValueError, match="no chat template"):
+        sequences(Recipe("chat"), tokenizer=plain)
+    plain = letter_tokenizer()
+    plain.chat_template = "上{{ messages[0].content | length }}下"
+    with pytest.raises(ValueError, match="hides the user's turn"):
+        sequences(Recipe("chat"), tokenizer=TokenizerWrapper(plain))
+    plain.bos_token = None
+    with pytest.raises(ValueError, match="neither a beginning- nor"):
+        sequences(Recipe("bos"), tokenizer=TokenizerWrapper(plain, eos_token_ids=[END]))
+
+
+def test_a_text_is_cut_into_windows_that_begin_as_a_text(tmp_path):
+    letters = "".join(chr(0x4E20 + n) for n in range(100))
+    recipe = corpus(tmp_path, "a.txt", letters)
+    read = sequences(recipe, size=9)
+    assert [len(s.tokens) for s in read] == [41, 41, 19]
+    assert all(s.tokens[0] == BOS for s in read)
+    assert all(s.counted[:SKIPPED] == [0] * SKIPPED for s in read)
+    assert read[0].tokens[1:] == TOKENIZER.encode(letters[:40])
+    assert read[2].tokens[-1] == TOKENIZER.encode(letters[-1])[0]
+    assert sequences(recipe, size=9, done=2) == read[2:]
+    assert sequences(recipe, size=9, done=3) == []
+
+
+def test_a_corpus_has_fields_and_conversations(tmp_path):
+    long = "丈" * 30
+    messages = [
+        {"role": "user", "content": "丆丆"},
+        {"role": "assistant", "content": "丅"},
+        {"role": "user", "content": "丄"},
+        {"role": "assistant", "content": "丄丄"},
+    ]
+    recipe = corpus(
+        tmp_path,
+        "a.jsonl",
+        {"text": long},
+        "",
+        {"messages": messages},
+        {"prompt": "丆丆", "completion": "丅"},
+    )
+    text, talk, pair = sequences(recipe, size=9)
+    assert text.tokens == [BOS, *TOKENIZER.encode(long)]
+    assert talk.tokens == TOKENIZER.encode("上丆丆不下丅不上丄不下丄丄不")
+    assert talk.counted == [0] * 5 + [1] * 9
+    assert pair.tokens == TOKENIZER.encode("上丆丆不下丅不")
+    assert pair.counted == [0] * 5 + [1] * 2
+
+    plain = TokenizerWrapper(letter_tokenizer())
+    assert sequences(recipe, size=9, tokenizer=plain)[2].counted[:2] == [0, 0]
+    body = corpus(tmp_path, "b.jsonl", {"body": long})
+    assert sequences(body, field="body")[0].tokens == text.tokens
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"body": 1}', "line 1 has neither text nor messages nor prompt"),
+        ("[1]", "line 1 has neither"),
+        ('{"text": "a"}\n{', "cannot be read"),
+        ('{"messages": [{"role": "user"}]}', "a conversation that cannot be read"),
+        ('{"messages": 3}', "a conversation that cannot be read"),
+        ("[" * 100000, "cannot be read"),
+    ],
+)
+def test_a_corpus_that_is_not_one_ends_with_one_sentence(tmp_path, content, message):
+    recipe = corpus(tmp_path, "a.jsonl", content)
+    with pytest.raises(ValueError, match=message) as error:
+        sequences(recipe, size=9)
+    assert "\n" not in str(error.value)
+    assert str(recipe.file) in str(error.value)
+
+
+def test_a_corpus_that_is_not_text_ends_with_one_sentence(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        sequences(Recipe("corpus", 1.0, tmp_path / "a.txt"))
+
+
+def test_a_corpus_is_known_by_its_contents(tmp_path):
+    one, two = corpus(tmp_path, "a.txt", "丈"), corpus(tmp_path, "b.txt", "上")
+    assert one.identity()["sha256"] != two.identity()["sha256"]
+    with pytest.raises(FileNotFoundError, match="there is no corpus at"):
+        Recipe("corpus", 1.0, tmp_path / "c.txt").identity()
+
+
+def test_padding_does_not_count():
+    ids, counted = padded([Sequence([1, 2, 3], [0, 1, 1]), Sequence([4], [1])])
+    assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert counted.tolist() == [[0, 1, 1], [1, 0, 0]]

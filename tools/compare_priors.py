@@ -1,0 +1,121 @@
+"""Compare priors by how close the sliced model stays to the dense one.
+
+The dense model continues the prompts; for each prior, statistic and density the sliced model is
+scored on these tokens. Selection by the prompt alone, and by the continuation itself (the oracle),
+stand beside them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from glass_mlx import GlobalPrior, Selection, load, resolve_prior
+from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments
+from glass_mlx.engine import slice_model
+from glass_mlx.fidelity import Reading, continue_densely, divergence
+from glass_mlx.models import find_ffns
+from glass_mlx.ranking import fuse, ranks
+from glass_mlx.selection import jaccard, select
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+PROMPTS = Path(__file__).with_name("development_prompts.txt")
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Set up and return the argument parser."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}")
+    parser.add_argument("--prior", type=Path, nargs="+", required=True, help="files to compare")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75])
+    parser.add_argument("--mix", type=float, nargs="+", default=[0.5], help="λ (%(default)s)")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="generated tokens a prompt")
+    parser.add_argument("--temp", type=float, default=0.7, help="temperature of sampling")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="append one JSON line a row to this file")
+    add_load_arguments(parser)
+    return parser
+
+
+def selections(
+    reading: Reading, priors: dict[str, GlobalPrior], args: argparse.Namespace, multiples: dict
+) -> dict[tuple[str, float], Selection]:
+    """What every method keeps, by the method's name and density."""
+    local = reading.prompt_statistics.scores("activation")
+    ranked = {path: ranks(scores) for path, scores in local.items()}
+    methods = {"prompt alone": local, "oracle": reading.oracle_statistics.scores("activation")}
+    for name, prior in priors.items():
+        for statistic, scores in prior.scores.items():
+            for mix in args.mix:
+                methods[f"{name}, {statistic}, λ {mix:g}"] = {
+                    path: fuse(ranked[path], ranks(values), mix) for path, values in scores.items()
+                }
+    return {
+        (method, density): select(scores, density, multiples)
+        for method, scores in methods.items()
+        for density in args.density
+    }
+
+
+def compare(args: argparse.Namespace) -> dict[tuple[str, float], np.ndarray]:
+    """By method and density: sums of KL, -log p, agreeing top tokens, tokens; Jaccard, prompts."""
+    model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
+    priors = {file.stem: resolve_prior(model, file) for file in args.prior}
+    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+    texts = continue_densely(model, tokenizer, prompts, args.tokens, args.temp, args.seed)
+    multiples = {ffn.path: ffn.multiple for ffn in find_ffns(model)}
+    totals: dict[tuple[str, float], np.ndarray] = {}
+    for text in tqdm([text for text in texts if len(text.written) > 1], unit="prompt"):
+        reading = Reading(model, text)
+        kept = selections(reading, priors, args, multiples)
+        for (method, density), selection in kept.items():
+            scored = reading.score(slice_model(model, selection, "scatter"))
+            agree = mx.argmax(scored, -1) == mx.argmax(reading.dense, -1)
+            sums = [
+                divergence(reading.dense, scored).sum(),
+                reading.negative_log_likelihood(scored).sum(),
+                agree.sum(),
+            ]
+            overlap = np.mean([*jaccard(selection, kept["oracle", density]).values()])
+            row = np.array([*(s.item() for s in sums), agree.size, overlap, 1])
+            totals[method, density] = totals.get((method, density), 0) + row
+    return totals
+
+
+def main() -> None:
+    """Run the command."""
+    args = setup_arg_parser().parse_args()
+    try:
+        totals = compare(args)
+    except (ValueError, OSError) as error:
+        print(f"compare_priors: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("| density | selection | KL | perplexity | same top token | Jaccard with oracle |")
+    print("| ---: | :--- | ---: | ---: | ---: | ---: |")
+    for (method, density), (kl, nll, agree, tokens, overlap, prompts) in sorted(
+        totals.items(), key=lambda item: item[0][1]
+    ):
+        row = {
+            "density": density,
+            "method": method,
+            "kl": kl / tokens,
+            "perplexity": float(np.exp(nll / tokens)),
+            "top1": agree / tokens,
+            "jaccard": overlap / prompts,
+        }
+        print(
+            f"| {density:g} | {method} | {row['kl']:.3f} | {row['perplexity']:.2f} | "
+            f"{row['top1']:.3f} | {row['jaccard']:.3f} |"
+        )
+        if args.json:
+            with args.json.open("a") as file:
+                about = {"model": args.model or DEFAULT_MODEL, "seed": args.seed}
+                file.write(json.dumps(about | row | {"tokens": int(tokens)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
