@@ -7,22 +7,37 @@ spread. What is held beside the model does not grow with the number of tokens.
 
 import argparse
 import json
-import platform
+import math
 import sys
 import time
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, load
-from glass_mlx.describe import describe, draw
+from glass_mlx.checkpoints import (
+    DEFAULT_MODEL,
+    add_load_arguments,
+    advice,
+    load,
+    model_name,
+)
+from glass_mlx.describe import describe, draw, stability_lines
 from glass_mlx.files import locked, read_tensors, write_tensors
 from glass_mlx.hub import locate, publish
 from glass_mlx.impact import impact
-from glass_mlx.models import find_ffns, fingerprint, with_taps
+from glass_mlx.models import find_ffns, fingerprint, weight_bytes, with_taps
 from glass_mlx.prior import GlobalPrior
-from glass_mlx.recipes import Recipe, Sequence, Writer, padded, source
+from glass_mlx.provenance import made_with
+from glass_mlx.recipes import (
+    SKIPPED,
+    ChatFrame,
+    Recipe,
+    Sequence,
+    Writer,
+    chat_frame,
+    padded,
+    source,
+)
 from glass_mlx.stability import Stability, compare, overall
 from glass_mlx.statistics import (
     IMPACT,
@@ -36,11 +51,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 # As many tokens are read at once at most, which bounds the memory that reading takes.
 _READ_TOKENS = 2048
+
+_CHECKPOINT = "glass-calibration-1"
 
 
 @dataclass(frozen=True)
@@ -75,18 +93,25 @@ class Settings:
 
     def check(self) -> None:
         """Raise ValueError for the first value that is out of range."""
-        counts = (self.tokens, self.length, self.batch_size, self.temperature)
-        if min(counts) <= 0 or (self.sequences is not None and self.sequences <= 0):
+        sequences = 1 if self.sequences is None else self.sequences
+        for value in (self.tokens, sequences, self.length, self.batch_size, self.temperature):
+            if not 0 < value < float("inf"):
+                raise ValueError(
+                    "tokens, sequences, length, batch size and temperature must be positive"
+                )
+        if self.length <= SKIPPED:
             raise ValueError(
-                "tokens, sequences, length, batch size and temperature must be positive"
+                f"the length must be above {SKIPPED}, the number of positions that do not count"
             )
         if self.seed < 0:
             raise ValueError(f"the seed must not be negative, but is {self.seed}")
         if self.until_stable is not None and not 0 < self.until_stable < 1:
             raise ValueError(f"--until-stable must be between 0 and 1, not {self.until_stable}")
-        for name in self.statistics:
-            if name not in PRIOR_STATISTICS:
-                raise ValueError(f"statistic {name!r} is not one of {', '.join(PRIOR_STATISTICS)}")
+        if not self.statistics or not {*self.statistics} <= {*PRIOR_STATISTICS}:
+            raise ValueError(
+                f"statistics must be some of {', '.join(PRIOR_STATISTICS)}, "
+                f"not {', '.join(self.statistics) or 'none'}"
+            )
 
 
 def default_recipes(tokenizer: TokenizerWrapper) -> tuple[Recipe, ...]:
@@ -101,6 +126,7 @@ class _Text:
     recipe: Recipe
     identity: dict[str, Any]
     moments: SequenceMoments
+    frame: ChatFrame | None
     batches: int = 0
     ended: bool = False
 
@@ -128,7 +154,7 @@ def _measure(
             path: str,
             hidden: mx.array,
             running: NeuronStatistics = running,
-            mask: mx.array = mask,
+            mask: np.ndarray = mask,
         ) -> mx.array:
             return running.update(path, hidden, mask)
 
@@ -143,6 +169,12 @@ def _measure(
             scores[IMPACT] = {
                 path: np.stack([np.array(sequence[path]) for sequence in each]) for path in widths
             }
+        for values in scores.values():
+            if not all(np.isfinite(value).all() for value in values.values()):
+                raise ValueError(
+                    "the model's activations or gradients are not finite in this precision; "
+                    "try another one with --dtype"
+                )
         to.add(scores, sum(sum(sequence.counted) for sequence in group))
 
 
@@ -170,6 +202,8 @@ def _stability(
     texts: list[_Text], statistics: tuple[str, ...], widths: dict[str, int]
 ) -> dict[str, Stability]:
     """Compare the halves of the sequences, by statistic; empty while a half has none."""
+    if not all(text.moments.sequences.all() or text.ended for text in texts):
+        return {}
     texts = [text for text in texts if text.moments.sequences.all()]
     if not texts:
         return {}
@@ -180,13 +214,38 @@ def _stability(
     return {name: compare(*pair) for name, pair in halves.items()}
 
 
+def _tokens(texts: list[_Text]) -> int:
+    return sum(text.moments.tokens for text in texts)
+
+
+def _next(
+    texts: list[_Text], settings: Settings, stability: dict[str, Stability]
+) -> tuple[_Text, int] | None:
+    """Choose the recipe to go on with, and how many sequences; None if enough was measured."""
+    if settings.until_stable and stability and overall(stability) >= settings.until_stable:
+        return None
+    sequences = sum(text.sequences for text in texts)
+    if settings.sequences is not None:
+        left = settings.sequences - sequences
+    else:
+        each = _tokens(texts) / sequences if sequences else settings.length
+        left = math.ceil((settings.tokens - _tokens(texts)) / each)
+    # Every recipe gets its share of the tokens, and be it one sequence.
+    texts = [text for text in texts if not text.ended and (left > 0 or text.sequences == 0)]
+    if not texts:
+        return None
+    text = min(texts, key=lambda text: text.moments.tokens / text.recipe.weight)
+    return text, max(1, min(settings.batch_size, left))
+
+
 def _save(file: Path, texts: list[_Text], identity: str) -> None:
     tensors = {
         f"{n}.{key}": values
         for n, text in enumerate(texts)
         for key, values in (text.moments.state() | {"batches": np.array([text.batches])}).items()
     }
-    write_tensors(file, tensors, {"identity": identity})
+    frames = [text.frame and asdict(text.frame) for text in texts]
+    write_tensors(file, tensors, _CHECKPOINT, {"identity": identity, "frames": frames})
 
 
 def _resume(file: Path, texts: list[_Text], identity: str) -> None:
@@ -194,19 +253,21 @@ def _resume(file: Path, texts: list[_Text], identity: str) -> None:
     if not file.is_file():
         return
     try:
-        tensors, metadata = read_tensors(file)
+        tensors, about = read_tensors(file, _CHECKPOINT)
     except ValueError as error:
         raise ValueError(f"{error}; delete it to begin again") from error
-    if metadata.get("identity") != identity:
+    if about["identity"] != identity:
         raise ValueError(
             f"{file} is from another calibration that was interrupted; finish that one with its "
             "own arguments, or delete the file"
         )
-    for n, text in enumerate(texts):
+    for n, (text, frame) in enumerate(zip(texts, about["frames"], strict=True)):
         start = f"{n}."
         state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
         text.moments.restore(state)
         text.batches = int(state["batches"][0])
+        # A template may write the date: go on with the text that was begun with.
+        text.frame = frame and ChatFrame(**frame)
 
 
 def _dtype(model: nn.Module) -> str:
@@ -245,80 +306,72 @@ def calibrate(
     widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
     corners = fingerprint(model)
     texts = [
-        _Text(recipe, recipe.identity(), SequenceMoments(widths, settings.statistics))
+        _Text(
+            recipe,
+            recipe.identity(),
+            SequenceMoments(widths, settings.statistics),
+            chat_frame(tokenizer) if recipe.kind == "chat" else None,
+        )
         for recipe in recipes
     ]
-    about = {
+    about = made_with() | {
         "model": name,
         "model_type": getattr(model, "model_type", ""),
         "dtype": _dtype(model),
-        "length": settings.length,
-        "batch_size": settings.batch_size,
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-        "versions": {package: version(package) for package in ("glass-mlx", "mlx", "mlx-lm")},
-        "machine": f"{platform.system()} {platform.machine()}",
+        "settings": {
+            name: value
+            for name, value in asdict(settings).items()
+            if name not in ("recipes", "statistics") and value is not None
+        },
     }
-    limits = [settings.tokens, settings.sequences, settings.until_stable, settings.corpus_field]
-    weights = sum(float(corner.sum()) for corner in corners.values())
-    identity = json.dumps(
-        [about, limits, settings.statistics, [t.identity for t in texts], weights]
-    )
+    weights = [weight_bytes(model), sum(float(corner.sum()) for corner in corners.values())]
+    identity = json.dumps([about, settings.statistics, [t.identity for t in texts], weights])
     if checkpoint:
         _resume(checkpoint, texts, identity)
 
-    def sequences_left() -> int:
-        if settings.sequences is not None:
-            return settings.sequences - sum(text.sequences for text in texts)
-        tokens = sum(text.moments.tokens for text in texts)
-        return -(-(settings.tokens - tokens) // settings.length)
-
     total = settings.sequences * settings.length if settings.sequences else settings.tokens
-    with tqdm(total=total, unit="tok", dynamic_ncols=True) as bar:
-        bar.initial = bar.n = sum(text.moments.tokens for text in texts)
-        sources = {
-            text: source(
-                text.recipe,
-                Writer(
-                    model,
-                    settings.length,
-                    settings.temperature,
-                    [settings.seed, n],
-                    lambda written: bar.update(min(written, total - bar.n)),
-                ),
-                tokenizer,
-                settings.corpus_field,
-                text.sequences,
+    with (
+        tqdm(total=total, initial=_tokens(texts), unit="tok", dynamic_ncols=True) as bar,
+        wired_limit(model, [generation_stream]),
+    ):
+        read = {}
+        for n, text in enumerate(texts):
+            writer = Writer(
+                model,
+                settings.length,
+                settings.temperature,
+                [settings.seed, n],
+                lambda written: bar.update(min(written, total - bar.n)),
             )
-            for n, text in enumerate(texts)
-        }
+            field, done = settings.corpus_field, text.sequences
+            read[text] = source(text.recipe, writer, tokenizer, text.frame, field, done)
         stability = _stability(texts, settings.statistics, widths)
-        while reading := [text for text in texts if not text.ended]:
-            if settings.until_stable and stability and overall(stability) >= settings.until_stable:
-                break
-            if sequences_left() <= 0:
-                reading = [text for text in reading if text.sequences == 0]
-                if not reading:
-                    break
-            text = min(reading, key=lambda text: text.moments.tokens / text.recipe.weight)
-            size = max(1, min(settings.batch_size, sequences_left()))
-            sequences = sources[text](size, text.batches)
+        while (step := _next(texts, settings, stability)) is not None:
+            text, size = step
+            bar.set_description("writing" if text.recipe.file is None else None)
+            sequences = read[text](size, text.batches)
             if not sequences:
                 text.ended = True
                 continue
+            before = _tokens(texts)
+            bar.set_description("reading")
             _measure(model, sequences, settings.statistics, text.moments)
+            mx.clear_cache()
             text.batches += 1
             if checkpoint:
                 _save(checkpoint, texts, identity)
             stability = _stability(texts, settings.statistics, widths)
-            bar.n = sum(text.moments.tokens for text in texts)
+            bar.n = _tokens(texts)
             bar.set_postfix(stability=f"{overall(stability):.3f}" if stability else "none yet")
+            if before.bit_length() < bar.n.bit_length():  # at every doubling
+                lines = [f"stability after {bar.n} tokens:", *stability_lines(stability)]
+                bar.write("\n".join(lines), file=sys.stderr)
     for text in texts:
         if text.sequences == 0:
             raise ValueError(f"the recipe {text.identity} gave no text to measure")
     about |= {
         "recipes": [text.about() for text in texts],
-        "tokens": sum(text.moments.tokens for text in texts),
+        "tokens": _tokens(texts),
         "sequences": sum(text.sequences for text in texts),
         "stability": stability,
     }
@@ -353,8 +406,10 @@ def build(
         OSError: if a file cannot be written.
         ValueError: if another run is writing the file, or see `calibrate`.
     """
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; give the name of a file")
     partial = output.with_name(f"{output.name}.partial")
-    with locked(output):
+    with locked(output, partial):
         prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial)
         prior.save(output)
         partial.unlink(missing_ok=True)
@@ -437,6 +492,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="the field of a JSONL corpus that has the text (%(default)s)",
     )
     add_load_arguments(parser)
+    parser.add_argument("--adapter-path", help="adapters, which are fused into the weights")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the model's files bring code"
+    )
     return parser
 
 
@@ -464,9 +523,19 @@ def _build(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
         corpus_field=args.corpus_field,
     )
     settings.check()
-    model, tokenizer = load(args.model, lazy=True, dtype=args.dtype, dequantize=args.dequantize)
+    model, tokenizer = load(
+        args.model,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        adapter_path=args.adapter_path,
+        lazy=True,
+        trust_remote_code=args.trust_remote_code,
+        dtype=args.dtype,
+        dequantize=args.dequantize,
+    )
+    if hint := advice(model):
+        print(hint, file=sys.stderr)
     start = time.perf_counter()
-    prior = build(model, tokenizer, args.output, settings, args.model or DEFAULT_MODEL)
+    prior = build(model, tokenizer, args.output, settings, model_name(args.model))
     about = prior.about
     stability = f"{overall(about['stability']):.3f}" if about["stability"] else "not known"
     print(
@@ -488,7 +557,7 @@ def main() -> None:
         print(f"build_priors: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on from here", file=sys.stderr)
+        print("\nInterrupted; the same command goes on after the last whole batch", file=sys.stderr)
         sys.exit(130)
 
 

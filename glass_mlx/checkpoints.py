@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.blas import has_openblas
-from glass_mlx.files import cache_folder, replacing, sha256
+from glass_mlx.files import cache_folder, one_line, replacing, sha256
 from glass_mlx.gguf_checkpoint import convert
 
 import mlx.core as mx
@@ -196,6 +196,14 @@ def load(
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
+def model_name(model: str | None) -> str:
+    """What to call a model in records: its hub id, or the name of its file or folder."""
+    if model is None:
+        return DEFAULT_MODEL
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a model's weights are held."""
     parser.add_argument(
@@ -228,6 +236,5 @@ def _one_sentence(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"the model {name} cannot be loaded: {text}") from error
+        raise kind(f"the model {name} cannot be loaded: {one_line(error)}") from error

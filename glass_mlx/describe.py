@@ -6,16 +6,17 @@ from typing import Any
 from glass_mlx.files import replacing
 from glass_mlx.models import layer_order
 from glass_mlx.prior import GlobalPrior
+from glass_mlx.stability import Stability
 
 import numpy as np
 
 
-def recipe_line(recipe: dict[str, Any]) -> str:
+def _recipe_line(recipe: dict[str, Any]) -> str:
     """One line on a text that a prior was measured on."""
     name = recipe.get("recipe", "?")
     source = f" {recipe['file']}" if "file" in recipe else ""
     return (
-        f"{name}{source}, weight {recipe.get('weight', 1):g}: "
+        f"{name}{source}, weight {recipe.get('weight', 1)}: "
         f"{recipe.get('tokens', 0)} tokens in {recipe.get('sequences', 0)} sequences"
     )
 
@@ -27,12 +28,12 @@ def describe(prior: GlobalPrior) -> str:
     their ranks, and the Jaccard index of the neurons that they keep at some densities.
     """
     about = prior.about
-    settings = ("length", "temperature", "seed", "batch_size")
+    settings = [f"{key} {value}" for key, value in about.get("settings", {}).items()]
     versions = about.get("versions", {})
     lines = [
         f"model       {about.get('model', '?')} ({about.get('model_type', '?')})",
-        *(f"recipe      {recipe_line(recipe)}" for recipe in about.get("recipes", [])),
-        "settings    " + ", ".join(f"{key} {about[key]}" for key in settings if key in about),
+        *(f"recipe      {_recipe_line(recipe)}" for recipe in about.get("recipes", [])),
+        f"settings    {', '.join(settings)}",
         f"tokens      {about.get('tokens', '?')}",
         f"statistics  {', '.join(prior.scores)}",
         f"made with   {', '.join(f'{k} {v}' for k, v in versions.items())}"
@@ -43,7 +44,7 @@ def describe(prior: GlobalPrior) -> str:
     return "\n".join(lines)
 
 
-def _stability_table(prior: GlobalPrior, measures: dict[str, dict[str, float]]) -> list[str]:
+def _stability_table(prior: GlobalPrior, measures: Stability) -> list[str]:
     paths = sorted(next(iter(prior.scores.values())), key=layer_order)
     rows = [[measure.get(path, float("nan")) for measure in measures.values()] for path in paths]
     width = max(map(len, paths))
@@ -51,6 +52,16 @@ def _stability_table(prior: GlobalPrior, measures: dict[str, dict[str, float]]) 
     for path, row in zip([*paths, "mean"], [*rows, np.mean(rows, axis=0)], strict=True):
         table.append(f"{path:{width}}" + "".join(f"{value:15.3f}" for value in row))
     return table
+
+
+def stability_lines(stability: dict[str, Stability]) -> list[str]:
+    """The same in a line a measure, for progress: its mean, and hundredths layer by layer."""
+    return [
+        f"{statistic:10} {name:12} {np.mean([*measure.values()]):.3f}  by layer "
+        + " ".join(f"{100 * value:3.0f}" for value in measure.values())
+        for statistic, measures in stability.items()
+        for name, measure in measures.items()
+    ]
 
 
 def draw(prior: GlobalPrior, file: Path) -> None:

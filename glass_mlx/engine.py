@@ -138,8 +138,12 @@ def resolve_prior(
         return prior
     for place in (cached_priors(), packaged_priors()):
         for file in stored_in(place):
-            found = GlobalPrior.load(file)
-            if found.mismatch(widths, weights) is None:
+            try:
+                found = GlobalPrior.load(file) if GlobalPrior.resembles(file, weights) else None
+            except ValueError as error:  # one bad file must not stand in the way of all models
+                report(f"passing over a file: {error}")
+                continue
+            if found is not None and found.mismatch(widths, weights) is None:
                 report(f"using {found.source}")
                 return found
         report(f"none for this model in {place}")

@@ -80,7 +80,8 @@ class Reading:
         self.oracle_statistics = NeuronStatistics(widths, statistics)
         self._cache, self._written = make_prompt_cache(model), text.written
         prompt = with_taps(model, self.prompt_statistics.update)
-        mx.eval(prompt(mx.array(text.prompt)[None], cache=self._cache), self.prompt_statistics.sums)
+        prompt(mx.array(text.prompt)[None], cache=self._cache)
+        mx.eval([layer.state for layer in self._cache], self.prompt_statistics.sums)
         self.dense = self.score(with_taps(model, self.oracle_statistics.update))
         mx.eval(self.dense, self.oracle_statistics.sums)
 

@@ -2,18 +2,22 @@
 
 import glob
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+_METADATA = "glass"
 
 
 def cache_folder() -> Path:
@@ -30,6 +34,15 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name}.glass-"
+
+
 @contextmanager
 def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
     """Give a temporary file or folder beside `target`, which it becomes if all goes well.
@@ -41,7 +54,7 @@ def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
         folder: whether it is a folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    place = Path(tempfile.mkdtemp(dir=target.parent, prefix=_temporary_prefix(target)))
     temporary = place / target.name
     try:
         if folder:
@@ -57,51 +70,86 @@ def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold `target` for this process, by a lock file beside it that is gone afterwards.
+def locked(*targets: Path) -> Iterator[None]:
+    """Hold files for this process, by a lock file beside the first that is gone afterwards.
 
-    What writers of `target` that were killed have left beside it is removed.
+    What writers of the files that were killed have left beside them is removed.
 
     Raises:
-        ValueError: if another process holds it.
+        ValueError: if another process holds them.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(f"{target.name}.lock")
+    targets[0].parent.mkdir(parents=True, exist_ok=True)
+    file = targets[0].with_name(f"{targets[0].name}.lock")
+    lock = FileLock(file)
     try:
-        with FileLock(lock, timeout=0):
-            try:
-                for place in target.parent.glob(f".{glob.escape(target.name)}.*/"):
-                    shutil.rmtree(place, ignore_errors=True)
-                yield
-            finally:
-                lock.unlink(missing_ok=True)  # while held: filelock notices that a file is gone
+        lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"another run is writing {target}; wait for it, or stop it") from error
+        raise ValueError(f"another run is writing {targets[0]}; wait for it, or stop it") from error
+    try:
+        for target in targets:
+            for place in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*/"):
+                shutil.rmtree(place, ignore_errors=True)
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held: filelock notices that a file is gone
+        lock.release()
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, by way of a temporary one beside it.
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], kind: str, about: Any) -> None:
+    """Write a safetensors file that `read_tensors` can check, by way of a temporary one.
+
+    Its metadata is one entry of JSON, so that the same contents are the same file: `format`,
+    `about`, and `digest` over everything else.
+
+    Args:
+        file: the file.
+        tensors: its tensors.
+        kind: the name of its format.
+        about: what it is, for JSON.
 
     Raises:
         OSError: if it cannot be written, as when the disk is full.
     """
+    metadata = {"format": kind, "about": about, "digest": digest(tensors, about)}
     with replacing(file) as temporary:
         try:
-            save_file(dict(tensors), temporary, metadata)
+            save_file(dict(tensors), temporary, {_METADATA: json.dumps(metadata, sort_keys=True)})
         except SafetensorError as error:
             raise OSError(f"{file} cannot be written: {error}") from error
 
 
-def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a safetensors file: its tensors and its metadata.
+def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any]:
+    """Read and check a file of `write_tensors`: its tensors, and what it is about.
 
     Raises:
-        ValueError: if it is not a complete one.
+        ValueError: if it is not complete, not of this kind, not finite or not as it was written.
     """
     try:
         with safe_open(file, "numpy") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            return tensors, stored.metadata() or {}
+            text = (stored.metadata() or {}).get(_METADATA, "")
     except Exception as error:  # a damaged header shows up in many ways
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{file} is not a complete safetensors file ({reason})") from error
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.get("format") != kind:
+        raise ValueError(f"{file} is not in the format {kind}")
+    for key, values in tensors.items():
+        if not np.isfinite(values).all():
+            raise ValueError(f"{file} has values in {key} that are not finite")
+    about = metadata.get("about")
+    if digest(tensors, about) != metadata.get("digest"):
+        raise ValueError(f"{file} was changed after it was written")
+    return tensors, about
+
+
+def digest(tensors: Mapping[str, np.ndarray], about: Any) -> str:
+    """A hash of all that a file of tensors says."""
+    state = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for key in sorted(tensors):
+        state.update(f"{key} {tensors[key].dtype} {tensors[key].shape}".encode())
+        state.update(np.ascontiguousarray(tensors[key]).tobytes())
+    return state.hexdigest()

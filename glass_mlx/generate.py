@@ -8,7 +8,14 @@ import json
 import sys
 from typing import Any
 
-from glass_mlx.checkpoints import BUILTIN_DENSITY, DEFAULT_MODEL, add_load_arguments, advice, load
+from glass_mlx.checkpoints import (
+    BUILTIN_DENSITY,
+    DEFAULT_MODEL,
+    add_load_arguments,
+    advice,
+    load,
+    model_name,
+)
 from glass_mlx.engine import (
     DEFAULT_DENSITY,
     DEFAULT_MIX,
@@ -118,22 +125,26 @@ def _find_prior(
     given: GlobalPrior | None,
 ) -> GlobalPrior:
     """The model's prior; if there is none and the user asks for it, it is measured now."""
-    name = args.model or DEFAULT_MODEL
 
     def report(line: str) -> None:
         if args.verbose:
             print(f"prior: {line}", file=sys.stderr)
 
     try:
-        return resolve_prior(model, given, model_folder(tokenizer), name, report)
+        return resolve_prior(
+            model, given, model_folder(tokenizer), args.model or DEFAULT_MODEL, report
+        )
     except NoPriorError:
         if not args.build_prior:
             raise
     from glass_mlx.calibration import Settings, build
 
+    name = model_name(args.model)
     file = cached_priors() / f"{cache_name(name, fingerprint(model))}.safetensors"
     report(f"measuring one into {file}")
-    build(model, tokenizer, file, Settings(tokens=BUILD_TOKENS), name)
+    wanted = (*STATISTICS, args.prior_statistic or args.statistic)
+    settings = Settings(statistics=tuple(dict.fromkeys(wanted)), tokens=BUILD_TOKENS)
+    build(model, tokenizer, file, settings, name)
     return resolve_prior(model, file, report=report)
 
 

@@ -1,9 +1,11 @@
 """Priors on the Hugging Face hub: fetching one that the user names, and publishing one."""
 
+import re
 import tempfile
 from pathlib import Path
 
 from glass_mlx.describe import describe
+from glass_mlx.files import one_line
 from glass_mlx.prior import FILE_NAME, GlobalPrior
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
@@ -25,15 +27,16 @@ def locate(prior: str | Path) -> Path:
     try:
         return Path(hf_hub_download(repository, FILE_NAME, revision=revision or None))
     except Exception as error:  # from the hub, its cache, the network or the name
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{FILE_NAME} cannot be fetched from {prior}: {reason}") from error
+        raise ValueError(
+            f"{FILE_NAME} cannot be fetched from {prior}: {one_line(error)}"
+        ) from error
 
 
 def model_card(prior: GlobalPrior, repository: str) -> ModelCard:
     """A model card that says what a prior is, how it was made and how to use it."""
-    model = prior.about.get("model", "")
+    model = str(prior.about.get("model", ""))
     data = ModelCardData(
-        base_model=model if model.count("/") == 1 and not Path(model).exists() else None,
+        base_model=model if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) else None,
         library_name="mlx",
         tags=["glass-mlx"],
     )
@@ -74,6 +77,7 @@ def publish(prior: GlobalPrior, file: Path, repository: str) -> str:
                 repo_id=repository, folder_path=folder, commit_message="Add a GLASS prior"
             )
     except Exception as error:  # from the hub, the network or the name
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} cannot be published to {repository}: {reason}") from error
+        raise ValueError(
+            f"{file} cannot be published to {repository}: {one_line(error)}"
+        ) from error
     return str(address)

@@ -119,12 +119,13 @@ def impact(model: nn.Module, tokens: list[int], mask: list[int]) -> dict[str, mx
     Args:
         model: the dense model; in training mode while this runs.
         tokens: T token ids.
-        mask: T flags, 1 for tokens that count.
+        mask: T flags, 1 for tokens that count. The last never does: no loss follows it.
 
     Returns:
         (m,) float32 scores of each FFN, evaluated.
     """
     ffns = find_ffns(model)
+    mask = [*mask[:-1], 0]  # no loss follows the last token
     ids, counted = mx.array(tokens)[None], mx.array(mask, mx.float32)
 
     def loss(totals: dict[str, mx.array]) -> mx.array:

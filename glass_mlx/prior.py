@@ -2,34 +2,43 @@
 
 The file is safetensors. For every FFN and statistic it has the raw scores, `<path>.<statistic>`,
 and their standard deviation over sequences, `<path>.<statistic>_spread`, both float32 (m,), and
-for every FFN `<path>.fingerprint`, a few of the model's own weights. Its metadata is one entry,
-`glass_prior`, of JSON: `format`, `digest` (over everything else) and `about` (model, recipe,
-tokens, stability, versions, ...). There is no date in it, and one entry has one order: what is
-measured again in the same way is the same file.
+for every FFN `<path>.fingerprint`, a few of the model's own weights. `about` in its metadata
+(see `files.write_tensors`) has model, recipes, settings, stability, versions, ...; there is no date
+in it: what is measured again in the same way is the same file.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.files import cache_folder, read_tensors, write_tensors
+from glass_mlx.files import cache_folder, one_line, read_tensors, write_tensors
 
 import numpy as np
+from safetensors import safe_open
 
 FORMAT = "glass-prior-2"
 FILE_NAME = "glass_prior.safetensors"
 BUILD_COMMAND = "python tools/build_priors.py --model {model} --output glass_prior.safetensors"
-_METADATA = "glass_prior"
 _SAMPLE = "fingerprint"
 _SPREAD = "_spread"
 
 # The cosine of fingerprints of one model (SmolLM2-135M, requantized in groups of 64) is 0.996
 # at 4 bits, 0.925 at 2 bits. Those of two models trained apart have nothing in common.
 _SAME_MODEL = 0.8
+
+
+def _same_weights(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> bool:
+    """Whether two fingerprints are of one model, in whatever precision."""
+    if any(ours[path].shape != theirs[path].shape for path in ours):
+        return False
+    a, b = (
+        np.concatenate([sample[path].ravel() for path in ours]).astype(np.float64)
+        for sample in (ours, theirs)
+    )
+    return bool(a @ b > _SAME_MODEL * np.linalg.norm(a) * np.linalg.norm(b))
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,23 @@ class GlobalPrior:
     spread: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     source: str = ""
 
+    @staticmethod
+    def resembles(file: Path, weights: Mapping[str, np.ndarray]) -> bool:
+        """Whether a file may be the prior of a model, by its fingerprint alone, which is small.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        try:
+            with safe_open(file, "numpy") as stored:
+                keys = {f"{path}.{_SAMPLE}" for path in weights}
+                if not keys <= {*stored.keys()}:
+                    return False
+                samples = {path: stored.get_tensor(f"{path}.{_SAMPLE}") for path in weights}
+        except Exception as error:  # a damaged header shows up in many ways
+            raise ValueError(f"the prior {file} cannot be read ({one_line(error)})") from error
+        return _same_weights(weights, samples)
+
     def mismatch(self, widths: Mapping[str, int], weights: Mapping[str, np.ndarray]) -> str | None:
         """Say why the prior does not belong to a model, or None if it does.
 
@@ -69,11 +95,7 @@ class GlobalPrior:
                 return f"{path} has {width} neurons in the model and {len(scores[path])} in it"
         if any(weights[path].shape != self.fingerprint[path].shape for path in widths):
             return "it was measured on a model of another hidden size"
-        ours, theirs = (
-            np.concatenate([sample[path].ravel() for path in widths]).astype(np.float64)
-            for sample in (weights, self.fingerprint)
-        )
-        if ours @ theirs <= _SAME_MODEL * np.linalg.norm(ours) * np.linalg.norm(theirs):
+        if not _same_weights(weights, self.fingerprint):
             return "it was measured on a model with other weights"
         return None
 
@@ -86,8 +108,7 @@ class GlobalPrior:
             for path, values in scores.items()
         }
         tensors |= {f"{path}.{_SAMPLE}": sample for path, sample in self.fingerprint.items()}
-        metadata = {"format": FORMAT, "about": self.about, "digest": _digest(tensors, self.about)}
-        write_tensors(file, tensors, {_METADATA: json.dumps(metadata, sort_keys=True)})
+        write_tensors(file, tensors, FORMAT, self.about)
 
     @staticmethod
     def load(file: Path) -> "GlobalPrior":
@@ -99,23 +120,17 @@ class GlobalPrior:
         """
         if not file.is_file():
             raise FileNotFoundError(f"there is no prior at {file}")
-        tensors, stored = read_tensors(file)
-        metadata = _parse(stored.get(_METADATA, ""))
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{file} is not a prior in the format {FORMAT}; build it again")
-        for key, values in tensors.items():
-            if not np.isfinite(values).all():
-                raise ValueError(f"{file} has values in {key} that are not finite; build it again")
-        about = metadata.get("about")
-        if _digest(tensors, about) != metadata.get("digest"):
-            raise ValueError(f"{file} was changed after it was written; build it again")
+        try:
+            tensors, about = read_tensors(file, FORMAT)
+        except ValueError as error:
+            raise ValueError(f"the prior {error}; build it again") from error
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, values in tensors.items():
             path, _, name = key.rpartition(".")
             groups.setdefault(name, {})[path] = values
         samples = groups.pop(_SAMPLE, {})
         if reason := _malformed(groups, samples, about):
-            raise ValueError(f"{file} is not a whole prior: {reason}; build it again")
+            raise ValueError(f"the prior {file} is not a whole one: {reason}; build it again")
         scores = {name: group for name, group in groups.items() if not name.endswith(_SPREAD)}
         spread = {
             name.removesuffix(_SPREAD): group
@@ -125,21 +140,12 @@ class GlobalPrior:
         return GlobalPrior(scores, samples, about, spread, str(file))
 
 
-def _parse(text: str) -> dict[str, Any]:
-    """The object that a JSON text is, or an empty one."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _malformed(
     groups: Mapping[str, Mapping[str, np.ndarray]], samples: Mapping[str, np.ndarray], about: Any
 ) -> str | None:
     """Say what the contents of a prior's file lack, or None if they are complete."""
-    if not isinstance(about, dict):
-        return "it does not say where it comes from"
+    if not isinstance(about, dict) or not _understood(about):
+        return "it does not say in order where it comes from"
     if not samples or not any(not name.endswith(_SPREAD) for name in groups):
         return "it has no scores"
     widths = {path: len(v) for path, v in next(iter(groups.values())).items() if v.ndim}
@@ -155,12 +161,23 @@ def _malformed(
     return None
 
 
-def _digest(tensors: dict[str, np.ndarray], about: Any) -> str:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for key in sorted(tensors):
-        digest.update(f"{key} {tensors[key].dtype} {tensors[key].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[key]).tobytes())
-    return digest.hexdigest()
+def _understood(about: dict[str, Any]) -> bool:
+    """Whether what a prior says of itself has the types that `describe` goes through."""
+    stability = about.get("stability", {})
+    return (
+        all(isinstance(about.get(key, {}), dict) for key in ("settings", "versions", "stability"))
+        and isinstance(about.get("recipes", []), list)
+        and all(isinstance(recipe, dict) for recipe in about.get("recipes", []))
+        and all(
+            isinstance(measures, dict)
+            and all(
+                isinstance(measure, dict)
+                and all(isinstance(value, int | float) for value in measure.values())
+                for measure in measures.values()
+            )
+            for measures in stability.values()
+        )
+    )
 
 
 def cached_priors() -> Path:

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.files import sha256
+from glass_mlx.files import one_line, sha256
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -149,12 +150,12 @@ class Writer:
             completion_batch_size=len(prompts),
             prefill_batch_size=len(prompts),
         )
-        written = {uid: [] for uid in generator.insert(prompts, lengths)}
-        while responses := generator.next_generated():
-            for response in responses:
-                written[response.uid].append(response.token)
-            self._progress(len(responses))
-        generator.close()
+        with closing(generator):
+            written = {uid: [] for uid in generator.insert(prompts, lengths)}
+            while responses := generator.next_generated():
+                for response in responses:
+                    written[response.uid].append(response.token)
+                self._progress(len(responses))
         return list(written.values())
 
 
@@ -168,8 +169,27 @@ def _from_bos(writer: Writer, tokenizer: TokenizerWrapper, size: int, batch: int
     ]
 
 
-def chat_frame(tokenizer: TokenizerWrapper) -> tuple[list[int], list[int]]:
-    """What the chat template writes before a user's turn, and between it and the answer.
+@dataclass(frozen=True)
+class ChatFrame:
+    """What a chat template writes around a user's turn, as token ids.
+
+    Attributes:
+        before: what opens the user's turn.
+        after: what stands between it and the answer.
+        end: the beginning of `after` that ends the turn.
+    """
+
+    before: list[int]
+    after: list[int]
+    end: list[int]
+
+
+# Templates that write the date take it from here, so that the text is the same on every day.
+_TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
+
+
+def chat_frame(tokenizer: TokenizerWrapper) -> ChatFrame:
+    """What the chat template writes around a user's turn.
 
     Raises:
         ValueError: if there is no template, or it does not show the user's turn as it is.
@@ -178,30 +198,43 @@ def chat_frame(tokenizer: TokenizerWrapper) -> tuple[list[int], list[int]]:
         raise ValueError("the model has no chat template; use the recipe bos")
     turn = "glass-mlx-user-turn"
     messages = [{"role": "user", "content": turn}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, found, after = text.partition(turn)
-    if not (found and before and after):
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+        )
+    except Exception as error:  # templates raise what they like
+        raise ValueError(
+            f"the model's chat template fails ({one_line(error)}); use the recipe bos"
+        ) from error
+    start, found, rest = text.partition(turn)
+    if not (found and start and rest):
         raise ValueError("the model's chat template hides the user's turn; use the recipe bos")
-    return tuple(tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+    before, after = (tokenizer.encode(part, add_special_tokens=False) for part in (start, rest))
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.eos_token_ids}
+    marks = [n for n, token in enumerate(after) if token in special]
+    return ChatFrame(before, after, after[: marks[0] + 1] if marks else after)
 
 
 def _from_chat(
-    writer: Writer, tokenizer: TokenizerWrapper, size: int, batch: int
+    writer: Writer, tokenizer: TokenizerWrapper, frame: ChatFrame, size: int, batch: int
 ) -> list[Sequence]:
     """Conversations of one turn each, the user's part written by the model, too."""
-    before, after = chat_frame(tokenizer)
     ends = [[token] for token in sorted(tokenizer.eos_token_ids)]
     most = max(1, writer.length // _USER_SHARE)
-    turns = writer([before] * size, [most] * size, [*ends, after[:1]], batch)
-    stops = {after[0], *tokenizer.eos_token_ids}
-    turns = [turn[:-1] if turn[-1] in stops else turn for turn in turns]
-    prompts = [[*before, *turn, *after] for turn in turns]
+    turns = []
+    for turn in writer([frame.before] * size, [most] * size, [*ends, frame.end], batch):
+        stop = next((end for end in (frame.end, *ends) if turn[-len(end) :] == end), [])
+        turns.append(turn[: len(turn) - len(stop)])
+    prompts = [[*frame.before, *turn, *frame.after] for turn in turns]
     rest = [writer.length - len(turn) for turn in turns]
     answers = writer(prompts, rest, ends, batch, turn=1)
-    return [
-        Sequence([*prompt, *answer], [0] * len(prompt) + [1] * len(answer))
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    sequences = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        counted = [0] * len(prompt) + [1] * len(answer)
+        if answer[-1] in tokenizer.eos_token_ids:  # decoding stops, and never reads it
+            counted[-1] = 0
+        sequences.append(Sequence([*prompt, *answer], counted))
+    return [sequence for sequence in sequences if any(sequence.counted)]
 
 
 def _documents(file: Path, field: str) -> Iterator[str | dict[str, Any]]:
@@ -237,8 +270,12 @@ def _conversation(
         given = len(tokenizer.encode(parts[0]))
     else:
         first = [m["role"] for m in messages].index("assistant")
-        tokens = tokenizer.apply_chat_template(messages)
-        given = len(tokenizer.apply_chat_template(messages[:first], add_generation_prompt=True))
+        tokens = tokenizer.apply_chat_template(messages, **_TEMPLATE_OPTIONS)
+        given = len(
+            tokenizer.apply_chat_template(
+                messages[:first], add_generation_prompt=True, **_TEMPLATE_OPTIONS
+            )
+        )
     return tokens, [int(n >= given) for n in range(len(tokens))]
 
 
@@ -252,12 +289,13 @@ def _from_corpus(
             try:
                 tokens, counted = _conversation(document, tokenizer)
             except Exception as error:  # the template's own, or a record of another shape
-                reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"the corpus {file} has a conversation that cannot be read: {reason}"
+                    f"the corpus {file} has a conversation that cannot be read: {one_line(error)}"
                 ) from error
         else:
-            text = document if isinstance(document, str) else str(document[field])
+            text = document if isinstance(document, str) else document[field]
+            if not isinstance(text, str):
+                raise ValueError(f"the corpus {file} has a {field} that is not text: {text!r:.50}")
             tokens = [start, *tokenizer.encode(text, add_special_tokens=False)]
             counted = [int(n >= SKIPPED) for n in range(len(tokens))]
         for at in range(0, len(tokens), length + 1):
@@ -272,6 +310,7 @@ def source(
     recipe: Recipe,
     writer: Writer,
     tokenizer: TokenizerWrapper,
+    frame: ChatFrame | None = None,
     field: str = "text",
     done: int = 0,
 ) -> Callable[[int, int], list[Sequence]]:
@@ -281,6 +320,7 @@ def source(
         recipe: which text.
         writer: what writes it.
         tokenizer: the model's tokenizer.
+        frame: for chats, see `chat_frame`.
         field: the field of a JSONL corpus that has the text.
         done: how many sequences of a corpus were read before.
 
@@ -291,15 +331,16 @@ def source(
         texts = _from_corpus(recipe.file, field, tokenizer, writer.length)
         texts = islice(texts, done, None)
         return lambda size, batch: list(islice(texts, size))
-    write = {"bos": _from_bos, "chat": _from_chat}[recipe.kind]
-    return lambda size, batch: write(writer, tokenizer, size, batch)
+    if frame is not None:
+        return lambda size, batch: _from_chat(writer, tokenizer, frame, size, batch)
+    return lambda size, batch: _from_bos(writer, tokenizer, size, batch)
 
 
-def padded(sequences: list[Sequence]) -> tuple[mx.array, mx.array]:
+def padded(sequences: list[Sequence]) -> tuple[mx.array, np.ndarray]:
     """Token ids and flags, both (B, T), padded on the right, where causal models do not look."""
     width = max(len(sequence.tokens) for sequence in sequences)
     ids, counted = (np.zeros((len(sequences), width), np.int32) for _ in range(2))
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence.tokens)] = sequence.tokens
         counted[row, : len(sequence.tokens)] = sequence.counted
-    return mx.array(ids), mx.array(counted)
+    return mx.array(ids), counted

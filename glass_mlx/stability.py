@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from glass_mlx.ranking import ranks, spearman
-from glass_mlx.selection import jaccard, select
+from glass_mlx.selection import budget
 
 import numpy as np
 
@@ -20,13 +20,21 @@ def compare(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Stabili
         By FFN, "spearman", the correlation of the ranks, and "jaccard D" for each density D, the
         Jaccard index of the neurons that the two keep.
     """
-    agreement = {"spearman": {path: spearman(ranks(a[path]), ranks(b[path])) for path in a}}
-    for density in DENSITIES:
-        kept = (select(scores, density, dict.fromkeys(scores, 1)) for scores in (a, b))
-        agreement[f"jaccard {density:g}"] = jaccard(*kept)
-    return agreement
+    stability: Stability = {name: {} for name in ("spearman", *map(_jaccard_name, DENSITIES))}
+    for path in a:
+        one, two = ranks(a[path]), ranks(b[path])
+        stability["spearman"][path] = spearman(one, two)
+        for density in DENSITIES:
+            kept = [rank > len(rank) - budget(len(rank), density) for rank in (one, two)]
+            share = np.logical_and(*kept).sum() / np.logical_or(*kept).sum()
+            stability[_jaccard_name(density)][path] = float(share)
+    return stability
+
+
+def _jaccard_name(density: float) -> str:
+    return f"jaccard {density:g}"
 
 
 def overall(stability: Mapping[str, Stability]) -> float:
     """One figure for all statistics: the least of their mean Jaccard indices at density 0.5."""
-    return min(float(np.mean([*s["jaccard 0.5"].values()])) for s in stability.values())
+    return min(float(np.mean([*s[_jaccard_name(0.5)].values()])) for s in stability.values())

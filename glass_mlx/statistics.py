@@ -66,9 +66,9 @@ class NeuronStatistics:
             for path, m in widths.items()
         }
         self._sequences = sequences
-        self._tokens = {path: mx.zeros((sequences,), mx.float32) for path in widths}
+        self._tokens = {path: np.zeros(sequences) for path in widths}
 
-    def update(self, path: str, hidden: mx.array, mask: mx.array | None = None) -> mx.array:
+    def update(self, path: str, hidden: mx.array, mask: np.ndarray | None = None) -> mx.array:
         """Add the tokens of a chunk.
 
         Args:
@@ -85,8 +85,8 @@ class NeuronStatistics:
         if mask is None:
             self._tokens[path] = self._tokens[path] + values.shape[1]
         else:
-            mask = mask.reshape(self._sequences, -1).astype(mx.float32)
-            weight = weight * mask
+            mask = mask.reshape(self._sequences, -1).astype(np.float32)
+            weight = weight * mx.array(mask)
             self._tokens[path] = self._tokens[path] + mask.sum(-1)
         sums = self.sums[path]
         for name in self.names:
@@ -100,19 +100,21 @@ class NeuronStatistics:
 
     def scores(self, name: str) -> dict[str, np.ndarray]:
         """Return one statistic of every FFN, (m,) float32, larger for a more active neuron."""
-        finish = STATISTICS[name][1]
         return {
-            path: finish(np.array(sums[name]).sum(0) / max(self._tokens[path].sum().item(), 1))
+            path: self._finished(name, np.array(sums[name]).sum(0), self._tokens[path].sum())
             for path, sums in self.sums.items()
         }
 
     def sequence_scores(self, name: str) -> dict[str, np.ndarray]:
         """Return one statistic of every FFN for each sequence by itself, (S, m) float32."""
-        finish = STATISTICS[name][1]
         return {
-            path: finish(np.array(sums[name] / mx.maximum(self._tokens[path], 1)[:, None]))
+            path: self._finished(name, np.array(sums[name]), self._tokens[path][:, None])
             for path, sums in self.sums.items()
         }
+
+    @staticmethod
+    def _finished(name: str, sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return STATISTICS[name][1](sums / np.maximum(tokens, 1)).astype(np.float32)
 
 
 class SequenceMoments:

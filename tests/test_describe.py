@@ -13,7 +13,7 @@ ABOUT = {
         {"recipe": "corpus", "file": "a.txt", "weight": 2.0, "tokens": 5, "sequences": 1},
     ],
     "tokens": 5,
-    "seed": 3,
+    "settings": {"seed": 3, "length": 9},
     "versions": {"mlx": "1"},
     "stability": {"activation": {"spearman": {}, "jaccard 0.5": {}}},
 }
@@ -25,8 +25,8 @@ def test_it_says_what_a_prior_is_with_layers_in_their_order():
     about = ABOUT | {"stability": {"activation": {"spearman": dict.fromkeys(paths, 0.25)}}}
     shuffled = {"activation": dict(sorted(prior.scores["activation"].items()))}
     lines = describe(replace(prior, about=about, scores=shuffled)).splitlines()
-    assert "recipe      corpus a.txt, weight 2: 5 tokens in 1 sequences" in lines
-    assert "settings    seed 3" in lines
+    assert "recipe      corpus a.txt, weight 2.0: 5 tokens in 1 sequences" in lines
+    assert "settings    seed 3, length 9" in lines
     assert [line.split()[0] for line in lines[-13:]] == [*paths, "mean"]
     assert lines[-1].split() == ["mean", "0.250"]
 

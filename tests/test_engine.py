@@ -280,3 +280,20 @@ def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsy
 def test_bad_values_are_refused_before_anything_is_computed(model, tokenizer, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(model, tokenizer, **options)
+
+
+def test_the_prior_ranks_by_a_statistic_of_its_own(model, tokenizer):
+    prior = made_prior(model)
+    other = {path: 1 - values for path, values in prior.scores["activation"].items()}
+    prior.scores["impact"] = other
+
+    def kept(**options):
+        return run(model, tokenizer, n=2, prior=prior, mix=1.0, **options)[-1].glass
+
+    by_impact = kept(prior_statistic="impact")
+    assert (by_impact.statistic, by_impact.prior_statistic) == ("activation", "impact")
+    for path, indices in by_impact.selection.indices.items():
+        assert set(indices) == set(np.argsort(other[path])[-64:])
+        assert not set(indices) & set(kept().selection.indices[path])
+    with pytest.raises(ValueError, match="has no statistic 'griffin'; it has activation, impact"):
+        kept(statistic="griffin")

@@ -169,3 +169,55 @@ def test_the_main_job_on_the_built_in_model(default_gguf):
     assert "Paris" in done.stdout
     assert "density 0.896 (asked 0.9)" in done.stdout
     assert "priors/SmolLM2-135M-Instruct.safetensors" in done.stdout
+
+
+def test_no_prior_is_built_unasked_and_one_is_kept_and_used_when_asked_for(
+    command, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("glass_mlx.generate.BUILD_TOKENS", 300)
+    (folder / "glass_prior.safetensors").unlink()
+    arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "--build-prior" in err
+    assert not (tmp_path / "cache").exists()
+
+    code, out, err = command(*arguments, "--build-prior")
+    assert code == 0
+    (built,) = (tmp_path / "cache/priors").iterdir()
+    assert built.name.startswith("tiny-")
+    assert f"prior {built}" in out
+    assert "tok/s" in err  # its progress
+    assert "measuring one into" in err
+    content = built.read_bytes()
+
+    code, out, err = command(*arguments, "--build-prior")
+    assert code == 0
+    assert f"using {built}" in err
+    assert "measuring" not in err
+    assert built.read_bytes() == content
+    assert command(*arguments)[0] == 0
+
+
+def test_it_says_where_it_looked_for_the_prior(command, folder, tmp_path):
+    file = folder / "glass_prior.safetensors"
+    arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
+    assert f"prior: using {file}" in command(*arguments)[2]
+    moved = tmp_path / "moved.safetensors"
+    file.rename(moved)
+    _, _, err = command(*arguments)
+    assert f"prior: no glass_prior.safetensors in the model's folder {folder}" in err
+    assert "prior: none for this model in " in err
+    assert f"prior: using {moved}" in command(*arguments, "--prior", moved)[2]
+    assert command(*arguments, "--prior", moved, "--verbose", "F")[2] == ""
+
+
+def test_the_prior_can_rank_by_another_statistic(command, folder):
+    arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
+    code, _, err = command(*arguments, "--prior-statistic", "impact")
+    assert code == 2
+    assert "has no statistic 'impact'; it has activation" in err
+    arguments += ("--statistic", "griffin")
+    assert command(*arguments)[0] == 2
+    assert command(*arguments, "--prior-statistic", "activation")[0] == 0

@@ -1,10 +1,11 @@
 import json
 from dataclasses import replace
 
-import glass_mlx.prior as prior_module
+from glass_mlx.describe import describe, draw
 from glass_mlx.engine import NoPriorError, resolve_prior
+from glass_mlx.files import digest
 from glass_mlx.models import find_ffns, fingerprint
-from glass_mlx.prior import FILE_NAME, GlobalPrior
+from glass_mlx.prior import FILE_NAME, FORMAT, GlobalPrior
 from invariants import tiny_model
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_an_edited_file_is_refused(file):
 
 def test_another_safetensors_file_is_refused(file):
     save_file({"a": np.zeros(3)}, file)
-    with pytest.raises(ValueError, match="not a prior in the format"):
+    with pytest.raises(ValueError, match="not in the format glass-prior-2"):
         GlobalPrior.load(file)
 
 
@@ -121,6 +122,24 @@ def edit_metadata(metadata, generator):
         metadata[key] = value
 
 
+def edit_about(about, generator):
+    """Let a prior say strange things of where it comes from."""
+    strange = [
+        None,
+        3,
+        "x",
+        [],
+        [1],
+        {},
+        {"a": 1},
+        {"a": {"b": []}},
+        {"activation": {"spearman": 1}},
+    ]
+    keys = ["model", "recipes", "settings", "versions", "stability", "tokens", "machine"]
+    for key in generator.choice(keys, 2):
+        about[key] = strange[generator.integers(len(strange))]
+
+
 def edit_tensors(tensors, generator):
     """Change a tensor's presence, name, type, shape or values."""
     key = [*tensors][generator.integers(len(tensors))]
@@ -148,26 +167,31 @@ def test_forged_files_are_refused_or_used_but_never_crash(model, file):
     refused = 0
     for _ in range(500):
         tensors = load_file(file)
-        metadata = {"format": prior_module.FORMAT, "about": {"model": "tiny"}}
-        edit_tensors(tensors, generator)
-        metadata["digest"] = prior_module._digest(tensors, metadata["about"])
+        about = {"model": "tiny"}
+        if generator.random() < 0.5:
+            edit_tensors(tensors, generator)
+        else:
+            edit_about(about, generator)
+        metadata = {"format": FORMAT, "about": about, "digest": digest(tensors, about)}
         if generator.random() < 0.3:
             edit_metadata(metadata, generator)
         forged = file.with_name("forged")
-        save_file(tensors, forged, {"glass_prior": json.dumps(metadata)})
+        save_file(tensors, forged, {"glass": json.dumps(metadata)})
         try:
-            resolve_prior(model, forged)
+            prior = resolve_prior(model, forged)
+            describe(prior)
+            draw(prior, file.with_name("picture"))
         except ValueError as error:
             assert "\n" not in str(error)
             assert str(forged) in str(error)
             refused += 1
-    assert refused > 450
+    assert refused > 300
 
 
 def test_deep_and_wrong_metadata_is_refused(file):
     for text in ("[" * 100000, "{", "[]", "1", '{"format": 2}'):
-        save_file({"a": np.zeros(3)}, file, {"glass_prior": text})
-        with pytest.raises(ValueError, match="not a prior in the format"):
+        save_file({"a": np.zeros(3)}, file, {"glass": text})
+        with pytest.raises(ValueError, match="not in the format glass-prior-2"):
             GlobalPrior.load(file)
 
 
@@ -218,9 +242,12 @@ def test_an_interrupted_save_leaves_the_old_file(model, file, monkeypatch):
 def test_the_model_folder_comes_first_then_the_cache(model, tmp_path, monkeypatch):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
     lines = []
+    bad = tmp_path / "cache/priors/0.safetensors"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"x")
     with pytest.raises(NoPriorError, match=r"--build-prior.*build_priors.py .*--no-prior"):
         resolve_prior(model, folder=tmp_path, report=lines.append)
-    places = (tmp_path, tmp_path / "cache/priors", "glass_mlx/priors")
+    places = (tmp_path, bad, tmp_path / "cache/priors", "glass_mlx/priors")
     assert all(str(p) in line for p, line in zip(places, lines, strict=True))
     made_prior(tiny_model("llama", seed=1)).save(tmp_path / "cache/priors/a.safetensors")
     made_prior(model).save(tmp_path / "cache/priors/b.safetensors")
@@ -237,7 +264,7 @@ def test_the_file_says_where_it_comes_from(file):
     from safetensors import safe_open
 
     with safe_open(file, "numpy") as stored:
-        metadata = json.loads(stored.metadata()["glass_prior"])
+        metadata = json.loads(stored.metadata()["glass"])
     assert metadata["about"] == {"model": "tiny"}
     assert metadata["format"] == "glass-prior-2"
     names = set(load_file(file))

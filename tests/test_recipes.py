@@ -2,7 +2,16 @@
 
 import json
 
-from glass_mlx.recipes import SKIPPED, Recipe, Sequence, Writer, chat_frame, padded, source
+from glass_mlx.recipes import (
+    SKIPPED,
+    ChatFrame,
+    Recipe,
+    Sequence,
+    Writer,
+    chat_frame,
+    padded,
+    source,
+)
 from invariants import chat_tokenizer, letter_tokenizer, tiny_model
 
 import pytest
@@ -17,7 +26,8 @@ def writer(length=40, seed=0, progress=lambda count: None):
 
 
 def sequences(recipe, length=40, size=3, batch=0, tokenizer=TOKENIZER, **options):
-    return source(recipe, writer(length), tokenizer, **options)(size, batch)
+    frame = chat_frame(tokenizer) if recipe.kind == "chat" else None
+    return source(recipe, writer(length), tokenizer, frame, **options)(size, batch)
 
 
 def corpus(tmp_path, name, *records):
@@ -66,7 +76,7 @@ def test_the_same_batch_is_the_same_text_and_another_one_is_not():
 
 
 def test_chat_writes_a_turn_and_answers_it_and_counts_the_answer():
-    assert chat_frame(TOKENIZER) == ([USER], [END, ANSWER])
+    assert chat_frame(TOKENIZER) == ChatFrame([USER], [END, ANSWER], [END])
     for sequence in sequences(Recipe("chat"), size=8):
         assert sequence.tokens[0] == USER
         answered = sequence.counted.index(1)
@@ -76,7 +86,26 @@ def test_chat_writes_a_turn_and_answers_it_and_counts_the_answer():
         assert END not in answer[:-1]
         assert len(turn) <= 10
         assert len(turn) + len(answer) == 40 or answer[-1] == END
-        assert sequence.counted == [0] * answered + [1] * len(answer)
+        # decoding stops at the end, and never reads it
+        read = len(answer) - (answer[-1] == END)
+        assert sequence.counted == [0] * answered + [1] * read + [0] * (len(answer) - read)
+
+
+def test_a_turn_without_a_special_token_at_its_end_ends_with_the_whole_of_what_follows():
+    plain = letter_tokenizer()
+    plain.chat_template = "上{{ messages[0].content }}下丄"
+    frame = chat_frame(TokenizerWrapper(plain, eos_token_ids=[END]))
+    assert frame.end == frame.after == TOKENIZER.encode("下丄")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
+    dated = letter_tokenizer()
+    dated.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%f') %}{% endif %}"
+        "{{ date_string }}上{{ messages[0].content }}不"
+    )
+    dated = TokenizerWrapper(dated, eos_token_ids=[END])
+    assert chat_frame(dated) == chat_frame(dated)
 
 
 def test_progress_counts_every_written_token():
@@ -92,6 +121,9 @@ def test_without_a_template_or_a_first_token_it_says_so():
     plain = letter_tokenizer()
     plain.chat_template = "上{{ messages[0].content | length }}下"
     with pytest.raises(ValueError, match="hides the user's turn"):
+        sequences(Recipe("chat"), tokenizer=TokenizerWrapper(plain))
+    plain.chat_template = "{{ raise_exception('no\nsuch') }}"
+    with pytest.raises(ValueError, match=r"template fails \(no such\)"):
         sequences(Recipe("chat"), tokenizer=TokenizerWrapper(plain))
     plain.bos_token = None
     with pytest.raises(ValueError, match="neither a beginning- nor"):
@@ -147,6 +179,7 @@ def test_a_corpus_has_fields_and_conversations(tmp_path):
         ("[1]", "line 1 has neither"),
         ('{"text": "a"}\n{', "cannot be read"),
         ('{"messages": [{"role": "user"}]}', "a conversation that cannot be read"),
+        ('{"text": null}', "a text that is not text: None"),
         ('{"messages": 3}', "a conversation that cannot be read"),
         ("[" * 100000, "cannot be read"),
     ],

@@ -25,7 +25,7 @@ def test_statistics_follow_their_formulas():
 
 def test_masked_tokens_do_not_count():
     h = hidden(2, 4, 5)
-    mask = mx.array([[0, 1, 1, 1], [1, 1, 0, 0]])
+    mask = np.array([[0, 1, 1, 1], [1, 1, 0, 0]])
     masked, plain = NeuronStatistics({"f": 5}), NeuronStatistics({"f": 5})
     masked.update("f", mx.array(h), mask)
     plain.update("f", mx.array(np.concatenate([h[0, 1:], h[1, :2]])))
@@ -52,7 +52,7 @@ def test_hidden_vectors_come_back_and_bring_the_sums_with_them():
 
 def test_sequences_of_a_batch_have_scores_of_their_own():
     h = hidden(2, 4, 5)
-    mask = mx.array([[0, 1, 1, 1], [1, 1, 0, 0]])
+    mask = np.array([[0, 1, 1, 1], [1, 1, 0, 0]])
     batch = NeuronStatistics({"f": 5}, ("activation", "griffin"), sequences=2)
     batch.update("f", mx.array(h[:, :2]), mask[:, :2])
     batch.update("f", mx.array(h[:, 2:].reshape(4, 5)), mask[:, 2:])  # flat, as in some models

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from glass_mlx import GlobalPrior, Selection, load, resolve_prior
-from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments
+from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, model_name
 from glass_mlx.engine import slice_model
 from glass_mlx.fidelity import Reading, continue_densely, divergence
 from glass_mlx.models import find_ffns
+from glass_mlx.provenance import made_with
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import jaccard, select
 
@@ -64,7 +65,7 @@ def selections(
 def compare(args: argparse.Namespace) -> dict[tuple[str, float], np.ndarray]:
     """By method and density: sums of KL, -log p, agreeing top tokens, tokens; Jaccard, prompts."""
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
-    priors = {file.stem: resolve_prior(model, file) for file in args.prior}
+    priors = {str(file): resolve_prior(model, file) for file in args.prior}
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
     texts = continue_densely(model, tokenizer, prompts, args.tokens, args.temp, args.seed)
     multiples = {ffn.path: ffn.multiple for ffn in find_ffns(model)}
@@ -113,7 +114,8 @@ def main() -> None:
         )
         if args.json:
             with args.json.open("a") as file:
-                about = {"model": args.model or DEFAULT_MODEL, "seed": args.seed}
+                arguments = {key: str(value) for key, value in vars(args).items()}
+                about = made_with() | {"model": model_name(args.model), "arguments": arguments}
                 file.write(json.dumps(about | row | {"tokens": int(tokens)}) + "\n")
 
 

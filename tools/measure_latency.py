@@ -2,19 +2,18 @@
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from glass_mlx import GlobalPrior, load, resolve_prior, stream_generate
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments
 from glass_mlx.models import weight_bytes
+from glass_mlx.provenance import made_with
 
 import mlx.nn as nn
 import mlx_lm
@@ -148,10 +147,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"measure_latency: error: {error}", file=sys.stderr)
         sys.exit(2)
-    about = {
+    about = made_with() | {
         "model": args.model or DEFAULT_MODEL,
-        "machine": f"{platform.system()} {platform.machine()} {platform.processor()}".strip(),
-        "versions": {package: version(package) for package in ("glass-mlx", "mlx", "mlx-lm")},
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
     }
     rows = summarise(runs, weight_bytes(model))
