@@ -115,8 +115,9 @@ class Settings:
 
 
 def default_recipes(tokenizer: TokenizerWrapper) -> tuple[Recipe, ...]:
-    """The texts that a prior is measured on if none are named."""
-    return (Recipe("chat" if tokenizer.has_chat_template else "bos"),)
+    """The texts that a prior is measured on if none are named (docs/experiments.md has why)."""
+    kinds = ("bos", "chat") if tokenizer.has_chat_template else ("bos",)
+    return tuple(map(Recipe, kinds))
 
 
 @dataclass(eq=False)
@@ -364,7 +365,8 @@ def calibrate(
             bar.n = _tokens(texts)
             bar.set_postfix(stability=f"{overall(stability):.3f}" if stability else "none yet")
             if before.bit_length() < bar.n.bit_length():  # at every doubling
-                lines = [f"stability after {bar.n} tokens:", *stability_lines(stability)]
+                peak = f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
+                lines = [f"after {bar.n} tokens, {peak}:", *stability_lines(stability)]
                 bar.write("\n".join(lines), file=sys.stderr)
     for text in texts:
         if text.sequences == 0:
@@ -448,8 +450,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="texts to measure on, each with =WEIGHT or without: bos (written by the model from "
         "the beginning-of-sequence token), chat (through its chat template) or corpus:FILE (text, "
-        "or JSONL with messages, prompt and completion, or text). Default: chat, or bos if the "
-        "model has no chat template",
+        "or JSONL with messages, prompt and completion, or text). Default: bos and chat, or bos "
+        "alone if the model has no chat template",
     )
     group.add_argument(
         "--statistic",
