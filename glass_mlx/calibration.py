@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -199,9 +200,7 @@ def _spread(texts: list[_Text], statistic: str, path: str) -> np.ndarray:
     return np.sqrt(np.average(variances, axis=0, weights=weights))
 
 
-def _stability(
-    texts: list[_Text], statistics: tuple[str, ...], widths: dict[str, int]
-) -> dict[str, Stability]:
+def _stability(texts: list[_Text], statistics: tuple[str, ...]) -> dict[str, Stability]:
     """Compare the halves of the sequences, by statistic; empty while a half has none."""
     if not all(text.moments.sequences.all() or text.ended for text in texts):
         return {}
@@ -209,7 +208,10 @@ def _stability(
     if not texts:
         return {}
     halves = {
-        name: [{path: _mean(texts, name, path, half) for path in widths} for half in (0, 1)]
+        name: [
+            {path: _mean(texts, name, path, half) for path in texts[0].moments.sums[name]}
+            for half in (0, 1)
+        ]
         for name in statistics
     }
     return {name: compare(*pair) for name, pair in halves.items()}
@@ -271,6 +273,55 @@ def _resume(file: Path, texts: list[_Text], identity: str) -> None:
         text.frame = frame and ChatFrame(**frame)
 
 
+def _run(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    texts: list[_Text],
+    settings: Settings,
+    save: Callable[[], None],
+) -> dict[str, Stability]:
+    """Write and read batch after batch until enough is measured; return the stability."""
+    total = settings.sequences * settings.length if settings.sequences else settings.tokens
+    with (
+        tqdm(total=total, initial=_tokens(texts), unit="tok", dynamic_ncols=True) as bar,
+        wired_limit(model, [generation_stream]),
+    ):
+        read = {}
+        for n, text in enumerate(texts):
+            writer = Writer(
+                model,
+                settings.length,
+                settings.temperature,
+                [settings.seed, n],
+                lambda written: bar.update(min(written, total - bar.n)),
+            )
+            field, done = settings.corpus_field, text.sequences
+            read[text] = source(text.recipe, writer, tokenizer, text.frame, field, done)
+        stability = _stability(texts, settings.statistics)
+        while (step := _next(texts, settings, stability)) is not None:
+            text, size = step
+            bar.set_description("writing" if text.recipe.file is None else None)
+            sequences = read[text](size, text.batches)
+            if not sequences:
+                text.ended = True
+                continue
+            before = _tokens(texts)
+            bar.set_description("reading")
+            _measure(model, sequences, settings.statistics, text.moments)
+            mx.clear_cache()
+            text.batches += 1
+            save()
+            stability = _stability(texts, settings.statistics)
+            bar.n = _tokens(texts)
+            bar.total = max(total, bar.n)
+            bar.set_postfix(stability=f"{overall(stability):.3f}" if stability else "none yet")
+            if before.bit_length() < bar.n.bit_length():  # at every doubling
+                peak = f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
+                lines = [f"after {bar.n} tokens, {peak}:", *stability_lines(stability)]
+                bar.write("\n".join(lines), file=sys.stderr)
+    return stability
+
+
 def _dtype(model: nn.Module) -> str:
     """The first floating type among the model's arrays, which is what it computes in."""
     arrays = (array for _, array in tree_flatten(model.parameters()))
@@ -330,44 +381,11 @@ def calibrate(
     if checkpoint:
         _resume(checkpoint, texts, identity)
 
-    total = settings.sequences * settings.length if settings.sequences else settings.tokens
-    with (
-        tqdm(total=total, initial=_tokens(texts), unit="tok", dynamic_ncols=True) as bar,
-        wired_limit(model, [generation_stream]),
-    ):
-        read = {}
-        for n, text in enumerate(texts):
-            writer = Writer(
-                model,
-                settings.length,
-                settings.temperature,
-                [settings.seed, n],
-                lambda written: bar.update(min(written, total - bar.n)),
-            )
-            field, done = settings.corpus_field, text.sequences
-            read[text] = source(text.recipe, writer, tokenizer, text.frame, field, done)
-        stability = _stability(texts, settings.statistics, widths)
-        while (step := _next(texts, settings, stability)) is not None:
-            text, size = step
-            bar.set_description("writing" if text.recipe.file is None else None)
-            sequences = read[text](size, text.batches)
-            if not sequences:
-                text.ended = True
-                continue
-            before = _tokens(texts)
-            bar.set_description("reading")
-            _measure(model, sequences, settings.statistics, text.moments)
-            mx.clear_cache()
-            text.batches += 1
-            if checkpoint:
-                _save(checkpoint, texts, identity)
-            stability = _stability(texts, settings.statistics, widths)
-            bar.n = _tokens(texts)
-            bar.set_postfix(stability=f"{overall(stability):.3f}" if stability else "none yet")
-            if before.bit_length() < bar.n.bit_length():  # at every doubling
-                peak = f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
-                lines = [f"after {bar.n} tokens, {peak}:", *stability_lines(stability)]
-                bar.write("\n".join(lines), file=sys.stderr)
+    def save() -> None:
+        if checkpoint:
+            _save(checkpoint, texts, identity)
+
+    stability = _run(model, tokenizer, texts, settings, save)
     for text in texts:
         if text.sequences == 0:
             raise ValueError(f"the recipe {text.identity} gave no text to measure")

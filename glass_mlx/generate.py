@@ -19,6 +19,7 @@ from glass_mlx.checkpoints import (
 from glass_mlx.engine import (
     DEFAULT_DENSITY,
     DEFAULT_MIX,
+    DEFAULT_PRIOR_STATISTIC,
     NoPriorError,
     check_settings,
     generate,
@@ -90,7 +91,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--prior-statistic",
         choices=PRIOR_STATISTICS,
-        help="What the prior ranks neurons by (default: the same).",
+        default=DEFAULT_PRIOR_STATISTIC,
+        help="What the prior ranks neurons by (default: %(default)s).",
     )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
@@ -142,7 +144,7 @@ def _find_prior(
     name = model_name(args.model)
     file = cached_priors() / f"{cache_name(name, fingerprint(model))}.safetensors"
     report(f"measuring one into {file}")
-    wanted = (*STATISTICS, args.prior_statistic or args.statistic)
+    wanted = (*STATISTICS, args.prior_statistic)
     settings = Settings(statistics=tuple(dict.fromkeys(wanted)), tokens=BUILD_TOKENS)
     build(model, tokenizer, file, settings, name)
     return resolve_prior(model, file, report=report)

@@ -39,7 +39,7 @@ def test_the_picture_has_a_panel_for_each_statistic(tmp_path):
     prior = made_prior(tiny_model("llama"))
     draw(prior, tmp_path / "one.png")
     zero = {path: np.zeros_like(values) for path, values in prior.scores["activation"].items()}
-    draw(replace(prior, scores=prior.scores | {"griffin": zero}), tmp_path / "two.png")
+    draw(replace(prior, scores=prior.scores | {"impact": zero}), tmp_path / "two.png")
     one, two = (matplotlib.image.imread(tmp_path / name) for name in ("one.png", "two.png"))
     assert two.shape[0] > one.shape[0]
     assert one[..., :3].std() > 0.05

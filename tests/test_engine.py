@@ -63,10 +63,10 @@ def test_all_neurons_give_the_dense_tokens_and_logits_bit_for_bit(model, tokeniz
 def test_it_decodes_with_the_fused_selection_of_the_prompt(model, tokenizer, statistic, chunk):
     """Against the method step by step: statistics, ranks, fusion, selection, masking."""
     prior = made_prior(model)
-    prior.scores["griffin"] = made_prior(model, seed=5).scores["activation"]
+    prior.scores["griffin"] = made_prior(model, seed=5).scores["griffin"]
     local = statistics_of(model, [mx.array([PROMPT])], cached=True)[statistic]
     fused = {
-        path: fuse(ranks(scores), ranks(prior.scores[statistic][path]), 0.25)
+        path: fuse(ranks(scores), ranks(prior.scores["griffin"][path]), 0.25)
         for path, scores in local.items()
     }
     expected = select(fused, 0.5, dict.fromkeys(fused, 32))
@@ -269,7 +269,7 @@ def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsy
         ({"density": 2}, "density"),
         ({"mix": -1}, "between 0 and 1"),
         ({"statistic": "mean"}, "statistic 'mean'"),
-        ({"statistic": "griffin"}, "has no statistic"),
+        ({"prior_statistic": "impact"}, "has no statistic"),
         ({"down_policy": "float"}, "down policy"),
         ({"prompt": []}, "prompt is empty"),
         ({"n": 0}, "must not be zero"),
@@ -295,5 +295,7 @@ def test_the_prior_ranks_by_a_statistic_of_its_own(model, tokenizer):
     for path, indices in by_impact.selection.indices.items():
         assert set(indices) == set(np.argsort(other[path])[-64:])
         assert not set(indices) & set(kept().selection.indices[path])
-    with pytest.raises(ValueError, match="has no statistic 'griffin'; it has activation, impact"):
-        kept(statistic="griffin")
+    with pytest.raises(
+        ValueError, match="has no statistic 'x'; it has activation, griffin, impact"
+    ):
+        kept(prior_statistic="x")

@@ -18,8 +18,9 @@ def made_prior(model, seed=0):
     scores, spread = (
         {f.path: generator.random(f.width, np.float32) for f in find_ffns(model)} for _ in range(2)
     )
-    samples = fingerprint(model)
-    return GlobalPrior({"activation": scores}, samples, {"model": "tiny"}, {"activation": spread})
+    both = {"activation": scores, "griffin": {path: v**2 for path, v in scores.items()}}
+    spreads = dict.fromkeys(both, spread)
+    return GlobalPrior(both, fingerprint(model), {"model": "tiny"}, spreads)
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ into floats after slicing: the numbers are the same, and a CPU computes them muc
 """
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from glass_mlx import Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL
-from glass_mlx.engine import slice_model
+from glass_mlx.engine import DEFAULT_MIX, DEFAULT_PRIOR_STATISTIC, slice_model
 from glass_mlx.fidelity import Reading, continue_densely, divergence
 from glass_mlx.models import FFN, find_ffns, with_modules
 from glass_mlx.models.linear import dense_weight
@@ -60,14 +61,14 @@ def compare(
     quantized, tokenizer = load(args.model, dtype="float32")
     model, _ = load(args.model, dtype="float32", dequantize=True)
     ffns = find_ffns(quantized)
-    prior = resolve_prior(model).scores["activation"]
+    prior = resolve_prior(model).scores[DEFAULT_PRIOR_STATISTIC]
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
     texts = continue_densely(model, tokenizer, prompts, args.tokens, args.temp, args.seed)
     results: dict[tuple[float, str], list[tuple[float, float]]] = {}
     for text in tqdm([text for text in texts if len(text.written) > 1], unit="prompt"):
         reading = Reading(model, text)
         fused = {
-            path: fuse(ranks(scores), ranks(prior[path]), 0.5)
+            path: fuse(ranks(scores), ranks(prior[path]), DEFAULT_MIX)
             for path, scores in reading.prompt_statistics.scores("activation").items()
         }
         for density in args.density:
@@ -85,9 +86,14 @@ def compare(
 def main() -> None:
     """Run the command."""
     args = setup_arg_parser().parse_args()
+    try:
+        results = compare(args, ("requantize",))
+    except (ValueError, OSError) as error:
+        print(f"compare_down_policies: error: {error}", file=sys.stderr)
+        sys.exit(2)
     print("| density | down | KL(dense, sliced) | KL(exact slice, sliced) |")
     print("| ---: | :--- | ---: | ---: |")
-    for (density, policy), pairs in compare(args, ("requantize",)).items():
+    for (density, policy), pairs in results.items():
         kl, extra = np.mean(pairs, axis=0)
         print(f"| {density:g} | {policy} | {kl:.3f} | {extra:.4f} |")
 
