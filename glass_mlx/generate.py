@@ -128,26 +128,25 @@ def _find_prior(
 ) -> GlobalPrior:
     """The model's prior; if there is none and the user asks for it, it is measured now."""
 
-    def report(line: str) -> None:
-        if args.verbose:
-            print(f"prior: {line}", file=sys.stderr)
-
+    looked: list[str] = []
     try:
-        return resolve_prior(
-            model, given, model_folder(tokenizer), args.model or DEFAULT_MODEL, report
-        )
+        asked = args.model or DEFAULT_MODEL
+        return resolve_prior(model, given, model_folder(tokenizer), asked, looked.append)
     except NoPriorError:
         if not args.build_prior:
             raise
+    finally:
+        if args.verbose and looked:
+            print(f"prior: {'; '.join(looked)}", file=sys.stderr)
     from glass_mlx.calibration import Settings, build
 
     name = model_name(args.model)
     file = cached_priors() / f"{cache_name(name, fingerprint(model))}.safetensors"
-    report(f"measuring one into {file}")
     wanted = (*STATISTICS, args.prior_statistic)
     settings = Settings(statistics=tuple(dict.fromkeys(wanted)), tokens=BUILD_TOKENS)
+    print(f"prior: measuring one into {file}", file=sys.stderr)
     build(model, tokenizer, file, settings, name)
-    return resolve_prior(model, file, report=report)
+    return resolve_prior(model, file)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:

@@ -208,7 +208,8 @@ def test_it_says_where_it_looked_for_the_prior(command, folder, tmp_path):
     file.rename(moved)
     _, _, err = command(*arguments)
     assert f"prior: no glass_prior.safetensors in the model's folder {folder}" in err
-    assert "prior: none for this model in " in err
+    assert "; none for this model in " in err
+    assert err.count("\n") == 2  # one line on the prior, and one error
     assert f"prior: using {moved}" in command(*arguments, "--prior", moved)[2]
     assert command(*arguments, "--prior", moved, "--verbose", "F")[2] == ""
 
