@@ -464,6 +464,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--recipe",
         nargs="+",
+        action="extend",
         default=[],
         metavar="RECIPE",
         help="texts to measure on, each with =WEIGHT or without: bos (written by the model from "
@@ -474,8 +475,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--statistic",
         nargs="+",
+        action="extend",
         choices=PRIOR_STATISTICS,
-        default=[*defaults.statistics],
         help=f"what to measure; impact takes a backward pass ({' '.join(defaults.statistics)})",
     )
     amount = group.add_mutually_exclusive_group()
@@ -532,7 +533,7 @@ def _show(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
 def _build(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
     settings = Settings(
         recipes=tuple(map(Recipe.parse, args.recipe)),
-        statistics=tuple(dict.fromkeys(args.statistic)),
+        statistics=tuple(dict.fromkeys(args.statistic or Settings.statistics)),
         tokens=args.tokens,
         sequences=args.sequences,
         length=args.length,

@@ -351,7 +351,7 @@ def test_the_command_writes_a_prior_that_the_model_finds_and_shows_it(
 ):
     output = folder / FILE_NAME
     arguments = ["--model", folder, "--output", output, "--tokens", 90, "--length", 24]
-    arguments += ["--recipe", "bos=2", "--statistic", "griffin", "impact"]
+    arguments += ["--recipe", "bos=2", "--statistic", "griffin", "--statistic", "impact"]
     code, out, _ = run(monkeypatch, capsys, *arguments)
     assert code == 0
     prior = resolve_prior(tiny_model("llama"), folder=folder)
