@@ -290,13 +290,19 @@ def _run(
         for n, text in enumerate(texts):
             writer = Writer(
                 model,
-                settings.length,
                 settings.temperature,
                 [settings.seed, n],
                 lambda written: bar.update(min(written, total - bar.n)),
             )
-            field, done = settings.corpus_field, text.sequences
-            read[text] = source(text.recipe, writer, tokenizer, text.frame, field, done)
+            read[text] = source(
+                text.recipe,
+                writer,
+                tokenizer,
+                settings.length,
+                text.frame,
+                settings.corpus_field,
+                text.sequences,
+            )
         stability = _stability(texts, settings.statistics)
         while (step := _next(texts, settings, stability)) is not None:
             text, size = step

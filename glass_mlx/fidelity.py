@@ -9,15 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glass_mlx.models import find_ffns, with_taps
-from glass_mlx.recipes import Writer
+from glass_mlx.recipes import Writer, ends
 from glass_mlx.statistics import NeuronStatistics
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-Scores = dict[str, dict[str, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,8 @@ def continue_densely(
 ) -> list[Continuation]:
     """Have the dense model continue prompts by up to `tokens` tokens, all in one batch."""
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    write = Writer(model, tokens, temperature, [seed], progress)
-    ends = [[token] for token in sorted(tokenizer.eos_token_ids)]
-    written = write(encoded, [tokens] * len(encoded), ends, batch=0)
+    write = Writer(model, temperature, [seed], progress)
+    written = write(encoded, [tokens] * len(encoded), ends(tokenizer), batch=0)
     return [Continuation(*pair) for pair in zip(encoded, written, strict=True)]
 
 

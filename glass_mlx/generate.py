@@ -127,7 +127,6 @@ def _find_prior(
     given: GlobalPrior | None,
 ) -> GlobalPrior:
     """The model's prior; if there is none and the user asks for it, it is measured now."""
-
     looked: list[str] = []
     try:
         asked = args.model or DEFAULT_MODEL

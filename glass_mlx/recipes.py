@@ -101,7 +101,6 @@ class Writer:
 
     Args:
         model: the model.
-        length: tokens to write a sequence.
         temperature: of sampling.
         seed: the same seed and batch give the same text.
         progress: called with the number of tokens of every step.
@@ -110,12 +109,11 @@ class Writer:
     def __init__(
         self,
         model: nn.Module,
-        length: int,
         temperature: float,
         seed: list[int],
         progress: Callable[[int], object],
     ) -> None:
-        self.model, self.length, self.temperature = model, length, temperature
+        self.model, self.temperature = model, temperature
         self._seed, self._progress = seed, progress
 
     def __call__(
@@ -159,10 +157,17 @@ class Writer:
         return list(written.values())
 
 
-def _from_bos(writer: Writer, tokenizer: TokenizerWrapper, size: int, batch: int) -> list[Sequence]:
+def ends(tokenizer: TokenizerWrapper) -> list[list[int]]:
+    """The end-of-sequence tokens, as what stops a `Writer`."""
+    return [[token] for token in sorted(tokenizer.eos_token_ids)]
+
+
+def _from_bos(
+    writer: Writer, tokenizer: TokenizerWrapper, length: int, size: int, batch: int
+) -> list[Sequence]:
     """Text after the beginning-of-sequence token, document after document."""
     start = null_token(tokenizer)
-    written = writer([[start]] * size, [writer.length] * size, [], batch)
+    written = writer([[start]] * size, [length] * size, [], batch)
     return [
         Sequence([start, *tokens], [int(n >= SKIPPED) for n in range(len(tokens) + 1)])
         for tokens in written
@@ -216,18 +221,23 @@ def chat_frame(tokenizer: TokenizerWrapper) -> ChatFrame:
 
 
 def _from_chat(
-    writer: Writer, tokenizer: TokenizerWrapper, frame: ChatFrame, size: int, batch: int
+    writer: Writer,
+    tokenizer: TokenizerWrapper,
+    frame: ChatFrame,
+    length: int,
+    size: int,
+    batch: int,
 ) -> list[Sequence]:
     """Conversations of one turn each, the user's part written by the model, too."""
-    ends = [[token] for token in sorted(tokenizer.eos_token_ids)]
-    most = max(1, writer.length // _USER_SHARE)
+    stops = ends(tokenizer)
+    most = max(1, length // _USER_SHARE)
     turns = []
-    for turn in writer([frame.before] * size, [most] * size, [*ends, frame.end], batch):
-        stop = next((end for end in (frame.end, *ends) if turn[-len(end) :] == end), [])
+    for turn in writer([frame.before] * size, [most] * size, [*stops, frame.end], batch):
+        stop = next((end for end in (frame.end, *stops) if turn[-len(end) :] == end), [])
         turns.append(turn[: len(turn) - len(stop)])
     prompts = [[*frame.before, *turn, *frame.after] for turn in turns]
-    rest = [writer.length - len(turn) for turn in turns]
-    answers = writer(prompts, rest, ends, batch, turn=1)
+    rest = [length - len(turn) for turn in turns]
+    answers = writer(prompts, rest, stops, batch, turn=1)
     sequences = []
     for prompt, answer in zip(prompts, answers, strict=True):
         counted = [0] * len(prompt) + [1] * len(answer)
@@ -310,6 +320,7 @@ def source(
     recipe: Recipe,
     writer: Writer,
     tokenizer: TokenizerWrapper,
+    length: int,
     frame: ChatFrame | None = None,
     field: str = "text",
     done: int = 0,
@@ -320,6 +331,7 @@ def source(
         recipe: which text.
         writer: what writes it.
         tokenizer: the model's tokenizer.
+        length: tokens a sequence.
         frame: for chats, see `chat_frame`.
         field: the field of a JSONL corpus that has the text.
         done: how many sequences of a corpus were read before.
@@ -328,12 +340,12 @@ def source(
         The function. It returns fewer sequences, and in the end none, when a corpus has no more.
     """
     if recipe.file is not None:
-        texts = _from_corpus(recipe.file, field, tokenizer, writer.length)
+        texts = _from_corpus(recipe.file, field, tokenizer, length)
         texts = islice(texts, done, None)
         return lambda size, batch: list(islice(texts, size))
     if frame is not None:
-        return lambda size, batch: _from_chat(writer, tokenizer, frame, size, batch)
-    return lambda size, batch: _from_bos(writer, tokenizer, size, batch)
+        return lambda size, batch: _from_chat(writer, tokenizer, frame, length, size, batch)
+    return lambda size, batch: _from_bos(writer, tokenizer, length, size, batch)
 
 
 def padded(sequences: list[Sequence]) -> tuple[mx.array, np.ndarray]:

@@ -25,6 +25,7 @@ def compare(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Stabili
         one, two = ranks(a[path]), ranks(b[path])
         stability["spearman"][path] = spearman(one, two)
         for density in DENSITIES:
+            # as `selection.select` and `jaccard` have it, without sorting again
             kept = [rank > len(rank) - budget(len(rank), density) for rank in (one, two)]
             share = np.logical_and(*kept).sum() / np.logical_or(*kept).sum()
             stability[_jaccard_name(density)][path] = float(share)

@@ -55,7 +55,7 @@ def known(monkeypatch):
 
     sequences = [sequence(length) for length in (9, 12, 5, 20, 7, 12)]
 
-    def source(recipe, writer, tokenizer, frame, field, done):
+    def source(recipe, writer, tokenizer, length, frame, field, done):
         left = iter(sequences[done:])
         return lambda size, batch: list(islice(left, size))
 

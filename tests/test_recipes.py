@@ -21,13 +21,13 @@ TOKENIZER = chat_tokenizer()
 USER, ANSWER, END, BOS = TOKENIZER.encode("上下不丁")
 
 
-def writer(length=40, seed=0, progress=lambda count: None):
-    return Writer(tiny_model("llama"), length, 1.0, [seed], progress)
+def writer(progress=lambda count: None):
+    return Writer(tiny_model("llama"), 1.0, [0], progress)
 
 
 def sequences(recipe, length=40, size=3, batch=0, tokenizer=TOKENIZER, **options):
     frame = chat_frame(tokenizer) if recipe.kind == "chat" else None
-    return source(recipe, writer(length), tokenizer, frame, **options)(size, batch)
+    return source(recipe, writer(), tokenizer, length, frame, **options)(size, batch)
 
 
 def corpus(tmp_path, name, *records):
@@ -110,7 +110,7 @@ def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
 
 def test_progress_counts_every_written_token():
     steps = []
-    source(Recipe("bos"), writer(progress=steps.append), TOKENIZER)(3, 0)
+    source(Recipe("bos"), writer(progress=steps.append), TOKENIZER, 40)(3, 0)
     assert sum(steps) == 3 * 40
 
 

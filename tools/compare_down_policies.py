@@ -7,12 +7,12 @@ into floats after slicing: the numbers are the same, and a CPU computes them muc
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
+import continuations
 from glass_mlx import Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL
 from glass_mlx.engine import DEFAULT_MIX, DEFAULT_PRIOR_STATISTIC, slice_model
-from glass_mlx.fidelity import Reading, continue_densely, divergence
+from glass_mlx.fidelity import Reading, divergence
 from glass_mlx.models import FFN, find_ffns, with_modules
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.ranking import fuse, ranks
@@ -22,18 +22,13 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-PROMPTS = Path(__file__).with_name("development_prompts.txt")
-
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help=f"a quantized model. Default: {DEFAULT_MODEL}")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75, 0.9])
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="generated tokens a prompt")
-    parser.add_argument("--temp", type=float, default=0.7, help="temperature of sampling")
-    parser.add_argument("--seed", type=int, default=0)
+    continuations.add_arguments(parser)
     return parser
 
 
@@ -62,10 +57,8 @@ def compare(
     model, _ = load(args.model, dtype="float32", dequantize=True)
     ffns = find_ffns(quantized)
     prior = resolve_prior(model).scores[DEFAULT_PRIOR_STATISTIC]
-    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
-    texts = continue_densely(model, tokenizer, prompts, args.tokens, args.temp, args.seed)
     results: dict[tuple[float, str], list[tuple[float, float]]] = {}
-    for text in tqdm([text for text in texts if len(text.written) > 1], unit="prompt"):
+    for text in tqdm(continuations.write(model, tokenizer, args), unit="prompt"):
         reading = Reading(model, text)
         fused = {
             path: fuse(ranks(scores), ranks(prior[path]), DEFAULT_MIX)

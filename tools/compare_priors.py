@@ -10,10 +10,11 @@ import json
 import sys
 from pathlib import Path
 
+import continuations
 from glass_mlx import GlobalPrior, Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, model_name
 from glass_mlx.engine import slice_model
-from glass_mlx.fidelity import Reading, continue_densely, divergence
+from glass_mlx.fidelity import Reading, divergence
 from glass_mlx.models import find_ffns
 from glass_mlx.provenance import made_with
 from glass_mlx.ranking import fuse, ranks
@@ -23,8 +24,6 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-PROMPTS = Path(__file__).with_name("development_prompts.txt")
-
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
@@ -33,10 +32,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prior", type=Path, nargs="+", required=True, help="files to compare")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument("--mix", type=float, nargs="+", default=[0.5], help="λ (%(default)s)")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="generated tokens a prompt")
-    parser.add_argument("--temp", type=float, default=0.7, help="temperature of sampling")
-    parser.add_argument("--seed", type=int, default=0)
+    continuations.add_arguments(parser)
     parser.add_argument("--json", type=Path, help="append one JSON line a row to this file")
     add_load_arguments(parser)
     return parser
@@ -66,11 +62,9 @@ def compare(args: argparse.Namespace) -> dict[tuple[str, float], np.ndarray]:
     """By method and density: sums of KL, -log p, agreeing top tokens, tokens; Jaccard, prompts."""
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     priors = {str(file): resolve_prior(model, file) for file in args.prior}
-    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
-    texts = continue_densely(model, tokenizer, prompts, args.tokens, args.temp, args.seed)
     multiples = {ffn.path: ffn.multiple for ffn in find_ffns(model)}
     totals: dict[tuple[str, float], np.ndarray] = {}
-    for text in tqdm([text for text in texts if len(text.written) > 1], unit="prompt"):
+    for text in tqdm(continuations.write(model, tokenizer, args), unit="prompt"):
         reading = Reading(model, text)
         kept = selections(reading, priors, args, multiples)
         for (method, density), selection in kept.items():
