@@ -14,12 +14,11 @@ prefer_openblas()  # must come before anything imports MLX
 from glass_mlx.checkpoints import load  # noqa: E402
 from glass_mlx.engine import (  # noqa: E402
     GenerationResponse,
-    NoPriorError,
     Report,
     generate,
-    resolve_prior,
     stream_generate,
 )
+from glass_mlx.lookup import NoPriorError, resolve_prior  # noqa: E402
 from glass_mlx.prior import GlobalPrior  # noqa: E402
 from glass_mlx.selection import Selection  # noqa: E402
 

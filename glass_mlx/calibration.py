@@ -22,6 +22,7 @@ from glass_mlx.checkpoints import (
     load,
     model_name,
 )
+from glass_mlx.curve import measure_curve
 from glass_mlx.describe import describe, draw, stability_lines
 from glass_mlx.files import locked, read_tensors, write_tensors
 from glass_mlx.hub import locate, publish
@@ -39,6 +40,7 @@ from glass_mlx.recipes import (
     padded,
     source,
 )
+from glass_mlx.slicing import DEFAULT_PRIOR_STATISTIC
 from glass_mlx.stability import Stability, compare, overall
 from glass_mlx.statistics import (
     IMPACT,
@@ -79,6 +81,8 @@ class Settings:
         until_stable: stop before `tokens` when `stability.overall` of the two halves of the
             sequences reaches this.
         corpus_field: the field of a JSONL corpus that has the text.
+        curve_texts: on how many texts of its own the model's density curve is measured, see
+            `curve`; 0 for no curve. There is none without the statistic that decoding ranks by.
     """
 
     recipes: tuple[Recipe, ...] = ()
@@ -91,6 +95,7 @@ class Settings:
     seed: int = 0
     until_stable: float | None = None
     corpus_field: str = "text"
+    curve_texts: int = 16
 
     def check(self) -> None:
         """Raise ValueError for the first value that is out of range."""
@@ -104,6 +109,8 @@ class Settings:
             raise ValueError(
                 f"the length must be above {SKIPPED}, the number of positions that do not count"
             )
+        if self.curve_texts < 0:
+            raise ValueError(f"the texts of the curve must not be fewer than 0: {self.curve_texts}")
         if self.seed < 0:
             raise ValueError(f"the seed must not be negative, but is {self.seed}")
         if self.until_stable is not None and not 0 < self.until_stable < 1:
@@ -408,7 +415,22 @@ def calibrate(
         }
         for of in (_mean, _spread)
     )
-    return GlobalPrior(scores, corners, about, spread)
+    prior = GlobalPrior(scores, corners, about, spread)
+    if settings.curve_texts and DEFAULT_PRIOR_STATISTIC in settings.statistics:
+        with (
+            tqdm(total=settings.curve_texts, desc="density curve", unit="text") as bar,
+            wired_limit(model, [generation_stream]),
+        ):
+            about["curve"] = measure_curve(
+                model,
+                tokenizer,
+                prior,
+                settings.curve_texts,
+                settings.length,
+                settings.seed,
+                bar.update,
+            )
+    return prior
 
 
 def build(
@@ -518,6 +540,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         default=defaults.corpus_field,
         help="the field of a JSONL corpus that has the text (%(default)s)",
     )
+    group.add_argument(
+        "--curve-texts",
+        type=int,
+        default=defaults.curve_texts,
+        help="texts to measure KL by density on, for --density auto; 0 for none (%(default)s)",
+    )
     add_load_arguments(parser)
     parser.add_argument("--adapter-path", help="adapters, which are fused into the weights")
     parser.add_argument(
@@ -548,6 +576,7 @@ def _build(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
         seed=args.seed,
         until_stable=args.until_stable,
         corpus_field=args.corpus_field,
+        curve_texts=args.curve_texts,
     )
     settings.check()
     model, tokenizer = load(

@@ -39,6 +39,10 @@ def describe(prior: GlobalPrior) -> str:
         f"made with   {', '.join(f'{k} {v}' for k, v in versions.items())}"
         f" on {about.get('machine', '?')}, {about.get('dtype', '?')}",
     ]
+    if curve := about.get("curve"):
+        pairs = zip(curve["densities"], curve["kl"], strict=True)
+        points = ", ".join(f"{kl:.3f} at {density:g}" for density, kl in pairs)
+        lines.append(f"KL          {points} (nats a token, {curve['tokens']} tokens of its own)")
     for statistic, measures in about.get("stability", {}).items():
         lines += ["", f"stability of {statistic}", *_stability_table(prior, measures)]
     return "\n".join(lines)

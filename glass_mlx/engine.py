@@ -1,46 +1,39 @@
-"""The life of one generation: dense prefill, selection, slicing, decoding."""
+"""The life of one generation: dense prefill, selection, slicing, decoding, renewal."""
 
+import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from glass_mlx.hub import locate
-from glass_mlx.models import (
-    DOWN_POLICIES,
-    FFN,
-    find_ffns,
-    fingerprint,
-    weight_bytes,
-    with_modules,
-    with_taps,
+from glass_mlx.curve import expected_density
+from glass_mlx.lookup import model_folder, resolve_prior
+from glass_mlx.models import find_ffns, weight_bytes, with_taps
+from glass_mlx.prior import GlobalPrior
+from glass_mlx.rewind import Mark
+from glass_mlx.selection import Selection
+from glass_mlx.slicing import (
+    AUTO,
+    DEFAULT_DENSITY,
+    DEFAULT_MIX,
+    DEFAULT_PRIOR_STATISTIC,
+    DEFAULT_REFRESH,
+    DEFAULT_STATISTIC,
+    DEFAULT_WARMUP,
+    Evidence,
+    Slicer,
+    Slicing,
 )
-from glass_mlx.prior import (
-    BUILD_COMMAND,
-    FILE_NAME,
-    GlobalPrior,
-    cached_priors,
-    packaged_priors,
-    stored_in,
-)
-from glass_mlx.ranking import fuse, ranks
-from glass_mlx.selection import Selection, budget, select
-from glass_mlx.statistics import NeuronStatistics
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.generate import GenerationResponse as DenseResponse
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
-
-DEFAULT_DENSITY = 0.5
-DEFAULT_MIX = 0.5
-# Better than the prompt's own statistic on every model and text measured (docs/experiments.md).
-DEFAULT_PRIOR_STATISTIC = "griffin"
 
 Tokenizer = TokenizerWrapper | PreTrainedTokenizerBase
 
@@ -52,25 +45,30 @@ def greedy_sampler(logprobs: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Report:
-    """How the FFNs of one generation were sliced.
-
-    For the first token, which the dense model computes, nothing is sliced yet.
+    """How the FFNs of one generation were sliced, up to the token that it comes with.
 
     Attributes:
+        dense: whether this token was computed by the dense model.
         density: share of neurons asked for.
-        density_got: share of neurons that computed this token.
-        mix: λ, the weight of the prior; 1 for a prompt of one token, 0 without a prior.
-        statistic: the statistic that the prompt ranks neurons by.
+        density_got: share of neurons in the slices; 1 before there are any.
+        mix: λ, the weight of the prior, as a mean over the FFNs; 1 if only one token was read, 0
+            without a prior.
+        statistic: the statistic that the tokens read rank neurons by.
         prior_statistic: the statistic that the prior ranks them by.
         prior: the file the prior came from, "given" for one made in this process, or "none".
         down_policy: how quantized down projections are sliced.
-        select_time: seconds to rank, fuse and select.
-        slice_time: seconds to slice the weights.
+        dense_tokens: generated tokens that the dense model computed.
+        reread_tokens: generated tokens that the dense model read again.
+        selections: how many times neurons were selected.
+        select_time: seconds to rank, fuse and select, all times together.
+        slice_time: seconds to slice the weights, all times together.
+        reread_time: seconds to read tokens again, all times together.
         dense_bytes: bytes of weights that the dense model reads for one token.
-        sliced_bytes: bytes of weights that were read for this token.
-        selection: the kept neurons of each FFN, or None if all were used.
+        sliced_bytes: bytes that the sliced model reads; all before there is one.
+        selection: the kept neurons of each FFN, or None before they are selected.
     """
 
+    dense: bool
     density: float
     density_got: float
     mix: float
@@ -78,8 +76,12 @@ class Report:
     prior_statistic: str
     prior: str
     down_policy: str
+    dense_tokens: int
+    reread_tokens: int
+    selections: int
     select_time: float
     slice_time: float
+    reread_time: float
     dense_bytes: int
     sliced_bytes: int
     selection: Selection | None
@@ -92,228 +94,212 @@ class GenerationResponse(DenseResponse):
     glass: Report | None = None
 
 
-def model_folder(tokenizer: TokenizerWrapper) -> Path | None:
-    """The folder that a model's tokenizer, and so the model, was loaded from, if it was."""
-    path = Path(getattr(tokenizer, "name_or_path", None) or "/dev/null")
-    return path if path.is_dir() else None
+# A token, its log-probabilities, and how it was computed.
+_Step = tuple[int, mx.array, Report]
 
 
-class NoPriorError(ValueError):
-    """There is no prior for a model in any of the places where priors are looked for."""
-
-
-def resolve_prior(
-    model: nn.Module,
-    prior: GlobalPrior | str | Path | None = None,
-    folder: Path | None = None,
-    name: str = "MODEL",
-    report: Callable[[str], object] = lambda line: None,
-) -> GlobalPrior:
-    """Find a model's prior and check that it fits.
-
-    Args:
-        model: the model.
-        prior: a prior, the file of one, or `hub:user/repo`, which is fetched. Default: looked for
-            in the model's folder, the user's cache and this package, in that order.
-        folder: where the model's files are, if that is known.
-        name: how the user calls the model, for the command that builds a prior.
-        report: called with a line on each place that was looked in.
-
-    Raises:
-        FileNotFoundError: if the given file does not exist.
-        NoPriorError: if none is found.
-        ValueError: if the prior that was given, or is in the model's folder, is damaged or belongs
-            to another model, or if it cannot be fetched.
-    """
-    widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
-    weights = fingerprint(model)
-    if prior is None and folder:
-        if (folder / FILE_NAME).is_file():
-            prior = folder / FILE_NAME
-        else:
-            report(f"no {FILE_NAME} in the model's folder {folder}")
-    if prior is not None:
-        prior = prior if isinstance(prior, GlobalPrior) else GlobalPrior.load(locate(prior))
-        if reason := prior.mismatch(widths, weights):
-            raise ValueError(f"the prior {prior.source} is not for this model: {reason}")
-        report(f"using {prior.source or 'the given one'}")
-        return prior
-    for place in (cached_priors(), packaged_priors()):
-        for file in stored_in(place):
-            try:
-                found = GlobalPrior.load(file) if GlobalPrior.resembles(file, weights) else None
-            except ValueError as error:  # one bad file must not stand in the way of all models
-                report(f"passing over a file: {error}")
-                continue
-            if found is not None and found.mismatch(widths, weights) is None:
-                report(f"using {found.source}")
-                return found
-        report(f"none for this model in {place}")
-    command = BUILD_COMMAND.format(model=name)
-    raise NoPriorError(
-        "there is no prior for this model; have a small one built now with --build-prior, build "
-        f"one with `{command}` (without a clone: `python -m glass_mlx.calibration` with the same "
-        "arguments) and give it with --prior, or select by the prompt alone with --no-prior"
-    )
-
-
-def slice_model(model: nn.Module, selection: Selection, down_policy: str) -> nn.Module:
-    """Return a model that computes only the selected neurons; the given one is not touched.
+class _Generation:
+    """One generation: dense at first, then sliced, and renewed by densely reading what was written.
 
     Args:
         model: the dense model.
-        selection: the neurons to keep, by FFN.
-        down_policy: a key of `models.DOWN_POLICIES`, for quantized down projections.
+        slicing: how it is sliced.
+        cache: the prompt cache, a layer an entry.
+        sampler: log-probabilities (1, vocabulary) to a token (1,).
+        processors: called with all tokens so far and logits (1, vocabulary).
+        options: for `mlx_lm.generate.generate_step`.
     """
-    sliced = {
-        ffn.path: ffn.sliced(selection.indices[ffn.path], down_policy) for ffn in find_ffns(model)
-    }
-    return with_modules(model, sliced)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slicing: Slicing,
+        cache: list[Any],
+        sampler: Callable[[mx.array], mx.array],
+        processors: Sequence[Callable[[mx.array, mx.array], mx.array]],
+        options: dict[str, Any],
+    ) -> None:
+        self._model, self._slicing, self._cache = model, slicing, cache
+        self._sampler, self._processors, self._options = sampler, processors, options
+        self._ffns = find_ffns(model)
+        self._evidence = Evidence.of(model)
+        self._slicer = Slicer(model, slicing.down_policy)
+        self._tokens: list[int] = []  # of the prompt, and all that were sampled
+        self._made = 0
+        self._held: _Step | None = None
+        dense_bytes = weight_bytes(model)
+        self._report = Report(
+            dense=True,
+            density=slicing.density,
+            density_got=1.0,
+            mix=0.0,
+            statistic=slicing.statistic,
+            prior_statistic=slicing.prior_statistic,
+            prior=(slicing.prior.source or "given") if slicing.prior else "none",
+            down_policy=slicing.down_policy,
+            dense_tokens=0,
+            reread_tokens=0,
+            selections=0,
+            select_time=0.0,
+            slice_time=0.0,
+            reread_time=0.0,
+            dense_bytes=dense_bytes,
+            sliced_bytes=dense_bytes,
+            selection=None,
+        )
+
+    def steps(
+        self, prompt: mx.array, max_tokens: int, **options: Any
+    ) -> Generator[_Step, None, None]:
+        """Yield tokens, with more options for reading the prompt.
+
+        As in mlx-lm, a token is handed out when the cache has it; but the first of all comes as
+        soon as it is known.
+        """
+        self._tokens = prompt.tolist()
+        limit = math.inf if max_tokens < 0 else max_tokens
+        ends = chain(self._slicing.renewals(), [math.inf])
+        tapped = with_taps(self._model, self._evidence.prompt.update)
+        yield from self._decode(tapped, prompt, 1, limit, dense=True, **options)
+        tapped = with_taps(self._model, self._evidence.text.update)
+        if self._made < min(warmup := next(ends), limit):
+            yield from self._decode(tapped, self._last(1), warmup, limit, dense=True)
+        while self._made < limit:
+            end, start = next(ends), self._made
+            mark = Mark(self._cache if end < limit else [])
+            sliced = self._sliced()
+            yield from self._decode(sliced, self._last(1), end, limit)
+            del sliced  # its slices can go as soon as there are new ones
+            if end < limit:
+                fed = self._made - start
+                mark.rewind(fed)
+                yield from self._reread(tapped, fed, limit)
+
+    def _reread(self, tapped: nn.Module, fed: int, limit: float) -> Generator[_Step, None, None]:
+        """Read densely what was fed to the slices, and the token after it."""
+        start = time.perf_counter()
+        steps = self._decode(tapped, self._last(fed + 1), self._made + 1, limit, dense=True)
+        first = next(steps)
+        self._report = replace(
+            self._report,
+            reread_tokens=self._report.reread_tokens + fed,
+            reread_time=self._report.reread_time + time.perf_counter() - start,
+        )
+        yield first
+        yield from steps
+
+    def _last(self, count: int) -> mx.array:
+        return mx.array(self._tokens[-count:], mx.uint32)
+
+    def _decode(
+        self,
+        model: nn.Module,
+        given: mx.array,
+        until: float,
+        limit: float,
+        *,
+        dense: bool = False,
+        prompt_progress_callback: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Generator[_Step, None, None]:
+        """Read tokens and go on to `until` tokens in all, the last of them not read by the model.
+
+        That last one is not yielded yet. But if `limit` comes first, all is as in mlx-lm.
+        """
+        final = until >= limit
+        more = -1 if limit == math.inf and final else int(min(until, limit)) - self._made
+        earlier = mx.array(self._tokens[: len(self._tokens) - given.size], mx.uint32)
+        ahead: list[mx.array] = []
+
+        def sampler(logprobs: mx.array) -> mx.array:
+            ahead[:] = [self._sampler(logprobs), logprobs]
+            return ahead[0]
+
+        def with_earlier(
+            processor: Callable[[mx.array, mx.array], mx.array],
+        ) -> Callable[[mx.array, mx.array], mx.array]:
+            return lambda tokens, logits: processor(mx.concatenate([earlier, tokens]), logits)
+
+        def progress(done: int, total: int) -> None:
+            if dense:  # prefill does not evaluate the last layer's FFN
+                mx.eval(self._evidence.prompt.sums, self._evidence.text.sums)
+            if prompt_progress_callback is not None:
+                prompt_progress_callback(done, total)
+
+        steps: Iterator[tuple[int, mx.array]] = generate_step(
+            given,
+            model,
+            # mlx-lm's loop samples one token more than it yields
+            max_tokens=more if final else more - 1,
+            sampler=sampler,
+            logits_processors=[with_earlier(processor) for processor in self._processors],
+            prompt_cache=self._cache,
+            prompt_progress_callback=progress,
+            **self._options,
+            **options,
+        )
+        if not final:
+            steps = chain(steps, ((ahead[0].item(), ahead[1].squeeze(0)) for _ in range(1)))
+        for token, logprobs in steps:
+            if self._evidence.prompt.tokens == 0:
+                raise ValueError(
+                    "this model does not run the modules that it shows; it cannot be sliced"
+                )
+            if self._held is not None:
+                yield self._held
+                self._held = None
+            self._made += 1
+            self._tokens.append(token)
+            self._report = replace(
+                self._report, dense=dense, dense_tokens=self._report.dense_tokens + dense
+            )
+            step = token, logprobs, self._report
+            if final or self._made < until or self._made == 1:
+                yield step
+            else:
+                self._held = step
+
+    def _sliced(self) -> nn.Module:
+        """Select by all that was read densely, and slice."""
+        start = time.perf_counter()
+        wanted = self._slicing.select(self._ffns, self._evidence)
+        stand_ins = self._evidence.stand_ins()
+        selected = time.perf_counter()
+        sliced, selection = self._slicer(wanted, stand_ins)
+        report = self._report
+        self._report = replace(
+            report,
+            density_got=selection.density,
+            mix=self._slicing.weight(self._evidence),
+            selections=report.selections + 1,
+            select_time=report.select_time + selected - start,
+            slice_time=report.slice_time + time.perf_counter() - selected,
+            sliced_bytes=weight_bytes(sliced),
+            selection=selection,
+        )
+        return sliced
 
 
-def check_settings(
-    density: float, mix: float, statistic: str, down_policy: str, max_tokens: int
-) -> None:
+def check(
+    *, max_tokens: int, density: float | str, max_kl: float | None, **options: Any
+) -> Slicing:
     """Check what `stream_generate` is asked for before anything is loaded.
+
+    Returns:
+        How to slice, without the prior; for the density "auto" as if all were kept.
 
     Raises:
         ValueError: for the first value that is out of range.
     """
-    budget(1, density)
-    fuse(np.ones(1), np.ones(1), mix)
-    NeuronStatistics({}, (statistic,))
-    if down_policy not in DOWN_POLICIES:
-        raise ValueError(f"down policy {down_policy!r} is not one of {', '.join(DOWN_POLICIES)}")
+    slicing = Slicing(density=1.0 if density == AUTO else density, **options)
+    slicing.check()
+    if (density == AUTO) != (max_kl is not None):
+        raise ValueError("the density auto and a bound on KL (max_kl) belong together")
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise ValueError(f"the bound on KL must be positive, not {max_kl}")
     if max_tokens == 0:
         raise ValueError("the number of tokens to generate must not be zero; -1 means no limit")
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What the caller asked for, checked."""
-
-    density: float
-    mix: float
-    statistic: str
-    prior_statistic: str
-    prior: GlobalPrior | None
-    down_policy: str
-
-
-def _select(
-    ffns: list[FFN], statistics: NeuronStatistics, mix: float, settings: _Settings
-) -> Selection:
-    fused = {}
-    for path, scores in statistics.scores(settings.statistic).items():
-        fused[path] = ranks(scores)
-        if settings.prior is not None:
-            general = ranks(settings.prior.scores[settings.prior_statistic][path])
-            fused[path] = fuse(fused[path], general, mix)
-    return select(fused, settings.density, {ffn.path: ffn.multiple for ffn in ffns})
-
-
-def _steps(
-    model: nn.Module,
-    prompt: mx.array,
-    max_tokens: int,
-    settings: _Settings,
-    *,
-    sampler: Callable[[mx.array], mx.array] | None = None,
-    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
-    prompt_cache: list[Any] | None = None,
-    max_kv_size: int | None = None,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
-    input_embeddings: mx.array | None = None,
-    **kwargs: Any,
-) -> Generator[tuple[int, mx.array, Report], None, None]:
-    """Yield tokens with their log-probabilities: the first one dense, then sliced."""
-    sampler = sampler or greedy_sampler
-    logits_processors = logits_processors or []
-    ffns = find_ffns(model)
-    statistics = NeuronStatistics({ffn.path: ffn.width for ffn in ffns}, (settings.statistic,))
-    tapped = with_taps(model, statistics.update)
-    cache = prompt_cache or make_prompt_cache(model, max_kv_size)
-    first, history = [], []
-
-    def sample_first(logprobs: mx.array) -> mx.array:
-        first[:] = [sampler(logprobs), logprobs]
-        return first[0]
-
-    def keep_history(tokens: mx.array, logits: mx.array) -> mx.array:
-        history[:] = [tokens]
-        return logits
-
-    def progress(done: int, total: int) -> None:
-        mx.eval(statistics.sums)  # prefill does not evaluate the last layer's FFN
-        if prompt_progress_callback is not None:
-            prompt_progress_callback(done, total)
-
-    # With no tokens to generate, mlx-lm's loop reads the prompt, samples one token and stops.
-    for _ in generate_step(
-        prompt,
-        tapped,
-        max_tokens=0,
-        sampler=sample_first,
-        logits_processors=[keep_history, *logits_processors] if logits_processors else None,
-        prompt_cache=cache,
-        prompt_progress_callback=progress,
-        input_embeddings=input_embeddings,
-        **kwargs,
-    ):
-        pass
-    if statistics.tokens == 0:
-        raise ValueError("this model does not run the modules that it shows; it cannot be sliced")
-    token, logprobs = first[0].item(), first[1].squeeze(0)
-    dense_bytes = weight_bytes(model)
-    mix = 0.0 if settings.prior is None else 1.0 if statistics.tokens == 1 else settings.mix
-    report = Report(
-        density=settings.density,
-        density_got=1.0,
-        mix=mix,
-        statistic=settings.statistic,
-        prior_statistic=settings.prior_statistic,
-        prior=(settings.prior.source or "given") if settings.prior else "none",
-        down_policy=settings.down_policy,
-        select_time=0.0,
-        slice_time=0.0,
-        dense_bytes=dense_bytes,
-        sliced_bytes=dense_bytes,
-        selection=None,
-    )
-    yield token, logprobs, report
-    if max_tokens == 1:
-        return
-
-    start = time.perf_counter()
-    selection = _select(ffns, statistics, mix, settings)
-    selected = time.perf_counter()
-    sliced = slice_model(model, selection, settings.down_policy)
-    mx.eval(sliced.parameters())
-    report = replace(
-        report,
-        density_got=selection.density,
-        select_time=selected - start,
-        slice_time=time.perf_counter() - selected,
-        sliced_bytes=weight_bytes(sliced),
-        selection=selection,
-    )
-    del tapped
-
-    def with_history(
-        processor: Callable[[mx.array, mx.array], mx.array],
-    ) -> Callable[[mx.array, mx.array], mx.array]:
-        return lambda tokens, logits: processor(mx.concatenate([*history, tokens]), logits)
-
-    for following, logprobs in generate_step(
-        mx.array([token]),
-        sliced,
-        max_tokens=max_tokens - 1 if max_tokens > 0 else -1,
-        sampler=sampler,
-        logits_processors=[with_history(processor) for processor in logits_processors],
-        prompt_cache=cache,
-        **kwargs,
-    ):
-        yield following, logprobs, report
+    return slicing
 
 
 def stream_generate(
@@ -323,9 +309,12 @@ def stream_generate(
     max_tokens: int = 256,
     draft_model: nn.Module | None = None,
     *,
-    density: float = DEFAULT_DENSITY,
-    mix: float = DEFAULT_MIX,
-    statistic: str = "activation",
+    density: float | Literal["auto"] = DEFAULT_DENSITY,
+    max_kl: float | None = None,
+    mix: float | Literal["auto"] = DEFAULT_MIX,
+    warmup: int = DEFAULT_WARMUP,
+    refresh: int = DEFAULT_REFRESH,
+    statistic: str = DEFAULT_STATISTIC,
     prior_statistic: str = DEFAULT_PRIOR_STATISTIC,
     prior: GlobalPrior | str | Path | Literal[False] | None = None,
     down_policy: str = "requantize",
@@ -333,8 +322,9 @@ def stream_generate(
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text with the feed-forward neurons that matter for the prompt.
 
-    The prompt is read, and the first token computed, by the dense model; the others by a model
-    whose FFNs are sliced for this prompt. The given model is not touched.
+    The prompt is read, and the first tokens are computed, by the dense model; the others by a
+    model whose FFNs are sliced for this text. From time to time the dense model reads what was
+    written, which repairs the cache, and the slices are made anew. The given model is not touched.
 
     Args:
         model: a model from `load` or from `mlx_lm.load`.
@@ -344,11 +334,17 @@ def stream_generate(
         draft_model: must be None; speculative decoding is not combined with slicing.
         density: share of the neurons of each FFN to keep, in (0, 1]. The number is rounded to
             what the layer's kernels can use; `glass.density_got` is the share that came out.
-        mix: λ in [0, 1], the weight of the prior's ranking against the prompt's.
-        statistic: what the prompt ranks the neurons by, a key of `statistics.STATISTICS`.
+            "auto" for the lowest that is expected to hold `max_kl`.
+        max_kl: KL divergence from the dense model, in nats a token, for the density "auto".
+        mix: λ in [0, 1], the weight of the prior's ranking against that of the tokens read;
+            "auto" for a weight by how much evidence these are (see `mixing`).
+        warmup: how many tokens are computed densely before the first selection.
+        refresh: every how many tokens the text is read densely again and the selection renewed;
+            the interval doubles with every fourth time. 0 for never.
+        statistic: what the tokens read rank the neurons by, a key of `statistics.STATISTICS`.
         prior_statistic: what the prior ranks them by, one that it has.
         prior: a prior, the file of one or `hub:user/repo`; None to look for it (see
-            `resolve_prior`); False to select by the prompt alone.
+            `resolve_prior`); False to select by the tokens read alone.
         down_policy: how quantized down projections are sliced: "requantize" or "scatter".
         **kwargs: passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` that has
             content already, only the tokens read now are seen by the selection.
@@ -361,7 +357,17 @@ def stream_generate(
         ValueError: for a value out of range, an empty prompt, a model that cannot be sliced, or a
             missing, damaged or foreign prior.
     """
-    check_settings(density, mix, statistic, down_policy, max_tokens)
+    slicing = check(
+        max_tokens=max_tokens,
+        density=density,
+        max_kl=max_kl,
+        mix=mix,
+        warmup=warmup,
+        refresh=refresh,
+        statistic=statistic,
+        prior_statistic=prior_statistic,
+        down_policy=down_policy,
+    )
     if draft_model is not None:
         raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
     if not isinstance(tokenizer, TokenizerWrapper):
@@ -369,23 +375,16 @@ def stream_generate(
     prompt = _encode(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
-    if prior is False:
-        if prompt.size == 1:
-            raise ValueError(
-                "a prompt of one token does not tell which neurons matter; use a prior"
-            )
-        found = None
-    else:
+    if prior is False and prompt.size == 1:
+        raise ValueError("a prompt of one token does not tell which neurons matter; use a prior")
+    if prior is not False:
         found = resolve_prior(model, prior, model_folder(tokenizer))
-        if prior_statistic not in found.scores:
-            raise ValueError(
-                f"the prior {found.source} has no statistic {prior_statistic!r}; it has "
-                f"{', '.join(found.scores)}"
-            )
-    settings = _Settings(density, mix, statistic, prior_statistic, found, down_policy)
+        slicing = replace(slicing, prior=found)
+        slicing.check()
+    if density == AUTO:
+        slicing = replace(slicing, density=expected_density(slicing.prior, max_kl))
     kwargs.pop("num_draft_tokens", None)  # which mlx-lm ignores without a draft model, too
-    steps = _steps(model, prompt, max_tokens, settings, **kwargs)
-    return _respond(model, tokenizer, prompt.size, max_tokens, steps)
+    return _respond(model, tokenizer, prompt, max_tokens, slicing, **kwargs)
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
@@ -402,17 +401,39 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> 
 def _respond(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompt_tokens: int,
+    prompt: mx.array,
     max_tokens: int,
-    steps: Generator[tuple[int, mx.array, Report], None, None],
+    slicing: Slicing,
+    *,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    prompt_cache: list[Any] | None = None,
+    max_kv_size: int | None = None,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    input_embeddings: mx.array | None = None,
+    **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Turn tokens into text and count them, up to an end-of-sequence token."""
     detokenizer = tokenizer.detokenizer
+    generation = _Generation(
+        model,
+        slicing,
+        prompt_cache or make_prompt_cache(model, max_kv_size),
+        sampler or greedy_sampler,
+        logits_processors or [],
+        kwargs,
+    )
+    steps = generation.steps(
+        prompt,
+        max_tokens,
+        prompt_progress_callback=prompt_progress_callback,
+        input_embeddings=input_embeddings,
+    )
     with wired_limit(model, [generation_stream]):
         start = time.perf_counter()
         for n, (token, logprobs, report) in enumerate(steps, 1):
             if n == 1:
-                prompt_tps = prompt_tokens / (time.perf_counter() - start)
+                prompt_tps = prompt.size / (time.perf_counter() - start)
                 start = time.perf_counter()
             finish_reason = "length" if n == max_tokens else None
             if token in tokenizer.eos_token_ids:
@@ -426,7 +447,7 @@ def _respond(
                 token=token,
                 logprobs=logprobs,
                 from_draft=False,
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=prompt.size,
                 prompt_tps=prompt_tps,
                 generation_tokens=n,
                 generation_tps=n / (time.perf_counter() - start),
@@ -480,7 +501,10 @@ def _summary(response: GenerationResponse) -> str:
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB\n"
-        f"GLASS: density {glass.density_got:.3f} (asked {glass.density:g}), λ {glass.mix:g}, "
-        f"prior {glass.prior}, select {glass.select_time:.3f} s, slice {glass.slice_time:.3f} s, "
-        f"weights {glass.dense_bytes / 1e6:.1f} -> {glass.sliced_bytes / 1e6:.1f} MB per token"
+        f"GLASS: density {glass.density_got:.3f} (asked {glass.density:g}), λ {glass.mix:.2f}, "
+        f"prior {glass.prior}, weights {glass.dense_bytes / 1e6:.1f} -> "
+        f"{glass.sliced_bytes / 1e6:.1f} MB per token\n"
+        f"GLASS: {glass.dense_tokens} tokens dense, {glass.reread_tokens} read again in "
+        f"{glass.reread_time:.3f} s, {glass.selections} selections: select "
+        f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s"
     )

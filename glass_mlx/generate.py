@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+from glass_mlx.chat import encode
 from glass_mlx.checkpoints import (
     BUILTIN_DENSITY,
     DEFAULT_MODEL,
@@ -16,19 +17,20 @@ from glass_mlx.checkpoints import (
     load,
     model_name,
 )
-from glass_mlx.engine import (
+from glass_mlx.engine import check, generate
+from glass_mlx.hub import locate
+from glass_mlx.lookup import NoPriorError, model_folder, resolve_prior
+from glass_mlx.models import DOWN_POLICIES, fingerprint
+from glass_mlx.prior import GlobalPrior, cache_name, cached_priors
+from glass_mlx.slicing import (
+    AUTO,
     DEFAULT_DENSITY,
     DEFAULT_MIX,
     DEFAULT_PRIOR_STATISTIC,
-    NoPriorError,
-    check_settings,
-    generate,
-    model_folder,
-    resolve_prior,
+    DEFAULT_REFRESH,
+    DEFAULT_STATISTIC,
+    DEFAULT_WARMUP,
 )
-from glass_mlx.hub import locate
-from glass_mlx.models import DOWN_POLICIES, fingerprint
-from glass_mlx.prior import GlobalPrior, cache_name, cached_priors
 from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
 
 import mlx.core as mx
@@ -72,21 +74,43 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("slicing")
     group.add_argument(
         "--density",
+        type=_number_or_auto,
+        help="Share of the feed-forward neurons to keep, or auto for the lowest that is expected "
+        f"to hold --max-kl (default: {DEFAULT_DENSITY}; {BUILTIN_DENSITY} for the built-in model).",
+    )
+    group.add_argument(
+        "--max-kl",
         type=float,
-        help="Share of the feed-forward neurons to keep "
-        f"(default: {DEFAULT_DENSITY}; {BUILTIN_DENSITY} for the built-in model).",
+        metavar="X",
+        help="With --density auto: KL divergence from the dense model, in nats a token.",
     )
     group.add_argument(
         "--mix",
-        type=float,
+        type=_number_or_auto,
         default=DEFAULT_MIX,
-        help="λ, the weight of the prior's ranking against the prompt's (default: %(default)s).",
+        help="λ, the weight of the prior's ranking against that of the tokens read, or auto to "
+        "let these say how far they can be trusted (default: %(default)s).",
+    )
+    group.add_argument(
+        "--warmup",
+        type=int,
+        default=DEFAULT_WARMUP,
+        metavar="N",
+        help="Compute so many tokens densely before neurons are selected (default: %(default)s).",
+    )
+    group.add_argument(
+        "--refresh",
+        type=int,
+        default=DEFAULT_REFRESH,
+        metavar="N",
+        help="Every so many tokens, and later less often, read what was written densely and "
+        "select again; 0 for never (default: %(default)s).",
     )
     group.add_argument(
         "--statistic",
         choices=STATISTICS,
-        default="activation",
-        help="What the prompt ranks neurons by (default: %(default)s).",
+        default=DEFAULT_STATISTIC,
+        help="What the tokens read rank neurons by (default: %(default)s).",
     )
     group.add_argument(
         "--prior-statistic",
@@ -108,7 +132,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help=f"If there is no prior, measure a small one ({BUILD_TOKENS} tokens) into the user's "
         "cache, and use it.",
     )
-    source.add_argument("--no-prior", action="store_true", help="Select by the prompt alone.")
+    source.add_argument("--no-prior", action="store_true", help="Select by the tokens read alone.")
     source.add_argument("--dense", action="store_true", help="Do not slice, for comparison.")
     group.add_argument(
         "--down-policy",
@@ -118,6 +142,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "kept whole and given zeros, which is exact and slower (default: %(default)s).",
     )
     return parser
+
+
+def _number_or_auto(text: str) -> float | str:
+    return AUTO if text == AUTO else float(text)
 
 
 def _find_prior(
@@ -166,26 +194,13 @@ def _template_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _encode(
-    args: argparse.Namespace, options: dict[str, Any], tokenizer: TokenizerWrapper, prompt: str
-) -> list[int]:
-    """Token ids of the prompt, inside the chat template if there is one."""
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(prompt)
+def _messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": prompt}]
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
-    prefilled = args.prefill_response is not None
-    if prefilled:
+    if args.prefill_response is not None:
         messages.append({"role": "assistant", "content": args.prefill_response})
-    text = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        continue_final_message=prefilled,
-        add_generation_prompt=not prefilled,
-        **options,
-    )
-    return tokenizer.encode(text, add_special_tokens=False)
+    return messages
 
 
 def run(args: argparse.Namespace) -> None:
@@ -201,8 +216,18 @@ def run(args: argparse.Namespace) -> None:
     density = args.density
     if density is None:
         density = BUILTIN_DENSITY if args.model is None else DEFAULT_DENSITY
-    check_settings(density, args.mix, args.statistic, args.down_policy, args.max_tokens)
-    prompt, options = _read_prompt(args), _template_options(args)
+    options = {
+        "density": density,
+        "max_kl": args.max_kl,
+        "mix": args.mix,
+        "warmup": args.warmup,
+        "refresh": args.refresh,
+        "statistic": args.statistic,
+        "prior_statistic": args.prior_statistic,
+        "down_policy": args.down_policy,
+    }
+    check(max_tokens=args.max_tokens, **options)
+    prompt, template = _read_prompt(args), _template_options(args)
     prior = GlobalPrior.load(locate(args.prior)) if args.prior else None
 
     if args.seed is not None:
@@ -240,7 +265,8 @@ def run(args: argparse.Namespace) -> None:
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,
     }
-    tokens = _encode(args, options, tokenizer, prompt)
+    messages = _messages(args, prompt)
+    tokens = encode(tokenizer, messages, args.ignore_chat_template, **template)
     if args.dense:
         text = mlx_lm.generate(model, tokenizer, tokens, **common)
     else:
@@ -250,12 +276,8 @@ def run(args: argparse.Namespace) -> None:
             model,
             tokenizer,
             tokens,
-            density=density,
-            mix=args.mix,
-            statistic=args.statistic,
-            prior_statistic=args.prior_statistic,
             prior=False if args.no_prior else prior,
-            down_policy=args.down_policy,
+            **options,
             **common,
         )
     if not args.verbose:

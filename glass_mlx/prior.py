@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,12 @@ def _malformed(
 
 def _understood(about: dict[str, Any]) -> bool:
     """Whether what a prior says of itself has the types that `describe` goes through."""
-    stability = about.get("stability", {})
+    stability, curve = about.get("stability", {}), about.get("curve")
     return (
-        all(isinstance(about.get(key, {}), dict) for key in ("settings", "versions", "stability"))
+        (curve is None or _is_curve(curve))
+        and all(
+            isinstance(about.get(key, {}), dict) for key in ("settings", "versions", "stability")
+        )
         and isinstance(about.get("recipes", []), list)
         and all(isinstance(recipe, dict) for recipe in about.get("recipes", []))
         and all(
@@ -177,6 +181,20 @@ def _understood(about: dict[str, Any]) -> bool:
             )
             for measures in stability.values()
         )
+    )
+
+
+def _is_curve(curve: Any) -> bool:
+    """Whether this is KL by increasing density, as `curve.measure_curve` makes it."""
+    if not isinstance(curve, dict):
+        return False
+    densities, kl = curve.get("densities"), curve.get("kl")
+    return (
+        all(isinstance(values, list) for values in (densities, kl))
+        and len(densities) == len(kl) > 0
+        and all(isinstance(value, int | float) for value in (*densities, *kl))
+        and all(a < b for a, b in pairwise([0, *densities, 1]))
+        and isinstance(curve.get("tokens"), int)
     )
 
 

@@ -24,6 +24,9 @@ STATISTICS = {
     "griffin": (_griffin_sum, np.sqrt),
 }
 
+# The plain mean of hidden vectors, which does not rank neurons but stands in for dropped ones.
+MEAN = "mean"
+
 # What a prior can be measured by: these, and what takes a backward pass (`impact`).
 IMPACT = "impact"
 PRIOR_STATISTICS = (*STATISTICS, IMPACT)
@@ -37,6 +40,7 @@ class NeuronStatistics:
     - "activation" (A-GLASS, arXiv 2508.14302): mean_t |h_tj| / ||h_t||_2
     - "griffin": sqrt(mean_t (h_tj / ||h_t||_2)^2), which ranks neurons as GRIFFIN's sum does
       (arXiv 2404.01365) and does not grow with the number of tokens
+    - "mean" (`MEAN`): mean_t h_tj
 
     Sums are float32 and lazy. The hidden vectors that `update` returns depend on them, so that
     they are computed with the layer and no hidden vector outlives it; where nothing uses the
@@ -44,7 +48,7 @@ class NeuronStatistics:
 
     Args:
         widths: the number of neurons m of each FFN, by its path in the model.
-        names: which statistics to keep, keys of `STATISTICS`.
+        names: which statistics to keep, keys of `STATISTICS` or `MEAN`.
         sequences: how many sequences S a batch has, for `sequence_scores`.
 
     Raises:
@@ -58,7 +62,7 @@ class NeuronStatistics:
         sequences: int = 1,
     ) -> None:
         for name in names:
-            if name not in STATISTICS:
+            if name not in STATISTICS and name != MEAN:
                 raise ValueError(f"statistic {name!r} is not one of {', '.join(STATISTICS)}")
         self.names = names
         self.sums = {
@@ -67,6 +71,13 @@ class NeuronStatistics:
         }
         self._sequences = sequences
         self._tokens = {path: np.zeros(sequences) for path in widths}
+
+    def copy(self) -> "NeuronStatistics":
+        """Return what has been seen so far, which later updates do not change."""
+        other = NeuronStatistics({}, self.names, self._sequences)
+        other.sums = {path: dict(sums) for path, sums in self.sums.items()}
+        other._tokens = dict(self._tokens)
+        return other
 
     def update(self, path: str, hidden: mx.array, mask: np.ndarray | None = None) -> mx.array:
         """Add the tokens of a chunk.
@@ -82,15 +93,20 @@ class NeuronStatistics:
         values = hidden.reshape(self._sequences, -1, hidden.shape[-1]).astype(mx.float32)
         norm = mx.linalg.norm(values, axis=-1)
         weight = mx.where(norm > _TINY, 1 / mx.maximum(norm, _TINY), 0)
+        counted = mx.ones_like(weight)
         if mask is None:
             self._tokens[path] = self._tokens[path] + values.shape[1]
         else:
             mask = mask.reshape(self._sequences, -1).astype(np.float32)
-            weight = weight * mx.array(mask)
+            counted = mx.array(mask)
             self._tokens[path] = self._tokens[path] + mask.sum(-1)
         sums = self.sums[path]
         for name in self.names:
-            sums[name] = sums[name] + STATISTICS[name][0](values, weight).squeeze(1)
+            if name == MEAN:
+                added = counted[:, None] @ values
+            else:
+                added = STATISTICS[name][0](values, weight * counted)
+            sums[name] = sums[name] + added.squeeze(1)
         return mx.depends(hidden, list(sums.values()))
 
     @property
@@ -114,7 +130,8 @@ class NeuronStatistics:
 
     @staticmethod
     def _finished(name: str, sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        return STATISTICS[name][1](sums / np.maximum(tokens, 1)).astype(np.float32)
+        mean = sums / np.maximum(tokens, 1)
+        return (mean if name == MEAN else STATISTICS[name][1](mean)).astype(np.float32)
 
 
 class SequenceMoments:

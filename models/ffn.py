@@ -55,18 +55,21 @@ class FFN:
         name, down = self.contract
         return {name: Tap(down, self.path, watch)}
 
-    def sliced(self, indices: np.ndarray, policy: str) -> dict[str, nn.Module]:
+    def sliced(
+        self, indices: np.ndarray, policy: str, rest: mx.array | None = None
+    ) -> dict[str, nn.Module]:
         """Modules to put in place of the FFN's own, so that it computes some of its neurons.
 
         Args:
             indices: (k,) neurons to keep, strictly increasing.
             policy: how a quantized down projection is sliced, see `linear.take_inputs`.
+            rest: (m,) what the other neurons are taken to be, for every token. Default: zero.
         """
         if len(indices) == self.width:
             return {}
         name, down = self.contract
         parts = {n: take_outputs(layer, indices) for n, layer in self.expand.items()}
-        return parts | {name: take_inputs(down, indices, policy)}
+        return parts | {name: take_inputs(down, indices, policy, rest)}
 
 
 def find_gated(path: str, module: nn.Module) -> FFN | None:

@@ -86,6 +86,12 @@ class ScatteredLinear(nn.Module):
         self.layer = layer
         self._indices, self._inputs = mx.array(indices), inputs(layer)
 
+    def with_bias(self, bias: mx.array) -> "ScatteredLinear":
+        """The same with another bias, (out,)."""
+        other = copy.copy(self)
+        other.layer = _with(self.layer, bias=bias)
+        return other
+
     def __call__(self, x: mx.array) -> mx.array:
         """Project (..., k) kept inputs to (..., out)."""
         full = mx.zeros((*x.shape[:-1], self._inputs), x.dtype)
@@ -125,7 +131,18 @@ def input_multiple(layer: Linear) -> int:
     return block if inputs(layer) >= 16 * block else layer.group_size
 
 
-def take_inputs(layer: Linear, indices: np.ndarray, policy: str = "requantize") -> nn.Module:
+def _bias(layer: Linear, indices: np.ndarray, rest: mx.array) -> mx.array:
+    """The output (out,) of a layer, with its own bias, for inputs `rest` but zeros at `indices`."""
+    rest = mx.array(rest)
+    rest[mx.array(indices)] = 0
+    given = layer.scales if isinstance(layer, nn.QuantizedLinear) else layer.weight
+    kind = given.dtype if mx.issubdtype(given.dtype, mx.floating) else mx.float32
+    return layer(rest.astype(kind)[None])[0]
+
+
+def take_inputs(
+    layer: Linear, indices: np.ndarray, policy: str = "requantize", rest: mx.array | None = None
+) -> nn.Module:
     """Keep some inputs.
 
     Args:
@@ -134,6 +151,8 @@ def take_inputs(layer: Linear, indices: np.ndarray, policy: str = "requantize") 
         policy: for quantized layers, a key of `DOWN_POLICIES`. "requantize" quantizes the kept
             columns again in the layer's own format: fewest bytes, a small error. "scatter" keeps
             the whole layer and places the k inputs among zeros: exact, and no bytes are saved.
+        rest: (in,) what the other inputs are taken to be; what they add becomes a bias.
+            Default: zero.
 
     Returns:
         A layer that maps (..., k) to (..., out).
@@ -150,5 +169,10 @@ def take_inputs(layer: Linear, indices: np.ndarray, policy: str = "requantize") 
             raise ValueError(
                 f"{len(indices)} inputs cannot be quantized in groups of {layer.group_size}"
             )
-        return DOWN_POLICIES[policy](layer, indices)
-    return _with(layer, weight=_columns(layer.weight, indices))
+        taken = DOWN_POLICIES[policy](layer, indices)
+    else:
+        taken = _with(layer, weight=_columns(layer.weight, indices))
+    if rest is None:
+        return taken
+    bias = _bias(layer, indices, rest)
+    return taken.with_bias(bias) if isinstance(taken, ScatteredLinear) else _with(taken, bias=bias)

@@ -4,9 +4,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from glass_mlx.engine import slice_model
 from glass_mlx.models import find_ffns, with_modules, with_taps
 from glass_mlx.selection import Selection
+from glass_mlx.slicing import Slicer, slice_model
 from glass_mlx.statistics import STATISTICS, NeuronStatistics
 
 import mlx.core as mx
@@ -90,25 +90,29 @@ def random_selection(model: nn.Module, seed: int = 0, share: float = 0.5) -> Sel
 
 
 class Masked(nn.Module):
-    """A projection whose dropped inputs are set to zero."""
+    """A projection whose dropped inputs are set to zero, or to given values."""
 
-    def __init__(self, layer: nn.Module, kept: np.ndarray, width: int) -> None:
+    def __init__(
+        self, layer: nn.Module, kept: np.ndarray, width: int, rest: mx.array | None
+    ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self._rest = layer, mx.zeros(width) if rest is None else rest
         mask = np.zeros(width, np.float32)
         mask[kept] = 1
         self._mask = mx.array(mask)
 
     def __call__(self, x):
-        return self.layer(mx.where(self._mask > 0, x, 0))
+        return self.layer(mx.where(self._mask > 0, x, self._rest))
 
 
-def masked_model(model: nn.Module, selection: Selection) -> nn.Module:
-    """The dense model with the dropped neurons zeroed: what slicing must agree with."""
+def masked_model(
+    model: nn.Module, selection: Selection, rest: dict[str, mx.array] | None = None
+) -> nn.Module:
+    """The dense model with the dropped neurons replaced: what slicing must agree with."""
     masks = {}
     for ffn in find_ffns(model):
-        name, down = ffn.contract
-        masks[ffn.path] = {name: Masked(down, selection.indices[ffn.path], ffn.width)}
+        (name, down), given = ffn.contract, (rest or {}).get(ffn.path)
+        masks[ffn.path] = {name: Masked(down, selection.indices[ffn.path], ffn.width, given)}
     return with_modules(model, masks)
 
 
@@ -150,6 +154,12 @@ def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array])
     masked = forward(masked_model(model, selection))
     assert mx.linalg.norm(sliced - masked) < 1e-4 * mx.linalg.norm(masked)
     assert mx.linalg.norm(sliced - dense) > 1e-2 * mx.linalg.norm(dense)
+
+    rest = {ffn.path: 0.1 * mx.random.normal((ffn.width,)) for ffn in find_ffns(model)}
+    filled = forward(Slicer(model, "scatter")(selection, rest)[0])
+    masked = forward(masked_model(model, selection, rest))
+    assert mx.linalg.norm(filled - masked) < 1e-4 * mx.linalg.norm(masked)
+    assert mx.linalg.norm(filled - sliced) > 1e-2 * mx.linalg.norm(sliced)
 
     assert snapshot(model) == before
     assert mx.array_equal(forward(model), dense)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import glass_mlx.calibration as calibration
 from glass_mlx.calibration import Settings, build, calibrate
-from glass_mlx.engine import resolve_prior
 from glass_mlx.files import locked
+from glass_mlx.lookup import resolve_prior
 from glass_mlx.models import find_ffns
 from glass_mlx.prior import FILE_NAME, GlobalPrior
 from glass_mlx.recipes import Recipe, Sequence
@@ -32,7 +32,7 @@ from mlx_lm.models.llama import MLP, ModelArgs
 
 TOKENIZER = chat_tokenizer()
 BOS = (Recipe("bos"),)
-SETTINGS = Settings(recipes=BOS, tokens=96, length=24, batch_size=2)
+SETTINGS = Settings(recipes=BOS, tokens=96, length=24, batch_size=2, curve_texts=0)
 TOOL = Path(__file__).parents[1] / "tools/build_priors.py"
 
 

@@ -34,8 +34,12 @@ def model():
     return tiny_model("llama")
 
 
+# One selection, after the prompt.
+STATIC = {"warmup": 1, "refresh": 0, "mix": 0.5, "statistic": "activation"}
+
+
 def run(model, tokenizer, prompt=PROMPT, n=12, **options):
-    options = {"density": 0.5, "prior": made_prior(model)} | options
+    options = {"density": 0.5, "prior": made_prior(model)} | STATIC | options
     return list(stream_generate(model, tokenizer, prompt, max_tokens=n, **options))
 
 
@@ -145,7 +149,7 @@ def test_two_generations_at_once_do_not_disturb_each_other(model, tokenizer):
     prompts, prior = ([1, 2, 3, 4], [250, 9, 77, 31, 5]), made_prior(model)
     alone = [[r.token for r in run(model, tokenizer, p, prior=prior)] for p in prompts]
     streams = [
-        stream_generate(model, tokenizer, p, max_tokens=12, density=0.5, prior=prior)
+        stream_generate(model, tokenizer, p, max_tokens=12, density=0.5, prior=prior, **STATIC)
         for p in prompts
     ]
     together = list(zip(*streams, strict=True))
@@ -252,14 +256,25 @@ def test_progress_is_reported(model, tokenizer):
 
 def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsys):
     text = generate(
-        model, tokenizer, PROMPT, verbose=True, max_tokens=6, prior=made_prior(model), density=0.5
+        model,
+        tokenizer,
+        PROMPT,
+        verbose=True,
+        max_tokens=16,
+        prior=made_prior(model),
+        density=0.5,
+        mix=0.5,
+        warmup=2,
+        refresh=4,
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[2] == "=" * 10
     assert lines[1] == text
     assert lines[3].startswith("Prompt: 10 tokens, ")
-    assert lines[4].startswith("Generation: 6 tokens, ")
-    assert lines[6].startswith("GLASS: density 0.500 (asked 0.5), λ 0.5, prior ")
+    assert lines[4].startswith("Generation: 16 tokens, ")
+    assert lines[6].startswith("GLASS: density 0.500 (asked 0.5), λ 0.50, prior given, ")
+    assert lines[7].startswith("GLASS: 5 tokens dense, 8 read again in ")
+    assert "4 selections" in lines[7]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ def test_inputs_are_taken_within_the_error_of_the_format(mode, group, bits):
     x = mx.random.normal((3, 128))
     exact = x @ dense_weight(layer)[:, mx.array(kept)].T + layer.bias
     assert mx.allclose(take_inputs(layer, kept, "scatter")(x), exact, rtol=1e-4, atol=1e-4)
+    rest = mx.random.normal((256,))
+    full = mx.repeat(rest[None], 3, axis=0)
+    full[:, mx.array(kept)] = x
+    filled = take_inputs(layer, kept, "scatter", rest)
+    assert mx.allclose(filled(x), layer(full), rtol=1e-4, atol=1e-4)
+    assert mx.array_equal(take_inputs(layer, kept, "requantize", rest).bias, filled.layer.bias)
     again = take_inputs(layer, kept, "requantize")
     assert (again.bits, again.group_size, again.mode) == (bits, group, mode)
     error = mx.linalg.norm(dense_weight(again) - dense_weight(layer)[:, mx.array(kept)])

@@ -2,8 +2,8 @@ import json
 from dataclasses import replace
 
 from glass_mlx.describe import describe, draw
-from glass_mlx.engine import NoPriorError, resolve_prior
 from glass_mlx.files import digest
+from glass_mlx.lookup import NoPriorError, resolve_prior
 from glass_mlx.models import find_ffns, fingerprint
 from glass_mlx.prior import FILE_NAME, FORMAT, GlobalPrior
 from invariants import tiny_model

@@ -11,16 +11,18 @@ from collections.abc import Iterable
 import continuations
 from glass_mlx import Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL
-from glass_mlx.engine import DEFAULT_MIX, DEFAULT_PRIOR_STATISTIC, slice_model
 from glass_mlx.fidelity import Reading, divergence
 from glass_mlx.models import FFN, find_ffns, with_modules
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
+from glass_mlx.slicing import DEFAULT_PRIOR_STATISTIC, slice_model
 
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
+
+_MIX = 0.5
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -61,14 +63,15 @@ def compare(
     for text in tqdm(continuations.write(model, tokenizer, args), unit="prompt"):
         reading = Reading(model, text)
         fused = {
-            path: fuse(ranks(scores), ranks(prior[path]), DEFAULT_MIX)
-            for path, scores in reading.prompt_statistics.scores("activation").items()
+            path: fuse(ranks(scores), ranks(prior[path]), _MIX)
+            for path, scores in reading.evidence().prompt.scores("activation").items()
         }
         for density in args.density:
             selection = select(fused, density, {f.path: f.multiple for f in ffns})
-            exact = reading.score(slice_model(model, selection, "requantize"))
+            exact = reading.follow(slice_model(model, selection, "requantize"))
             scored = {"exact": exact} | {
-                policy: reading.score(sliced(model, ffns, selection, policy)) for policy in policies
+                policy: reading.follow(sliced(model, ffns, selection, policy))
+                for policy in policies
             }
             for policy, ours in scored.items():
                 pair = tuple(divergence(p, ours).mean().item() for p in (reading.dense, exact))

@@ -13,12 +13,12 @@ from pathlib import Path
 import continuations
 from glass_mlx import GlobalPrior, Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, model_name
-from glass_mlx.engine import slice_model
 from glass_mlx.fidelity import Reading, divergence
 from glass_mlx.models import find_ffns
 from glass_mlx.provenance import made_with
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import jaccard, select
+from glass_mlx.slicing import slice_model
 
 import mlx.core as mx
 import numpy as np
@@ -42,9 +42,9 @@ def selections(
     reading: Reading, priors: dict[str, GlobalPrior], args: argparse.Namespace, multiples: dict
 ) -> dict[tuple[str, float], Selection]:
     """What every method keeps, by the method's name and density."""
-    local = reading.prompt_statistics.scores("activation")
+    local = reading.evidence().prompt.scores("activation")
     ranked = {path: ranks(scores) for path, scores in local.items()}
-    methods = {"prompt alone": local, "oracle": reading.oracle_statistics.scores("activation")}
+    methods = {"prompt alone": local, "oracle": reading.oracle.scores("activation")}
     for name, prior in priors.items():
         for statistic, scores in prior.scores.items():
             for mix in args.mix:
@@ -68,7 +68,7 @@ def compare(args: argparse.Namespace) -> dict[tuple[str, float], np.ndarray]:
         reading = Reading(model, text)
         kept = selections(reading, priors, args, multiples)
         for (method, density), selection in kept.items():
-            scored = reading.score(slice_model(model, selection, "scatter"))
+            scored = reading.follow(slice_model(model, selection, "scatter"))
             agree = mx.argmax(scored, -1) == mx.argmax(reading.dense, -1)
             sums = [
                 divergence(reading.dense, scored).sum(),

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from glass_mlx.fidelity import Continuation, continue_densely
+from glass_mlx.fidelity import Continuation, continue_densely, read_prompts
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -23,6 +23,6 @@ def write(
     model: nn.Module, tokenizer: TokenizerWrapper, args: argparse.Namespace
 ) -> list[Continuation]:
     """Have the dense model continue the prompts; those with nothing to score are left out."""
-    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = read_prompts(args.prompts)
     texts = continue_densely(model, tokenizer, prompts, args.tokens, args.temp, args.seed)
     return [text for text in texts if len(text.written) > 1]

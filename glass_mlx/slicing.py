@@ -1,0 +1,197 @@
+"""What is sliced, how and when: from statistics and a prior to a model with smaller FFNs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from glass_mlx.models import DOWN_POLICIES, FFN, find_ffns, with_modules
+from glass_mlx.prior import GlobalPrior
+from glass_mlx.ranking import fuse, ranks
+from glass_mlx.selection import Selection, budget, select
+from glass_mlx.statistics import MEAN, STATISTICS, NeuronStatistics
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+AUTO = "auto"
+
+# docs/experiments.md has what these were chosen by.
+DEFAULT_DENSITY = 0.5
+DEFAULT_MIX = 0.5
+DEFAULT_STATISTIC = "griffin"
+DEFAULT_PRIOR_STATISTIC = "griffin"
+DEFAULT_WARMUP = 16
+DEFAULT_REFRESH = 32
+
+# From so many generated tokens on, they and not the prompt say which neurons matter.
+_ENOUGH = 8
+
+# After as many renewals the interval between them doubles.
+_SPACED_AFTER = 4
+
+# A slice is kept if as large a share of what should be in it is in it already.
+_SETTLED = 0.95
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the dense model has seen of one generation.
+
+    Attributes:
+        prompt: the statistics of the prompt.
+        text: those of the generated tokens that it has read.
+    """
+
+    prompt: NeuronStatistics
+    text: NeuronStatistics
+
+    @staticmethod
+    def of(model: nn.Module) -> "Evidence":
+        """Nothing seen yet, of a model's FFNs."""
+        widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
+        names = (*STATISTICS, MEAN)
+        return Evidence(NeuronStatistics(widths, names), NeuronStatistics(widths, names))
+
+    def copy(self) -> "Evidence":
+        """Return what has been seen so far, which later updates do not change."""
+        return Evidence(self.prompt.copy(), self.text.copy())
+
+    @property
+    def generated(self) -> bool:
+        """Whether enough was generated to go by that, and no longer by the prompt."""
+        return self.text.tokens >= _ENOUGH
+
+    @property
+    def local(self) -> NeuronStatistics:
+        """What the local ranking is made of."""
+        return self.text if self.generated else self.prompt
+
+    def stand_ins(self) -> dict[str, mx.array]:
+        """The mean (m,) of the hidden vectors of the text by FFN; empty while there is little."""
+        means = self.text.scores(MEAN) if self.generated else {}
+        return {path: mx.array(mean) for path, mean in means.items()}
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How the FFNs of a model are sliced in one generation.
+
+    Attributes:
+        density: share of the neurons of each FFN to keep, in (0, 1].
+        mix: λ in [0, 1], the weight of the prior's ranking against that of the tokens read, or
+        statistic: what the tokens that were read rank neurons by, a key of `STATISTICS`.
+        prior_statistic: what the prior ranks them by.
+        prior: the model's prior, or None to select by the tokens alone.
+        warmup: how many tokens are generated densely before the first selection, at least 1.
+        refresh: after how many tokens the selection is renewed, at least 2; 0 for never.
+        down_policy: how quantized down projections are sliced, a key of `DOWN_POLICIES`.
+    """
+
+    density: float = DEFAULT_DENSITY
+    mix: float | Literal["auto"] = DEFAULT_MIX
+    statistic: str = DEFAULT_STATISTIC
+    prior_statistic: str = DEFAULT_PRIOR_STATISTIC
+    prior: GlobalPrior | None = None
+    warmup: int = DEFAULT_WARMUP
+    refresh: int = DEFAULT_REFRESH
+    down_policy: str = "requantize"
+
+    def check(self) -> None:
+        """Raise ValueError for the first value that is out of range."""
+        budget(1, self.density)
+        if self.mix != AUTO:
+            fuse(np.ones(1), np.ones(1), self.mix)
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"statistic {self.statistic!r} is not one of {', '.join(STATISTICS)}")
+        if self.warmup < 1:
+            raise ValueError(f"the warm-up must be at least 1 token, not {self.warmup}")
+        if self.refresh < 0 or self.refresh == 1:
+            raise ValueError(
+                f"the refresh must be at least 2 tokens, or 0 for never, not {self.refresh}"
+            )
+        if self.down_policy not in DOWN_POLICIES:
+            raise ValueError(
+                f"down policy {self.down_policy!r} is not one of {', '.join(DOWN_POLICIES)}"
+            )
+        if self.prior is not None and self.prior_statistic not in self.prior.scores:
+            raise ValueError(
+                f"the prior {self.prior.source} has no statistic {self.prior_statistic!r}; it has "
+                f"{', '.join(self.prior.scores)}"
+            )
+
+    def renewals(self) -> Iterator[int]:
+        """The numbers of generated tokens after which the selection is made: warm-up, renewals.
+
+        The interval is `refresh`, and doubles with every fourth renewal, as evidence grows more
+        slowly. The first renewals fall on its multiples, whatever the warm-up is.
+        """
+        yield self.warmup
+        at, interval = 0, self.refresh
+        while interval and self.density < 1:
+            for _ in range(_SPACED_AFTER):
+                at += interval
+                if at > self.warmup:
+                    yield at
+            interval *= 2
+
+    def weight(self, evidence: Evidence) -> float:
+        """λ as it is used: 1 where a single token was read, 0 without a prior."""
+        if self.prior is None:
+            return 0.0
+        return 1.0 if evidence.local.tokens == 1 else self.mix
+
+    def select(self, ffns: list[FFN], evidence: Evidence) -> Selection:
+        """Choose the neurons to keep by what was read and the prior."""
+        fused = {}
+        for path, scores in evidence.local.scores(self.statistic).items():
+            fused[path] = ranks(scores)
+            if self.prior is not None:
+                general = ranks(self.prior.scores[self.prior_statistic][path])
+                fused[path] = fuse(fused[path], general, self.weight(evidence))
+        return select(fused, self.density, {ffn.path: ffn.multiple for ffn in ffns})
+
+
+class Slicer:
+    """Makes the sliced models of one generation, and keeps the slices that can stay.
+
+    Args:
+        model: the dense model, which is not touched.
+        down_policy: a key of `DOWN_POLICIES`, for quantized down projections.
+    """
+
+    def __init__(self, model: nn.Module, down_policy: str) -> None:
+        self._model, self._policy = model, down_policy
+        self._ffns = find_ffns(model)
+        self._slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
+
+    def __call__(
+        self, selection: Selection, stand_ins: Mapping[str, mx.array] | None = None
+    ) -> tuple[nn.Module, Selection]:
+        """Return a model that computes the selected neurons, and the selection it really has.
+
+        An FFN keeps its slice from the call before if that is nearly the same.
+
+        Args:
+            selection: the neurons to keep.
+            stand_ins: (m,) by FFN, what the other neurons are taken to be. Default: zero.
+        """
+        for ffn in self._ffns:
+            kept, before = selection.indices[ffn.path], self._slices.get(ffn.path)
+            if before and _overlap(kept, before[0]) >= _SETTLED:
+                continue
+            parts = ffn.sliced(kept, self._policy, (stand_ins or {}).get(ffn.path))
+            mx.eval({name: part.parameters() for name, part in parts.items()})
+            self._slices[ffn.path] = kept, parts  # the slice from before can go
+        slices = {path: parts for path, (_, parts) in self._slices.items()}
+        indices = {path: kept for path, (kept, _) in self._slices.items()}
+        return with_modules(self._model, slices), Selection(indices, selection.widths)
+
+
+def _overlap(kept: np.ndarray, before: np.ndarray) -> float:
+    return len(np.intersect1d(kept, before, assume_unique=True)) / len(kept)
+
+
+def slice_model(model: nn.Module, selection: Selection, down_policy: str) -> nn.Module:
+    """Return a model that computes only the selected neurons; the given one is not touched."""
+    return Slicer(model, down_policy)(selection)[0]
