@@ -82,8 +82,8 @@ def expected_density(prior: GlobalPrior | None, max_kl: float) -> float:
         max_kl: the bound, in nats a token.
 
     Returns:
-        A density within the measured ones, between which the curve is taken as straight, or 1 if
-        even the highest of them does not hold the bound.
+        A density, at least the lowest measured one. Between these, and from the highest of them to
+        1, where KL is 0, the curve is taken as straight.
 
     Raises:
         ValueError: if the bound is not positive, or there is no curve.
@@ -100,8 +100,8 @@ def expected_density(prior: GlobalPrior | None, max_kl: float) -> float:
     # What more neurons do worse is noise: the expectation never rises with the density.
     kl = np.maximum.accumulate(np.array([*curve["kl"], 0.0])[::-1])[::-1]
     within = int(np.argmax(kl <= max_kl))
-    if within in (0, len(kl) - 1):
-        return float(densities[within])
+    if within == 0:
+        return float(densities[0])
     low, high = within - 1, within
     share = (kl[low] - max_kl) / (kl[low] - kl[high])
     return float(densities[low] + share * (densities[high] - densities[low]))

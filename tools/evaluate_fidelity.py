@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fidelity_ablations import ABLATIONS, ablation_table
 from fidelity_report import BASELINE, Outcome, plot, row, table
 from glass_mlx import GlobalPrior, Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, model_name
@@ -87,6 +88,13 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--task",
         choices=TASKS,
         help="score exact answers to questions of this kind instead of continuations of prompts",
+    )
+    parser.add_argument(
+        "--ablation",
+        choices=ABLATIONS,
+        help="print one of these tables instead: how well beginnings of texts and the prior rank "
+        "the rest's neurons, how clear the cut between kept and dropped is, KL by evidence and "
+        "length",
     )
     parser.add_argument("--density", type=float, nargs="+", default=[0.5])
     parser.add_argument("--tokens", type=int, default=256, help="generated tokens a prompt")
@@ -286,6 +294,11 @@ def run(args: argparse.Namespace) -> None:
     texts = [text for text in texts if len(text[0].written) > 1]
     if not texts:
         raise ValueError("the model ends every text at once; there is nothing to score")
+    if args.ablation:
+        bar = tqdm(texts, unit="prompt")
+        rows = ABLATIONS[args.ablation](model, prior, (text for text, _ in bar), args.density[0])
+        print(ablation_table(rows))
+        return
     about = made_with() | {
         "model": model_name(args.model),
         "seed": args.seed,
