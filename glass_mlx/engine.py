@@ -15,7 +15,6 @@ from glass_mlx.prior import GlobalPrior
 from glass_mlx.rewind import Mark
 from glass_mlx.selection import Selection
 from glass_mlx.slicing import (
-    AUTO,
     DEFAULT_DENSITY,
     DEFAULT_MIX,
     DEFAULT_PRIOR_STATISTIC,
@@ -35,6 +34,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
+AUTO = "auto"
+
 Tokenizer = TokenizerWrapper | PreTrainedTokenizerBase
 
 
@@ -51,8 +52,7 @@ class Report:
         dense: whether this token was computed by the dense model.
         density: share of neurons asked for.
         density_got: share of neurons in the slices; 1 before there are any.
-        mix: λ, the weight of the prior, as a mean over the FFNs; 1 if only one token was read, 0
-            without a prior.
+        mix: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
         statistic: the statistic that the tokens read rank neurons by.
         prior_statistic: the statistic that the prior ranks them by.
         prior: the file the prior came from, "given" for one made in this process, or "none".
@@ -311,7 +311,7 @@ def stream_generate(
     *,
     density: float | Literal["auto"] = DEFAULT_DENSITY,
     max_kl: float | None = None,
-    mix: float | Literal["auto"] = DEFAULT_MIX,
+    mix: float = DEFAULT_MIX,
     warmup: int = DEFAULT_WARMUP,
     refresh: int = DEFAULT_REFRESH,
     statistic: str = DEFAULT_STATISTIC,
@@ -336,8 +336,7 @@ def stream_generate(
             what the layer's kernels can use; `glass.density_got` is the share that came out.
             "auto" for the lowest that is expected to hold `max_kl`.
         max_kl: KL divergence from the dense model, in nats a token, for the density "auto".
-        mix: λ in [0, 1], the weight of the prior's ranking against that of the tokens read;
-            "auto" for a weight by how much evidence these are (see `mixing`).
+        mix: λ in [0, 1], the weight of the prior's ranking against that of the tokens read.
         warmup: how many tokens are computed densely before the first selection.
         refresh: every how many tokens the text is read densely again and the selection renewed;
             the interval doubles with every fourth time. 0 for never.

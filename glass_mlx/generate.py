@@ -17,13 +17,12 @@ from glass_mlx.checkpoints import (
     load,
     model_name,
 )
-from glass_mlx.engine import check, generate
+from glass_mlx.engine import AUTO, check, generate
 from glass_mlx.hub import locate
 from glass_mlx.lookup import NoPriorError, model_folder, resolve_prior
 from glass_mlx.models import DOWN_POLICIES, fingerprint
 from glass_mlx.prior import GlobalPrior, cache_name, cached_priors
 from glass_mlx.slicing import (
-    AUTO,
     DEFAULT_DENSITY,
     DEFAULT_MIX,
     DEFAULT_PRIOR_STATISTIC,
@@ -86,10 +85,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--mix",
-        type=_number_or_auto,
+        type=float,
         default=DEFAULT_MIX,
-        help="λ, the weight of the prior's ranking against that of the tokens read, or auto to "
-        "let these say how far they can be trusted (default: %(default)s).",
+        help="λ, the weight of the prior's ranking against that of the tokens read "
+        "(default: %(default)s).",
     )
     group.add_argument(
         "--warmup",

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from glass_mlx.models import DOWN_POLICIES, FFN, find_ffns, with_modules
 from glass_mlx.prior import GlobalPrior
@@ -14,11 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-AUTO = "auto"
-
 # docs/experiments.md has what these were chosen by.
 DEFAULT_DENSITY = 0.5
-DEFAULT_MIX = 0.5
+DEFAULT_MIX = 0.45
 DEFAULT_STATISTIC = "griffin"
 DEFAULT_PRIOR_STATISTIC = "griffin"
 DEFAULT_WARMUP = 16
@@ -26,6 +23,9 @@ DEFAULT_REFRESH = 32
 
 # From so many generated tokens on, they and not the prompt say which neurons matter.
 _ENOUGH = 8
+
+# A mean over so many tokens is taken for half of what it says.
+_SHRINKAGE = 16
 
 # After as many renewals the interval between them doubles.
 _SPACED_AFTER = 4
@@ -68,9 +68,14 @@ class Evidence:
         return self.text if self.generated else self.prompt
 
     def stand_ins(self) -> dict[str, mx.array]:
-        """The mean (m,) of the hidden vectors of the text by FFN; empty while there is little."""
-        means = self.text.scores(MEAN) if self.generated else {}
-        return {path: mx.array(mean) for path, mean in means.items()}
+        """What dropped neurons are taken to be, (m,) by FFN: their mean over the text.
+
+        Means of few tokens are drawn towards zero. Empty while there is little text.
+        """
+        if not self.generated:
+            return {}
+        trust = self.text.tokens / (self.text.tokens + _SHRINKAGE)
+        return {path: mx.array(mean * trust) for path, mean in self.text.scores(MEAN).items()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Slicing:
     """
 
     density: float = DEFAULT_DENSITY
-    mix: float | Literal["auto"] = DEFAULT_MIX
+    mix: float = DEFAULT_MIX
     statistic: str = DEFAULT_STATISTIC
     prior_statistic: str = DEFAULT_PRIOR_STATISTIC
     prior: GlobalPrior | None = None
@@ -100,8 +105,7 @@ class Slicing:
     def check(self) -> None:
         """Raise ValueError for the first value that is out of range."""
         budget(1, self.density)
-        if self.mix != AUTO:
-            fuse(np.ones(1), np.ones(1), self.mix)
+        fuse(np.ones(1), np.ones(1), self.mix)
         if self.statistic not in STATISTICS:
             raise ValueError(f"statistic {self.statistic!r} is not one of {', '.join(STATISTICS)}")
         if self.warmup < 1:

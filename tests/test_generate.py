@@ -41,7 +41,8 @@ def command(monkeypatch, capsys):
 
 
 def test_it_answers_and_prints_statistics(command, folder):
-    code, out, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--density", 0.5)
+    options = ("--density", 0.5, "--warmup", 2, "--refresh", 4)
+    code, out, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, *options)
     lines = out.splitlines()
     assert code == 0
     assert len(lines[1]) == 8
@@ -50,8 +51,10 @@ def test_it_answers_and_prints_statistics(command, folder):
         "Generation",
         "Peak memory",
         "GLASS",
+        "GLASS",
     ]
     assert "density 0.500 (asked 0.5)" in lines[6]
+    assert lines[7].startswith("GLASS: 3 tokens dense, 2 read again in")
     assert str(folder / "glass_prior.safetensors") in lines[6]
 
 
@@ -159,7 +162,7 @@ def test_the_main_job_on_the_built_in_model(default_gguf):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "glass_mlx.generate", "--ignore-chat-template"),
-            *("-p", "The capital of France is", "-m", "4"),
+            *("-p", "The capital of France is", "-m", "4", "--warmup", "1"),
         ],
         capture_output=True,
         text=True,

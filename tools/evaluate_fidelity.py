@@ -64,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "glass": _PAPER,
     "glass-impact": _PAPER | {"prior_statistic": "impact"},
     "glass-griffin": _PAPER | {"prior_statistic": "griffin"},
-    "auto": _STATIC,
+    "static": _STATIC,
     "warmup": {"refresh": 0},
     "refresh": {"warmup": 1},
     "default": {},
