@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -126,7 +127,6 @@ class _Generation:
         self._slicer = Slicer(model, slicing.down_policy)
         self._tokens: list[int] = []  # of the prompt, and all that were sampled
         self._made = 0
-        self._held: _Step | None = None
         dense_bytes = weight_bytes(model)
         self._report = Report(
             dense=True,
@@ -151,11 +151,7 @@ class _Generation:
     def steps(
         self, prompt: mx.array, max_tokens: int, **options: Any
     ) -> Generator[_Step, None, None]:
-        """Yield tokens, with more options for reading the prompt.
-
-        As in mlx-lm, a token is handed out when the cache has it; but the first of all comes as
-        soon as it is known.
-        """
+        """Yield tokens, with more options for reading the prompt."""
         self._tokens = prompt.tolist()
         limit = math.inf if max_tokens < 0 else max_tokens
         ends = chain(self._slicing.renewals(), [math.inf])
@@ -179,13 +175,13 @@ class _Generation:
         """Read densely what was fed to the slices, and the token after it."""
         start = time.perf_counter()
         steps = self._decode(tapped, self._last(fed + 1), self._made + 1, limit, dense=True)
-        first = next(steps)
+        token, logprobs, _ = next(steps)
         self._report = replace(
             self._report,
             reread_tokens=self._report.reread_tokens + fed,
             reread_time=self._report.reread_time + time.perf_counter() - start,
         )
-        yield first
+        yield token, logprobs, self._report
         yield from steps
 
     def _last(self, count: int) -> mx.array:
@@ -204,7 +200,7 @@ class _Generation:
     ) -> Generator[_Step, None, None]:
         """Read tokens and go on to `until` tokens in all, the last of them not read by the model.
 
-        That last one is not yielded yet. But if `limit` comes first, all is as in mlx-lm.
+        But if `limit` comes first, or the caller has enough, the cache is left as mlx-lm leaves it.
         """
         final = until >= limit
         more = -1 if limit == math.inf and final else int(min(until, limit)) - self._made
@@ -245,19 +241,22 @@ class _Generation:
                 raise ValueError(
                     "this model does not run the modules that it shows; it cannot be sliced"
                 )
-            if self._held is not None:
-                yield self._held
-                self._held = None
             self._made += 1
             self._tokens.append(token)
             self._report = replace(
                 self._report, dense=dense, dense_tokens=self._report.dense_tokens + dense
             )
-            step = token, logprobs, self._report
-            if final or self._made < until or self._made == 1:
-                yield step
-            else:
-                self._held = step
+            try:
+                yield token, logprobs, self._report
+            except GeneratorExit:
+                if not final and self._made == until:
+                    self._read(token)
+                raise
+
+    def _read(self, token: int) -> None:
+        """Put a token into the cache, where mlx-lm has it when it hands a token out."""
+        self._model(mx.array([[token]], mx.uint32), cache=self._cache)
+        mx.eval([layer.state for layer in self._cache])
 
     def _sliced(self) -> nn.Module:
         """Select by all that was read densely, and slice."""
@@ -428,7 +427,7 @@ def _respond(
         prompt_progress_callback=prompt_progress_callback,
         input_embeddings=input_embeddings,
     )
-    with wired_limit(model, [generation_stream]):
+    with wired_limit(model, [generation_stream]), closing(steps):
         start = time.perf_counter()
         for n, (token, logprobs, report) in enumerate(steps, 1):
             if n == 1:

@@ -175,17 +175,61 @@ def test_without_a_prior_the_prompt_decides(model, tokenizer):
         assert np.array_equal(alone.selection.indices[path], kept)
 
 
-def test_logits_processors_see_the_prompt_and_all_that_was_generated(model, tokenizer):
-    seen = []
+RENEWED = {"warmup": 3, "refresh": 4}
+
+
+@pytest.mark.parametrize("options", [{}, RENEWED])
+def test_logits_processors_see_the_prompt_and_all_that_was_generated(model, tokenizer, options):
+    seen = {}
 
     def record(tokens, logits):
-        seen.append(tokens.tolist())
+        seen[len(tokens)] = tokens.tolist()
         return logits
 
-    tokens = [r.token for r in run(model, tokenizer, n=4, logits_processors=[record])]
-    assert seen[0][-1] == PROMPT[-1]
-    for i in range(1, 4):
-        assert seen[i] == seen[0] + tokens[:i]
+    responses = run(model, tokenizer, n=20, logits_processors=[record], **options)
+    tokens = [r.token for r in responses]
+    known = seen[min(seen)]  # mlx-lm does not show all of a prompt that is read in chunks
+    assert known[-1] == PROMPT[-1]
+    for i in range(1, 20):
+        assert seen[min(seen) + i] == known + tokens[:i]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("options", [{}, RENEWED, RENEWED | {"kv_bits": 8, "kv_group_size": 32}])
+def test_the_cache_ends_where_that_of_mlx_lm_does(tokenizer, kind, options):
+    if kind == "gemma3_text" and "kv_bits" in options:
+        pytest.skip("mlx-lm does not quantize rotating caches")
+    model = tiny_model(kind, head_dim=32)
+    for n in (2, 3, 4, 5, 8, 9, 20):
+        cache = make_prompt_cache(model)
+        responses = run(model, tokenizer, n=n, prompt_cache=cache, **options)
+        assert len(responses) == n
+        assert responses[-1].finish_reason == "length"
+        assert {layer.offset for layer in cache} == {len(PROMPT) + n}
+
+
+@pytest.mark.parametrize("end", range(14))
+def test_an_end_of_sequence_is_in_the_cache_as_in_mlx_lm(model, tokenizer, end):
+    tokens = [r.token for r in run(model, tokenizer, n=14, **RENEWED)]
+    if tokens[end] in tokens[:end]:
+        pytest.skip("the token comes earlier, too")
+    tokenizer.eos_token_ids = {tokens[end]}
+    cache = make_prompt_cache(model)
+    responses = run(model, tokenizer, n=30, prompt_cache=cache, **RENEWED)
+    assert [r.token for r in responses] == tokens[: end + 1]
+    assert responses[-1].finish_reason == "stop"
+    assert cache[0].offset == len(PROMPT) + end + 1
+
+
+def test_renewal_counts_what_it_does(model, tokenizer):
+    reports = [r.glass for r in run(model, tokenizer, n=20, **RENEWED)]
+    # Dense are the warm-up of 3, and the tokens after 4, 8, 12 and 16 of them.
+    assert [i for i, report in enumerate(reports) if report.dense] == [0, 1, 2, 4, 8, 12, 16]
+    last = reports[-1]
+    assert (last.dense_tokens, last.reread_tokens, last.selections) == (7, 1 + 3 * 3, 5)
+    assert last.reread_time > 0
+    assert reports[2].selection is None
+    assert reports[3].selection is not None
 
 
 def test_repetition_penalty_matches_mlx_lm(model, tokenizer):

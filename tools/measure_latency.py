@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glass_mlx import GlobalPrior, load, resolve_prior, stream_generate
+from glass_mlx import GlobalPrior, Report, load, resolve_prior, stream_generate
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments
 from glass_mlx.models import weight_bytes
 from glass_mlx.provenance import made_with
@@ -23,9 +23,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 COLUMNS = {
     "density": "density",
     "density_got": "got",
+    "refresh": "refresh",
     "prefill_tps": "prefill t/s",
     "select_ms": "select ms",
     "slice_ms": "slice ms",
+    "reread_ms": "reread ms",
+    "total_tps": "total t/s",
     "decode_tps": "decode t/s",
     "decode_sd": "± sd",
     "megabytes": "MB/token",
@@ -37,14 +40,28 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What one generation took."""
+    """What one generation took.
+
+    Attributes:
+        prefill_tps: prompt tokens a second.
+        decode_tps: tokens a second after the second token, which slicing once does not delay.
+        total_tps: tokens a second after the first, with all that comes in between.
+        glass: the report on the slicing, if there was any.
+    """
 
     prefill_tps: float
     decode_tps: float
-    select_time: float = 0.0
-    slice_time: float = 0.0
-    density_got: float = 1.0
-    weight_bytes: int = 0
+    total_tps: float
+    glass: Report | None
+
+    def milliseconds(self, what: str) -> float:
+        """A time in the report, zero without one."""
+        return 1e3 * getattr(self.glass, what, 0.0)
+
+
+# Density, and after how many tokens the selection is renewed. (1, 0) is dense mlx-lm.
+Mode = tuple[float, int]
+DENSE: Mode = (1.0, 0)
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -54,6 +71,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
     )
     parser.add_argument("--density", type=float, nargs="+", default=[0.5])
+    parser.add_argument(
+        "--refresh",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="renew the selection every so many tokens, after the usual warm-up; 0 for one "
+        "selection after the prompt (%(default)s)",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--generation-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -64,20 +89,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def time_run(responses: Iterable[Any]) -> Run:
-    """Run a generation and time the tokens after the second, which no slicing delays."""
+    """Run a generation and time it."""
     events = [(time.perf_counter(), response) for response in responses]
-    decode_tps = (len(events) - 2) / (events[-1][0] - events[1][0])
-    last = events[-1][1]
-    glass = getattr(last, "glass", None)
-    if glass is None:
-        return Run(last.prompt_tps, decode_tps)
+    (first, _), (second, _), *_, (end, last) = events
     return Run(
         last.prompt_tps,
-        decode_tps,
-        glass.select_time,
-        glass.slice_time,
-        glass.density_got,
-        glass.sliced_bytes,
+        (len(events) - 2) / (end - second),
+        (len(events) - 1) / (end - first),
+        getattr(last, "glass", None),
     )
 
 
@@ -86,40 +105,47 @@ def measure(
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | bool,
     args: argparse.Namespace,
-) -> dict[float, list[Run]]:
-    """Time every density in turn, repeatedly, after one round to warm up; 1 is dense mlx-lm."""
+) -> dict[Mode, list[Run]]:
+    """Time every mode in turn, repeatedly, after one round to warm up."""
     generator = np.random.default_rng(args.seed)
-    runs: dict[float, list[Run]] = {density: [] for density in (1.0, *args.density)}
+    modes = [DENSE, *((density, refresh) for density in args.density for refresh in args.refresh)]
+    runs: dict[Mode, list[Run]] = {mode: [] for mode in modes}
     for repetition in range(args.repetitions + 1):
         prompt = generator.integers(0, tokenizer.vocab_size, args.prompt_tokens).tolist()
-        for density, done in runs.items():
+        for (density, refresh), done in runs.items():
             common = (model, tokenizer, prompt, args.generation_tokens)
-            if density == 1.0:
+            if (density, refresh) == DENSE:
                 run = time_run(mlx_lm.stream_generate(*common))
             else:
-                run = time_run(stream_generate(*common, density=density, prior=prior))
+                options = {"density": density, "prior": prior, "refresh": refresh}
+                options |= {} if refresh else {"warmup": 1}
+                run = time_run(stream_generate(*common, **options))
             if repetition:
                 done.append(run)
             progress = f"repetition {repetition}/{args.repetitions}, density {density:g}"
-            print(f"\r{progress}: {run.decode_tps:.1f} tokens/s  ", end="", file=sys.stderr)
+            print(f"\r{progress}: {run.total_tps:.1f} tokens/s  ", end="", file=sys.stderr)
     print(file=sys.stderr)
     return runs
 
 
-def summarise(runs: dict[float, list[Run]], dense_bytes: int) -> list[dict[str, float]]:
-    """Average the runs of each density and compare them with the dense ones."""
-    dense = statistics.mean(run.decode_tps for run in runs[1.0])
+def summarise(runs: dict[Mode, list[Run]], dense_bytes: int) -> list[dict[str, float]]:
+    """Average the runs of each mode and compare them with the dense ones."""
+    dense = statistics.mean(run.decode_tps for run in runs[DENSE])
     rows = []
-    for density, done in runs.items():
+    for (density, refresh), done in runs.items():
         decode = statistics.mean(run.decode_tps for run in done)
-        weight_bytes = done[0].weight_bytes or dense_bytes
+        glass = done[0].glass
+        weight_bytes = glass.sliced_bytes if glass else dense_bytes
         rows.append(
             {
                 "density": density,
-                "density_got": done[0].density_got,
+                "density_got": glass.density_got if glass else 1.0,
+                "refresh": refresh,
                 "prefill_tps": statistics.mean(run.prefill_tps for run in done),
-                "select_ms": 1e3 * statistics.mean(run.select_time for run in done),
-                "slice_ms": 1e3 * statistics.mean(run.slice_time for run in done),
+                "select_ms": statistics.mean(run.milliseconds("select_time") for run in done),
+                "slice_ms": statistics.mean(run.milliseconds("slice_time") for run in done),
+                "reread_ms": statistics.mean(run.milliseconds("reread_time") for run in done),
+                "total_tps": statistics.mean(run.total_tps for run in done),
                 "decode_tps": decode,
                 "decode_sd": statistics.stdev(run.decode_tps for run in done),
                 "megabytes": weight_bytes / 1e6,
