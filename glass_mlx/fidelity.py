@@ -95,16 +95,13 @@ def continue_densely(
     tokens: int,
     temperature: float,
     seed: int,
-    batch_size: int = 32,
+    batch: int = 0,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[Continuation]:
-    """Have the dense model continue prompts by up to `tokens` tokens, many at once."""
+    """Have the dense model continue a batch of prompts by up to `tokens` tokens, all at once."""
     encoded = [encode(tokenizer, messages) for messages in prompts]
     write = Writer(model, temperature, [seed], progress)
-    written: list[list[int]] = []
-    for batch, at in enumerate(range(0, len(encoded), batch_size)):
-        part = encoded[at : at + batch_size]
-        written += write(part, [tokens] * len(part), ends(tokenizer), batch)
+    written = write(encoded, [tokens] * len(encoded), ends(tokenizer), batch)
     return [Continuation(*pair) for pair in zip(encoded, written, strict=True)]
 
 

@@ -137,22 +137,28 @@ def continuations(
     what += [args.dtype, args.dequantize, cache_name("", fingerprint(model))]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     file = cache_folder() / "continuations" / f"{digest}.json"
-    if not file.is_file():
-        with tqdm(total=args.tokens * len(prompts), desc="writing", unit="tok") as bar:
-            texts = continue_densely(
-                model,
-                tokenizer,
-                prompts,
-                args.tokens,
-                args.temp,
-                args.seed,
-                args.batch_size,
-                bar.update,
-            )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps([asdict(text) for text in texts]))
-    return [Continuation(**text) for text in json.loads(file.read_text())]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    texts = json.loads(file.read_text()) if file.is_file() else []
+    total, done = args.tokens * len(prompts), args.tokens * len(texts)
+    with tqdm(total=total, initial=done, desc="writing", unit="tok") as bar:
+        while len(texts) < len(prompts):
+            start = len(texts)
+            texts += [
+                asdict(text)
+                for text in continue_densely(
+                    model,
+                    tokenizer,
+                    prompts[start : start + args.batch_size],
+                    args.tokens,
+                    args.temp,
+                    args.seed,
+                    start // args.batch_size,
+                    bar.update,
+                )
+            ]
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(texts))
+    return [Continuation(**text) for text in texts]
 
 
 def magnitudes(model: nn.Module) -> dict[str, np.ndarray]:
