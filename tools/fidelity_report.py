@@ -163,6 +163,7 @@ def table(rows: Sequence[dict[str, Any]], markdown: bool) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Draw KL by density, by position and by λ, and agreement with the oracle by layer."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -191,21 +192,31 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
     model = rows[0]["model"]
     shown = [m for m in methods if m != "dense" and "λ" not in m]
+    twenty = [colormaps["tab20"](n) for n in (*range(0, 20, 2), *range(1, 20, 2))]
+    colors = dict(zip(shown, twenty, strict=False))
     drawing, axes = figure(f"{model}: KL by density", "density", "KL, nats a token")
     for method in shown:
         own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["density"])
         kl, ends = np.array([r["kl"] for r in own]), np.array([r["kl_95"] for r in own])
         bars = np.maximum([kl - ends[:, 0], ends[:, 1] - kl], 0)
-        axes[0].errorbar([r["density"] for r in own], kl, bars, label=method, marker="o", capsize=2)
-    axes[0].set_ylim(bottom=0)
+        axes[0].errorbar(
+            [r["density"] for r in own],
+            kl,
+            bars,
+            label=method,
+            marker="o",
+            capsize=2,
+            color=colors.get(method),
+        )
+    axes[0].set_yscale("log")  # random neurons do ten times worse than chosen ones
     save(drawing, axes, "kl_by_density")
 
-    for key, name, title, xlabel, ylabel, step in (
-        ("kl_by_position", "kl_by_position", "KL in the course of the generation",
-         "generated tokens", "KL, nats a token", _BIN),
-        ("jaccard_by_layer", "jaccard_by_layer", "kept neurons that the oracle keeps, too",
-         "layer", "Jaccard index", 1),
-    ):  # fmt: skip
+    by_position = ("KL in the course of the generation", "generated tokens", "KL, nats a token")
+    by_layer = ("kept neurons that the oracle keeps, too", "layer", "Jaccard index")
+    for key, (title, xlabel, ylabel), step in (
+        ("kl_by_position", by_position, _BIN),
+        ("jaccard_by_layer", by_layer, 1),
+    ):
         drawing, axes = figure(f"{model}: {title}", xlabel, ylabel, nrows=len(densities))
         for axis, density in zip(axes, densities, strict=True):
             axis.set_title(f"density {density:g}")
@@ -213,9 +224,10 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
                 if own["density"] == density and own["method"] in shown:
                     values = own[key]
                     at = (np.arange(len(values)) + (0.5 if step > 1 else 0)) * step
-                    axis.plot(at, values, label=own["method"], marker=".")
+                    color = colors.get(own["method"])
+                    axis.plot(at, values, label=own["method"], marker=".", color=color)
             axis.set_ylim(bottom=0)
-        save(drawing, axes, name)
+        save(drawing, axes, key)
 
     fixed = [r for r in rows if "λ" in r["method"]]
     if fixed:
