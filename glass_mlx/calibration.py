@@ -386,7 +386,7 @@ def calibrate(
         "settings": {
             name: value
             for name, value in asdict(settings).items()
-            if name not in ("recipes", "statistics") and value is not None
+            if name not in ("recipes", "statistics", "curve_texts") and value is not None
         },
     }
     weights = [weight_bytes(model), sum(float(corner.sum()) for corner in corners.values())]
@@ -421,15 +421,19 @@ def calibrate(
             tqdm(total=settings.curve_texts, desc="density curve", unit="text") as bar,
             wired_limit(model, [generation_stream]),
         ):
-            about["curve"] = measure_curve(
-                model,
-                tokenizer,
-                prior,
-                settings.curve_texts,
-                settings.length,
-                settings.seed,
-                bar.update,
-            )
+            try:
+                about["curve"] = measure_curve(
+                    model,
+                    tokenizer,
+                    prior,
+                    settings.curve_texts,
+                    settings.length,
+                    settings.batch_size,
+                    settings.seed,
+                    bar.update,
+                )
+            except ValueError as error:  # the prior is good without it
+                bar.write(f"no density curve: {error}", file=sys.stderr)
     return prior
 
 

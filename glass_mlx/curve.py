@@ -9,8 +9,8 @@ from typing import Any
 
 from glass_mlx.fidelity import Continuation, Reading, places, score
 from glass_mlx.prior import GlobalPrior
-from glass_mlx.recipes import Recipe, Writer, chat_frame, source
-from glass_mlx.slicing import Slicing
+from glass_mlx.recipes import ChatFrame, Recipe, Writer, chat_frame, source
+from glass_mlx.slicing import DEFAULT_WARMUP, Slicing
 
 import mlx.nn as nn
 import numpy as np
@@ -22,12 +22,21 @@ DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _TEMPERATURE = 0.7
 
 
+def _frame(tokenizer: TokenizerWrapper) -> ChatFrame | None:
+    """What stands around a question, or None if the model cannot ask itself one."""
+    try:
+        return chat_frame(tokenizer)
+    except ValueError:
+        return None
+
+
 def measure_curve(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior,
     texts: int,
     length: int = 256,
+    batch_size: int = 32,
     seed: int = 0,
     progress: Callable[[int], object] = lambda texts: None,
 ) -> dict[str, Any]:
@@ -38,40 +47,52 @@ def measure_curve(
         tokenizer: its tokenizer.
         prior: its prior.
         texts: how many texts to measure on: answers to questions that the model asks itself or,
-            without a chat template, what it goes on with after a beginning of its own.
+            if its chat template does not allow for that, what it goes on with after a beginning of
+            its own. Those with less than a quarter of the length are left out: dense warm-up is
+            most of them.
         length: tokens a text.
+        batch_size: texts written at once.
         seed: of the texts.
         progress: called with 1 after each text.
 
     Returns:
         What belongs into `about["curve"]`: for each of `densities` the mean `kl`, nats a token,
         and how it was measured.
+
+    Raises:
+        ValueError: if no text is long enough.
     """
-    kind = "chat" if tokenizer.has_chat_template else "bos"
+    frame = _frame(tokenizer)
+    kind = "bos" if frame is None else "chat"
     # One number more than a prior's texts have, so that these are others.
     writer = Writer(model, _TEMPERATURE, [seed, 0, 0], lambda count: None)
-    frame = chat_frame(tokenizer) if kind == "chat" else None
-    sequences = source(Recipe(kind), writer, tokenizer, length, frame)(texts, 0)
-    sums, tokens = np.zeros(len(DENSITIES)), 0
-    for sequence in sequences:
-        start = sequence.counted.index(1)
-        text = Continuation(sequence.tokens[:start], sequence.tokens[start:])
-        if len(text.written) > 1:
-            slicings = [Slicing(density=density, prior=prior) for density in DENSITIES]
-            reading = Reading(model, text, places(slicings, len(text.written)))
-            sums += [score(reading, slicing).kl.sum() for slicing in slicings]
-            tokens += reading.tokens
-        progress(1)
-    if tokens == 0:
-        raise ValueError("the model writes no text to measure a curve on")
+    write = source(Recipe(kind), writer, tokenizer, length, frame)
+    slicings = [Slicing(density=density, prior=prior) for density in DENSITIES]
+    sums, tokens, used = np.zeros(len(DENSITIES)), 0, 0
+    for batch, at in enumerate(range(0, texts, batch_size)):
+        for sequence in write(min(batch_size, texts - at), batch):
+            start = sequence.counted.index(1)
+            text = Continuation(sequence.tokens[:start], sequence.tokens[start:])
+            if len(text.written) >= max(length // 4, 2 * DEFAULT_WARMUP):
+                kl = _kl(model, text, slicings)
+                sums, tokens, used = sums + kl.sum(-1), tokens + kl.shape[-1], used + 1
+            progress(1)
+    if not used:
+        raise ValueError("the model writes no text that is long enough to measure one on")
     return {
         "densities": [*DENSITIES],
         "kl": [round(float(kl), 6) for kl in sums / tokens],
         "recipe": kind,
-        "texts": len(sequences),
+        "texts": used,
         "tokens": tokens,
         "temperature": _TEMPERATURE,
     }
+
+
+def _kl(model: nn.Module, text: Continuation, slicings: list[Slicing]) -> np.ndarray:
+    """KL of each way of slicing for each scored token of a text, (slicings, T)."""
+    reading = Reading(model, text, places(slicings, len(text.written)))
+    return np.stack([score(reading, slicing).kl for slicing in slicings])
 
 
 def expected_density(prior: GlobalPrior | None, max_kl: float) -> float:

@@ -22,6 +22,7 @@ from glass_mlx.slicing import (
     DEFAULT_REFRESH,
     DEFAULT_STATISTIC,
     DEFAULT_WARMUP,
+    ENOUGH,
     Evidence,
     Slicer,
     Slicing,
@@ -181,8 +182,9 @@ class _Generation:
             reread_tokens=self._report.reread_tokens + fed,
             reread_time=self._report.reread_time + time.perf_counter() - start,
         )
-        yield token, logprobs, self._report
-        yield from steps
+        with closing(steps):
+            yield token, logprobs, self._report
+            yield from steps
 
     def _last(self, count: int) -> mx.array:
         return mx.array(self._tokens[-count:], mx.uint32)
@@ -373,7 +375,7 @@ def stream_generate(
     prompt = _encode(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
-    if prior is False and prompt.size == 1:
+    if prior is False and prompt.size == 1 and warmup <= ENOUGH:
         raise ValueError("a prompt of one token does not tell which neurons matter; use a prior")
     if prior is not False:
         found = resolve_prior(model, prior, model_folder(tokenizer))

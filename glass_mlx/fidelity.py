@@ -55,7 +55,7 @@ def read_prompts(file: Path) -> list[Messages]:
         raise FileNotFoundError(f"there are no prompts at {file}")
     prompts = []
     try:
-        for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for n, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 prompts.append(_messages(line, n) if file.suffix == ".jsonl" else _asked(line))
     except (ValueError, RecursionError) as error:
@@ -261,4 +261,5 @@ def score(reading: Reading, slicing: Slicing, select: Select | None = None) -> S
         scores.dense[part] = False
         scores.reread += stop - start if stop <= reading.tokens else 0
         scores.selections[start] = kept
+        del sliced, ours  # the slices can go as soon as there are new ones
     return scores

@@ -144,7 +144,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def _number_or_auto(text: str) -> float | str:
-    return AUTO if text == AUTO else float(text)
+    try:
+        return AUTO if text == AUTO else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def _find_prior(
@@ -169,7 +172,10 @@ def _find_prior(
     name = model_name(args.model)
     file = cached_priors() / f"{cache_name(name, fingerprint(model))}.safetensors"
     wanted = (*STATISTICS, args.prior_statistic)
-    settings = Settings(statistics=tuple(dict.fromkeys(wanted)), tokens=BUILD_TOKENS)
+    curve = Settings.curve_texts if args.density == AUTO else 0
+    settings = Settings(
+        statistics=tuple(dict.fromkeys(wanted)), tokens=BUILD_TOKENS, curve_texts=curve
+    )
     print(f"prior: measuring one into {file}", file=sys.stderr)
     build(model, tokenizer, file, settings, name)
     return resolve_prior(model, file)

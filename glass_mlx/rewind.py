@@ -9,8 +9,8 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 class Mark:
     """A place in a prompt cache that can be gone back to.
 
-    Plain key-value caches are trimmed. Others lose what they held before (rotating windows,
-    recurrent states), so that a copy of them is kept here.
+    Plain key-value caches are trimmed. Of all others a copy is kept here, since they may lose what
+    they held before (rotating windows, recurrent states).
 
     Args:
         cache: the cache, a layer an entry. Going back replaces its entries.

@@ -22,7 +22,7 @@ DEFAULT_WARMUP = 16
 DEFAULT_REFRESH = 32
 
 # From so many generated tokens on, they and not the prompt say which neurons matter.
-_ENOUGH = 8
+ENOUGH = 8
 
 # A mean over so many tokens is taken for half of what it says.
 _SHRINKAGE = 16
@@ -60,7 +60,7 @@ class Evidence:
     @property
     def generated(self) -> bool:
         """Whether enough was generated to go by that, and no longer by the prompt."""
-        return self.text.tokens >= _ENOUGH
+        return self.text.tokens >= ENOUGH
 
     @property
     def local(self) -> NeuronStatistics:
@@ -75,7 +75,10 @@ class Evidence:
         if not self.generated:
             return {}
         trust = self.text.tokens / (self.text.tokens + _SHRINKAGE)
-        return {path: mx.array(mean * trust) for path, mean in self.text.scores(MEAN).items()}
+        return {
+            path: mx.array(mean * trust).astype(self.text.dtype)
+            for path, mean in self.text.scores(MEAN).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Slicing:
 
     Attributes:
         density: share of the neurons of each FFN to keep, in (0, 1].
-        mix: λ in [0, 1], the weight of the prior's ranking against that of the tokens read, or
+        mix: λ in [0, 1], the weight of the prior's ranking against that of the tokens read.
         statistic: what the tokens that were read rank neurons by, a key of `STATISTICS`.
         prior_statistic: what the prior ranks them by.
         prior: the model's prior, or None to select by the tokens alone.
@@ -168,18 +171,22 @@ class Slicer:
         self._model, self._policy = model, down_policy
         self._ffns = find_ffns(model)
         self._slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
+        self._filled = False
 
     def __call__(
         self, selection: Selection, stand_ins: Mapping[str, mx.array] | None = None
     ) -> tuple[nn.Module, Selection]:
         """Return a model that computes the selected neurons, and the selection it really has.
 
-        An FFN keeps its slice from the call before if that is nearly the same.
+        An FFN keeps its slice from the call before, with what stands in for the other neurons, if
+        that is nearly the same; but not if these had nothing to stand in for them and now have.
 
         Args:
             selection: the neurons to keep.
             stand_ins: (m,) by FFN, what the other neurons are taken to be. Default: zero.
         """
+        if stand_ins and not self._filled:
+            self._slices, self._filled = {}, True
         for ffn in self._ffns:
             kept, before = selection.indices[ffn.path], self._slices.get(ffn.path)
             if before and _overlap(kept, before[0]) >= _SETTLED:

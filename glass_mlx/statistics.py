@@ -69,6 +69,7 @@ class NeuronStatistics:
             path: {name: mx.zeros((sequences, m), mx.float32) for name in names}
             for path, m in widths.items()
         }
+        self.dtype = mx.float32  # of the hidden vectors
         self._sequences = sequences
         self._tokens = {path: np.zeros(sequences) for path in widths}
 
@@ -76,7 +77,7 @@ class NeuronStatistics:
         """Return what has been seen so far, which later updates do not change."""
         other = NeuronStatistics({}, self.names, self._sequences)
         other.sums = {path: dict(sums) for path, sums in self.sums.items()}
-        other._tokens = dict(self._tokens)
+        other._tokens, other.dtype = dict(self._tokens), self.dtype
         return other
 
     def update(self, path: str, hidden: mx.array, mask: np.ndarray | None = None) -> mx.array:
@@ -90,6 +91,7 @@ class NeuronStatistics:
         Returns:
             The hidden vectors as they were given, depending on the FFN's sums.
         """
+        self.dtype = hidden.dtype
         values = hidden.reshape(self._sequences, -1, hidden.shape[-1]).astype(mx.float32)
         norm = mx.linalg.norm(values, axis=-1)
         weight = mx.where(norm > _TINY, 1 / mx.maximum(norm, _TINY), 0)

@@ -135,9 +135,7 @@ def _bias(layer: Linear, indices: np.ndarray, rest: mx.array) -> mx.array:
     """The output (out,) of a layer, with its own bias, for inputs `rest` but zeros at `indices`."""
     rest = mx.array(rest)
     rest[mx.array(indices)] = 0
-    given = layer.scales if isinstance(layer, nn.QuantizedLinear) else layer.weight
-    kind = given.dtype if mx.issubdtype(given.dtype, mx.floating) else mx.float32
-    return layer(rest.astype(kind)[None])[0]
+    return layer(rest[None])[0]
 
 
 def take_inputs(
@@ -151,8 +149,8 @@ def take_inputs(
         policy: for quantized layers, a key of `DOWN_POLICIES`. "requantize" quantizes the kept
             columns again in the layer's own format: fewest bytes, a small error. "scatter" keeps
             the whole layer and places the k inputs among zeros: exact, and no bytes are saved.
-        rest: (in,) what the other inputs are taken to be; what they add becomes a bias.
-            Default: zero.
+        rest: (in,) what the other inputs are taken to be, in the type that the model computes
+            in; what they add becomes a bias. Default: zero.
 
     Returns:
         A layer that maps (..., k) to (..., out).

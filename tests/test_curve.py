@@ -47,8 +47,9 @@ def test_a_bound_needs_a_curve_and_a_positive_number(model):
 @pytest.mark.parametrize("wrapped", [chat_tokenizer, lambda: TokenizerWrapper(letter_tokenizer())])
 def test_the_curve_is_measured_on_own_text_the_same_every_time(model, wrapped, tmp_path):
     prior, texts = made_prior(model), []
-    curve = measure_curve(model, wrapped(), prior, 3, 40, seed=1, progress=texts.append)
-    assert curve == measure_curve(model, wrapped(), prior, 3, 40, seed=1)
+    curve = measure_curve(model, wrapped(), prior, 3, 60, seed=1, progress=texts.append)
+    assert curve == measure_curve(model, wrapped(), prior, 3, 60, seed=1)
+    assert curve["kl"] != measure_curve(model, wrapped(), prior, 3, 60, seed=2)["kl"]
     assert curve["densities"] == list(DENSITIES)
     assert len(texts) == 3
     assert np.all(np.array(curve["kl"])[:-1] > 0)  # 0.9 of 128 neurons are rounded to all
@@ -57,6 +58,14 @@ def test_the_curve_is_measured_on_own_text_the_same_every_time(model, wrapped, t
     loaded = GlobalPrior.load(tmp_path / "prior.safetensors")
     assert loaded.about["curve"] == curve
     assert f"{curve['kl'][0]:.3f} at 0.3" in describe(loaded)
+
+
+def test_a_template_that_fails_and_texts_that_are_short(model):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert measure_curve(model, tokenizer, made_prior(model), 2, 60)["recipe"] == "bos"
+    with pytest.raises(ValueError, match="long enough"):
+        measure_curve(model, tokenizer, made_prior(model), 2, 31)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,8 @@ def test_without_a_prior_the_prompt_decides(model, tokenizer):
 
 
 RENEWED = {"warmup": 3, "refresh": 4}
+# From a token in the middle of a slice on, between two readings.
+QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": len(PROMPT) + 6}
 
 
 @pytest.mark.parametrize("options", [{}, RENEWED])
@@ -195,7 +197,9 @@ def test_logits_processors_see_the_prompt_and_all_that_was_generated(model, toke
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("options", [{}, RENEWED, RENEWED | {"kv_bits": 8, "kv_group_size": 32}])
+@pytest.mark.parametrize(
+    "options", [{}, RENEWED, RENEWED | QUANTIZED | {"quantized_kv_start": 0}, RENEWED | QUANTIZED]
+)
 def test_the_cache_ends_where_that_of_mlx_lm_does(tokenizer, kind, options):
     if kind == "gemma3_text" and "kv_bits" in options:
         pytest.skip("mlx-lm does not quantize rotating caches")

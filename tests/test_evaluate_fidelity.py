@@ -88,6 +88,8 @@ def test_an_interrupted_run_goes_on_to_the_same_file(arguments, tmp_path, monkey
     partial = tmp_path / "broken.jsonl.partial"
     partial.write_text(partial.read_text() + '[["half a li')  # and the machine went down
     assert not broken.exists()
+    with pytest.raises(SystemExit, match="2"):  # another seed is another evaluation
+        run(monkeypatch, *arguments, "--json", broken, "--methods", *STATIC, "--seed", 1)
     scored.clear()
     monkeypatch.setattr(tool.Evaluation, "__call__", interrupted)
     run(monkeypatch, *arguments, "--json", broken, "--methods", *STATIC)
@@ -98,7 +100,12 @@ def test_an_interrupted_run_goes_on_to_the_same_file(arguments, tmp_path, monkey
 def test_bad_input_ends_with_a_sentence(arguments, tmp_path, monkeypatch, capsys):
     for more, message in (
         (["--prompts", tmp_path / "none"], "no prompts at"),
-        (["--density", 2], "density"),
+        (["--density", 0.5, 2], "density"),
+        (["--temp", 0], "--temp must be positive"),
+        (["--tokens", 1], "--tokens must be at least 2"),
+        (["--batch-size", 0], "--batch-size must be at least 1"),
+        (["--limit", 0], "--limit must be at least 1"),
+        (["--ablation", "margins", "--json", tmp_path / "x"], "writes no files"),
         (["--mix", 3], "between 0 and 1"),
         (["--methods", "glass-impact"], "no statistic 'impact'"),
     ):
@@ -152,6 +159,13 @@ def test_intervals_are_of_prompts_and_differences_are_paired():
     low, high = row["kl_95"]
     spread = 1.96 * np.std([o.kl[0] for o in better]) / np.sqrt(40)
     assert high - low == pytest.approx(2 * spread, rel=0.15)
+
+
+def test_texts_that_are_never_sliced_do_not_count_as_agreement():
+    row = report.row([outcome([1.0], [1.0]), report.Outcome([0.0], [1.0], 1, [], 2, 0, None, [])],
+                     [outcome([0.0], [1.0])] * 2, seed=0)  # fmt: skip
+    assert (row["density_got"], row["jaccard"], row["jaccard_by_layer"]) == (0.5, 0.5, [0.5])
+    assert "kl_change" not in row  # from nothing
 
 
 def test_figures_weigh_tokens_alike():

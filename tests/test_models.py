@@ -61,6 +61,10 @@ def test_inputs_are_taken_within_the_error_of_the_format(mode, group, bits):
     filled = take_inputs(layer, kept, "scatter", rest)
     assert mx.allclose(filled(x), layer(full), rtol=1e-4, atol=1e-4)
     assert mx.array_equal(take_inputs(layer, kept, "requantize", rest).bias, filled.layer.bias)
+    for policy in ("scatter", "requantize"):
+        layer.bias = layer.bias.astype(mx.bfloat16)
+        half = take_inputs(layer, kept, policy, rest.astype(mx.bfloat16))
+        assert half(x.astype(mx.bfloat16)).dtype == mx.bfloat16 or mode == "affine"
     again = take_inputs(layer, kept, "requantize")
     assert (again.bits, again.group_size, again.mode) == (bits, group, mode)
     error = mx.linalg.norm(dense_weight(again) - dense_weight(layer)[:, mx.array(kept)])

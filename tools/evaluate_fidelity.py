@@ -9,7 +9,9 @@ where it was if it has --json. docs/results.md has what came out, and what the m
 import argparse
 import hashlib
 import json
+import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,13 @@ from glass_mlx.fidelity import (
     read_prompts,
     score,
 )
-from glass_mlx.files import cache_folder, replacing
+from glass_mlx.files import cache_folder, locked, replacing
 from glass_mlx.lookup import model_folder
 from glass_mlx.models import find_ffns, fingerprint
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.prior import cache_name
 from glass_mlx.provenance import made_with
-from glass_mlx.selection import jaccard, select
+from glass_mlx.selection import budget, jaccard, select
 from glass_mlx.slicing import Slicing
 from tasks import TASKS, write_task
 
@@ -71,6 +73,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "oracle": _PAPER,
     "oracle-griffin": _PAPER | {"statistic": "griffin"},
 }
+
+
+# What does not fuse two rankings.
+_WITHOUT_MIX = ("dense", "random", "magnitude", "oracle", "oracle-griffin")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -116,7 +122,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mix-methods",
         nargs="+",
-        choices=METHODS,
+        choices=[name for name in METHODS if name not in _WITHOUT_MIX],
         metavar="METHOD",
         default=["glass"],
         help="methods to score with every λ of --mix, too (%(default)s)",
@@ -242,24 +248,31 @@ class Evaluation:
             exact=[bool(scores.right[start:stop].all()) for start, stop in answers],
             dense=int(scores.dense.sum()) + 1,
             reread=scores.reread,
-            density=float(np.mean([s.density for s in selections])) if selections else 1.0,
-            jaccard=np.mean(agreement, axis=0).tolist() if selections else [1.0] * len(self._ffns),
+            density=float(np.mean([s.density for s in selections])) if selections else None,
+            jaccard=np.mean(agreement, axis=0).tolist() if selections else [],
         )
 
 
 def evaluate(
-    evaluation: Evaluation, texts: list[Text], identity: Any, partial: Path | None
+    evaluation: Evaluation, texts: list[Text], identity: str, partial: Path | None
 ) -> dict[tuple[str, float], list[Outcome]]:
-    """All outcomes; those of earlier runs of the same evaluation are in the partial file."""
-    lines = partial.read_text().splitlines() if partial and partial.is_file() else []
-    head = json.dumps(identity)
+    """All outcomes; those of earlier runs of the same evaluation are in the partial file.
+
+    Raises:
+        ValueError: if the partial file is of another evaluation.
+    """
+    head, *lines = partial.read_text().split("\n") if partial and partial.is_file() else [identity]
+    if head != identity:
+        raise ValueError(
+            f"{partial} is from another evaluation that was interrupted; finish that one with its "
+            "own arguments, or delete the file"
+        )
     records = []
-    if lines[:1] == [head]:
-        for line in lines[1:]:
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # the end of a run that was killed
-                break
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the end of a run that was killed
+            break
     if partial:
         with replacing(partial) as temporary:
             temporary.write_text("\n".join([head, *map(json.dumps, records)]) + "\n")
@@ -278,6 +291,28 @@ def evaluate(
     return outcomes
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for the first value that is out of range, before anything is loaded."""
+    for density in args.density:
+        budget(1, density)
+    for mix in args.mix:
+        Slicing(mix=mix).check()
+    for name, value, least in (
+        ("--tokens", args.tokens, 2),
+        ("--batch-size", args.batch_size, 1),
+        ("--limit", 1 if args.limit is None else args.limit, 1),
+        ("--seed", args.seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    if not 0 < args.temp < math.inf:
+        raise ValueError(f"--temp must be positive, not {args.temp}")
+    if args.ablation and (args.json or args.markdown or args.plots or len(args.density) > 1):
+        raise ValueError("--ablation prints one table, at one density, and writes no files")
+    if args.task is None:
+        read_prompts(args.prompts)
+
+
 def run(args: argparse.Namespace) -> None:
     """Load the model, score the methods and print and write what came out.
 
@@ -285,8 +320,7 @@ def run(args: argparse.Namespace) -> None:
         FileNotFoundError: if the model, the prior or the prompts do not exist.
         ValueError: for a bad value, or a model, prior or prompts that cannot be used.
     """
-    if args.task is None:
-        read_prompts(args.prompts)  # a bad file is found before the model is loaded
+    check(args)
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     prior = resolve_prior(model, args.prior, model_folder(tokenizer), model_name(args.model))
     methods = {name: METHODS[name] for name in args.methods}
@@ -309,14 +343,19 @@ def run(args: argparse.Namespace) -> None:
         "model": model_name(args.model),
         "seed": args.seed,
         "temperature": args.temp,
+        "dtype": args.dtype,
+        "dequantize": args.dequantize,
         "prior": prior.about,
         "what": args.task or args.prompts.name,
     }
-    contents = hashlib.sha256(json.dumps([asdict(text) for text, _ in texts]).encode())
-    settings = {name: str(slicing) for name, slicing in evaluation.slicings.items()}
-    identity = [about, settings, args.density, contents.hexdigest()]
+    slicings = [str(replace(slicing, prior=None)) for slicing in evaluation.slicings.values()]
+    scores = [values.tobytes() for group in prior.scores.values() for values in group.values()]
+    identity = [about, args.density, [*methods], slicings, [asdict(text) for text, _ in texts]]
+    identity += [cache_name("", fingerprint(model)), hashlib.sha256(b"".join(scores)).hexdigest()]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     partial = args.json.with_name(f"{args.json.name}.partial") if args.json else None
-    outcomes = evaluate(evaluation, texts, identity, partial)
+    with locked(partial) if partial else nullcontext():
+        outcomes = evaluate(evaluation, texts, digest, partial)
     rows = []
     for (method, density), found in sorted(outcomes.items(), key=lambda item: item[0][1]):
         paired = outcomes.get((BASELINE, density)) if method != BASELINE else None
@@ -326,13 +365,14 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.unlink()
     if args.markdown:
         with replacing(args.markdown) as temporary:
             temporary.write_text(table(rows, markdown=True) + "\n")
     if args.plots:
         for file in plot(rows, args.plots):
             print(f"Wrote {file}", file=sys.stderr)
+    if partial:
+        partial.unlink()
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def margins(
             for path, scores in evidence.local.scores(slicing.statistic).items():
                 general = ranks(prior.scores[slicing.prior_statistic][path])
                 fused = np.sort(fuse(ranks(scores), general, slicing.weight(evidence)))[::-1]
-                kept = round(density * len(fused))
+                kept = min(round(density * len(fused)), len(fused) - 1)
                 near = np.abs(fused - fused[kept - 1]) <= 0.01 * len(fused)
                 gap = (fused[kept - 1] - fused[kept]) / len(fused)
                 found.setdefault(n, []).append((gap, near.mean()))

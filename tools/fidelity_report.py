@@ -25,8 +25,8 @@ class Outcome:
         exact: for each answer in the text, whether all its tokens were the most likely ones.
         dense: generated tokens that are computed densely.
         reread: generated tokens that are read again.
-        density: share of neurons kept.
-        jaccard: agreement with the oracle's neurons, a value a layer.
+        density: share of neurons in the slices, or None if all tokens are computed densely.
+        jaccard: agreement with the oracle's neurons, a value a layer; empty likewise.
     """
 
     kl: list[float]
@@ -35,7 +35,7 @@ class Outcome:
     exact: list[bool]
     dense: int
     reread: int
-    density: float
+    density: float | None
     jaccard: list[float]
 
     @property
@@ -78,20 +78,21 @@ def row(
     every = np.concatenate([o.kl for o in outcomes])
     lengths = np.array([len(o.kl) for o in outcomes])
     generated = sum(o.generated for o in outcomes)
+    sliced = [o for o in outcomes if o.density is not None]
     figures = {
-        "density_got": float(np.mean([o.density for o in outcomes])),
+        "density_got": float(np.mean([o.density for o in sliced])) if sliced else 1.0,
         "perplexity": float(perplexity),
         "perplexity_95": _interval(perplexities),
         "kl": float(kl),
         "kl_95": _interval(kls),
         "kl_p99": float(np.percentile(every, 99)),
         "top1": float(np.average([o.agrees for o in outcomes], weights=lengths)),
-        "jaccard": float(np.mean([o.jaccard for o in outcomes])),
+        "jaccard": float(np.mean([o.jaccard for o in sliced])) if sliced else 1.0,
         "prompts": len(outcomes),
         "tokens": generated,
         "dense_share": sum(o.dense for o in outcomes) / generated,
         "reread_share": sum(o.reread for o in outcomes) / generated,
-        "jaccard_by_layer": np.mean([o.jaccard for o in outcomes], axis=0).tolist(),
+        "jaccard_by_layer": np.mean([o.jaccard for o in sliced], axis=0).tolist() if sliced else [],
         "kl_by_position": [
             float(np.mean(np.concatenate([o.kl[at : at + _BIN] for o in outcomes])))
             for at in range(0, max(lengths), _BIN)
@@ -102,9 +103,12 @@ def row(
     if baseline is not None:
         (kl_0,), (perplexity_0,) = _per_token(baseline, one)
         kls_0, perplexities_0 = _per_token(baseline, draws)
+        if np.all(kls_0 > 0):
+            figures |= {
+                "kl_change": float(kl / kl_0 - 1),
+                "kl_change_95": _interval(kls / kls_0 - 1),
+            }
         figures |= {
-            "kl_change": float(kl / kl_0 - 1),
-            "kl_change_95": _interval(kls / kls_0 - 1),
             "perplexity_change": float(perplexity / perplexity_0 - 1),
             "perplexity_change_95": _interval(perplexities / perplexities_0 - 1),
         }
@@ -221,8 +225,8 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         for axis, density in zip(axes, densities, strict=True):
             axis.set_title(f"density {density:g}")
             for own in rows:
-                if own["density"] == density and own["method"] in shown:
-                    values = own[key]
+                values = own[key]
+                if own["density"] == density and own["method"] in shown and values:
                     at = (np.arange(len(values)) + (0.5 if step > 1 else 0)) * step
                     color = colors.get(own["method"])
                     axis.plot(at, values, label=own["method"], marker=".", color=color)
