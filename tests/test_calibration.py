@@ -190,6 +190,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(tmp_path, monkeypat
 def command(folder, output, *arguments, **options):
     arguments = ["--model", str(folder), "--output", str(output), *map(str, arguments)]
     arguments += ["--recipe", "bos", "--tokens", "4000", "--length", "40", "--batch-size", "4"]
+    arguments += ["--curve-texts", "1"]
     return subprocess.Popen(
         [sys.executable, str(TOOL), *arguments],
         stdout=subprocess.PIPE,

@@ -89,7 +89,7 @@ def test_invariants_of_the_quantized_model(quantized_model):
 def test_all_neurons_give_the_dense_tokens_and_logits_bit_for_bit(default_model):
     model, tokenizer = default_model
     dense = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=10)
-    ours = stream_generate(model, tokenizer, PROMPT, max_tokens=10, density=1.0)
+    ours = stream_generate(model, tokenizer, PROMPT, max_tokens=10, density=1.0, warmup=2)
     for a, b in zip(ours, dense, strict=True):
         assert (a.token, a.text) == (b.token, b.text)
         assert mx.array_equal(a.logprobs, b.logprobs)
@@ -124,6 +124,8 @@ def test_at_a_high_density_the_answer_stays_close_to_the_dense_one(default_model
     model, tokenizer = default_model
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    responses = list(stream_generate(model, tokenizer, prompt, max_tokens=12, density=0.9))
+    responses = list(
+        stream_generate(model, tokenizer, prompt, max_tokens=12, density=0.9, warmup=1)
+    )
     assert "Paris" in "".join(r.text for r in responses)
     assert responses[-1].glass.density_got == pytest.approx(0.9, abs=0.02)

@@ -191,7 +191,7 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize="small", bbox_to_anchor=(1.01, 1), loc="upper left")
         with replacing(folder / f"{name}.png") as temporary:
-            drawing.savefig(temporary, format="png", dpi=150)
+            drawing.savefig(temporary, format="png", dpi=110)
         files.append(folder / f"{name}.png")
 
     model = rows[0]["model"]
