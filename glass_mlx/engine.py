@@ -295,7 +295,9 @@ def check(
     slicing = Slicing(density=1.0 if density == AUTO else density, **options)
     slicing.check()
     if (density == AUTO) != (max_kl is not None):
-        raise ValueError("the density auto and a bound on KL (max_kl) belong together")
+        raise ValueError(
+            "the density auto needs a bound on KL (--max-kl, max_kl), and the bound the density auto"
+        )
     if max_kl is not None and not 0 < max_kl < math.inf:
         raise ValueError(f"the bound on KL must be positive, not {max_kl}")
     if max_tokens == 0:
