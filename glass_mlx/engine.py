@@ -296,7 +296,7 @@ def check(
     slicing.check()
     if (density == AUTO) != (max_kl is not None):
         raise ValueError(
-            "the density auto and a bound on KL (--max-kl, max_kl) go together: give both or neither"
+            "the density auto and a bound on KL (--max-kl, max_kl) go together; give both or none"
         )
     if max_kl is not None and not 0 < max_kl < math.inf:
         raise ValueError(f"the bound on KL must be positive, not {max_kl}")
