@@ -22,6 +22,7 @@ from glass_mlx.checkpoints import (
     load,
     model_name,
 )
+from glass_mlx.command import ending
 from glass_mlx.curve import measure_curve
 from glass_mlx.describe import describe, draw, stability_lines
 from glass_mlx.files import locked, read_tensors, write_tensors
@@ -609,16 +610,11 @@ def _build(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    try:
+    interrupted = "\nInterrupted; the same command goes on after the last whole batch"
+    with ending("build_priors", interrupted):
         prior, file = _show(args) if args.show else _build(args)
         if args.push_to_hub:
             print(f"Published at {publish(prior, file, args.push_to_hub)}")
-    except (ValueError, OSError) as error:
-        print(f"build_priors: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on after the last whole batch", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

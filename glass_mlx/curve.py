@@ -95,6 +95,12 @@ def _kl(model: nn.Module, text: Continuation, slicings: list[Slicing]) -> np.nda
     return np.stack([score(reading, slicing).kl for slicing in slicings])
 
 
+def check_bound(max_kl: float) -> None:
+    """Raise ValueError unless this can bound a KL divergence."""
+    if not 0 < max_kl < float("inf"):
+        raise ValueError(f"the bound on KL must be positive, not {max_kl}")
+
+
 def expected_density(prior: GlobalPrior | None, max_kl: float) -> float:
     """The lowest density that is expected to stay within a KL divergence from the dense model.
 
@@ -109,8 +115,7 @@ def expected_density(prior: GlobalPrior | None, max_kl: float) -> float:
     Raises:
         ValueError: if the bound is not positive, or there is no curve.
     """
-    if not 0 < max_kl < float("inf"):
-        raise ValueError(f"max_kl must be positive, not {max_kl}")
+    check_bound(max_kl)
     curve = None if prior is None else prior.about.get("curve")
     if curve is None:
         raise ValueError(

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from glass_mlx.curve import expected_density
+from glass_mlx.curve import check_bound, expected_density
 from glass_mlx.lookup import model_folder, resolve_prior
 from glass_mlx.models import find_ffns, weight_bytes, with_taps
 from glass_mlx.prior import GlobalPrior
@@ -224,21 +224,23 @@ class _Generation:
             if prompt_progress_callback is not None:
                 prompt_progress_callback(done, total)
 
-        steps: Iterator[tuple[int, mx.array]] = generate_step(
-            given,
-            model,
-            # mlx-lm's loop samples one token more than it yields
-            max_tokens=more if final else more - 1,
-            sampler=sampler,
-            logits_processors=[with_earlier(processor) for processor in self._processors],
-            prompt_cache=self._cache,
-            prompt_progress_callback=progress,
-            **self._options,
-            **options,
-        )
-        if not final:
-            steps = chain(steps, ((ahead[0].item(), ahead[1].squeeze(0)) for _ in range(1)))
-        for token, logprobs in steps:
+        def computed() -> Iterator[tuple[int, mx.array]]:
+            yield from generate_step(
+                given,
+                model,
+                # mlx-lm's loop samples one token more than it yields
+                max_tokens=more if final else more - 1,
+                sampler=sampler,
+                logits_processors=[with_earlier(processor) for processor in self._processors],
+                prompt_cache=self._cache,
+                prompt_progress_callback=progress,
+                **self._options,
+                **options,
+            )
+            if not final:
+                yield ahead[0].item(), ahead[1].squeeze(0)
+
+        for token, logprobs in computed():
             if self._evidence.prompt.tokens == 0:
                 raise ValueError(
                     "this model does not run the modules that it shows; it cannot be sliced"
@@ -298,8 +300,8 @@ def check(
         raise ValueError(
             "the density auto and a bound on KL (--max-kl, max_kl) go together; give both or none"
         )
-    if max_kl is not None and not 0 < max_kl < math.inf:
-        raise ValueError(f"the bound on KL must be positive, not {max_kl}")
+    if max_kl is not None:
+        check_bound(max_kl)
     if max_tokens == 0:
         raise ValueError("the number of tokens to generate must not be zero; -1 means no limit")
     return slicing

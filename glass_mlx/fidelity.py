@@ -132,7 +132,6 @@ class Reading:
     def __init__(self, model: nn.Module, text: Continuation, places: Sequence[int] = (1,)) -> None:
         self.model = model
         evidence = Evidence.of(model)
-        self.oracle = Evidence.of(model).text
         self._written, self.tokens = text.written, len(text.written) - 1
         self.following = mx.array(text.written[1:])
         cache = make_prompt_cache(model)
@@ -140,19 +139,17 @@ class Reading:
         prompt(mx.array(text.prompt)[None], cache=cache)
         mx.eval([layer.state for layer in cache], evidence.prompt.sums)
 
-        def watch(path: str, hidden: mx.array) -> mx.array:
-            return self.oracle.update(path, evidence.text.update(path, hidden))
-
         # After n tokens the last one is not read yet: the cache has the prompt and n - 1 more.
         stops = sorted({min(n - 1, self.tokens) for n in places} | {0, self.tokens})
         self._places = {0: _Place(copy.deepcopy(cache), evidence.copy())}
-        continuation, logits = with_taps(model, watch), []
+        continuation, logits = with_taps(model, evidence.text.update), []
         for start, stop in pairwise(stops):
             part = mx.array(self._written[start:stop])[None]
             logits.append(continuation(part, cache=cache)[0].astype(mx.float32))
-            mx.eval(logits, [layer.state for layer in cache], evidence.text.sums, self.oracle.sums)
+            mx.eval(logits, [layer.state for layer in cache], evidence.text.sums)
             if stop < self.tokens:
                 self._places[stop] = _Place(copy.deepcopy(cache), evidence.copy())
+        self.oracle = evidence.text
         self.dense = _log_probabilities(mx.concatenate(logits))
 
     def evidence(self, generated: int = 1) -> Evidence:

@@ -17,6 +17,7 @@ from glass_mlx.checkpoints import (
     load,
     model_name,
 )
+from glass_mlx.command import ending
 from glass_mlx.engine import AUTO, check, generate
 from glass_mlx.hub import locate
 from glass_mlx.lookup import NoPriorError, model_folder, resolve_prior
@@ -292,13 +293,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    try:
+    with ending("glass-mlx"):
         run(args)
-    except (ValueError, OSError) as error:
-        print(f"glass-mlx: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

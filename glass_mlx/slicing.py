@@ -148,15 +148,18 @@ class Slicing:
             return 0.0
         return 1.0 if evidence.local.tokens == 1 else self.mix
 
+    def fused(self, evidence: Evidence) -> dict[str, np.ndarray]:
+        """What neurons are chosen by, (m,) by FFN: the ranks by what was read and by the prior."""
+        local = {path: ranks(v) for path, v in evidence.local.scores(self.statistic).items()}
+        if self.prior is None:
+            return local
+        general, mix = self.prior.scores[self.prior_statistic], self.weight(evidence)
+        return {path: fuse(own, ranks(general[path]), mix) for path, own in local.items()}
+
     def select(self, ffns: list[FFN], evidence: Evidence) -> Selection:
         """Choose the neurons to keep by what was read and the prior."""
-        fused = {}
-        for path, scores in evidence.local.scores(self.statistic).items():
-            fused[path] = ranks(scores)
-            if self.prior is not None:
-                general = ranks(self.prior.scores[self.prior_statistic][path])
-                fused[path] = fuse(fused[path], general, self.weight(evidence))
-        return select(fused, self.density, {ffn.path: ffn.multiple for ffn in ffns})
+        multiples = {ffn.path: ffn.multiple for ffn in ffns}
+        return select(self.fused(evidence), self.density, multiples)
 
 
 class Slicer:

@@ -10,15 +10,20 @@ import numpy as np
 _TINY = 1e-30
 
 
-def _activation_sum(hidden: mx.array, weight: mx.array) -> mx.array:
+def _activation_sum(hidden: mx.array, counted: mx.array, weight: mx.array) -> mx.array:
     return weight[:, None] @ mx.abs(hidden)
 
 
-def _griffin_sum(hidden: mx.array, weight: mx.array) -> mx.array:
+def _griffin_sum(hidden: mx.array, counted: mx.array, weight: mx.array) -> mx.array:
     return mx.square(weight)[:, None] @ mx.square(hidden)
 
 
-# What a chunk (S, T, m) adds to (S, 1, m), and what the sums become when divided by the tokens.
+def _mean_sum(hidden: mx.array, counted: mx.array, weight: mx.array) -> mx.array:
+    return counted[:, None] @ hidden
+
+
+# What a chunk (S, T, m) adds to (S, 1, m), given for each token (S, T) whether it counts and that
+# divided by its norm; and what the sums become when divided by the tokens.
 STATISTICS = {
     "activation": (_activation_sum, lambda mean: mean),
     "griffin": (_griffin_sum, np.sqrt),
@@ -26,6 +31,7 @@ STATISTICS = {
 
 # The plain mean of hidden vectors, which does not rank neurons but stands in for dropped ones.
 MEAN = "mean"
+_SUMS = STATISTICS | {MEAN: (_mean_sum, lambda mean: mean)}
 
 # What a prior can be measured by: these, and what takes a backward pass (`impact`).
 IMPACT = "impact"
@@ -62,7 +68,7 @@ class NeuronStatistics:
         sequences: int = 1,
     ) -> None:
         for name in names:
-            if name not in STATISTICS and name != MEAN:
+            if name not in _SUMS:
                 raise ValueError(f"statistic {name!r} is not one of {', '.join(STATISTICS)}")
         self.names = names
         self.sums = {
@@ -101,14 +107,11 @@ class NeuronStatistics:
         else:
             mask = mask.reshape(self._sequences, -1).astype(np.float32)
             counted = mx.array(mask)
+            weight = weight * counted
             self._tokens[path] = self._tokens[path] + mask.sum(-1)
         sums = self.sums[path]
         for name in self.names:
-            if name == MEAN:
-                added = counted[:, None] @ values
-            else:
-                added = STATISTICS[name][0](values, weight * counted)
-            sums[name] = sums[name] + added.squeeze(1)
+            sums[name] = sums[name] + _SUMS[name][0](values, counted, weight).squeeze(1)
         return mx.depends(hidden, list(sums.values()))
 
     @property
@@ -132,8 +135,7 @@ class NeuronStatistics:
 
     @staticmethod
     def _finished(name: str, sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        mean = sums / np.maximum(tokens, 1)
-        return (mean if name == MEAN else STATISTICS[name][1](mean)).astype(np.float32)
+        return _SUMS[name][1](sums / np.maximum(tokens, 1)).astype(np.float32)
 
 
 class SequenceMoments:

@@ -86,12 +86,6 @@ class ScatteredLinear(nn.Module):
         self.layer = layer
         self._indices, self._inputs = mx.array(indices), inputs(layer)
 
-    def with_bias(self, bias: mx.array) -> "ScatteredLinear":
-        """The same with another bias, (out,)."""
-        other = copy.copy(self)
-        other.layer = _with(self.layer, bias=bias)
-        return other
-
     def __call__(self, x: mx.array) -> mx.array:
         """Project (..., k) kept inputs to (..., out)."""
         full = mx.zeros((*x.shape[:-1], self._inputs), x.dtype)
@@ -162,15 +156,12 @@ def take_inputs(
     check_indices(indices, inputs(layer))
     if policy not in DOWN_POLICIES:
         raise ValueError(f"down policy {policy!r} is not one of {', '.join(DOWN_POLICIES)}")
+    if rest is not None:
+        layer = _with(layer, bias=_bias(layer, indices, rest))
     if isinstance(layer, nn.QuantizedLinear):
         if policy == "requantize" and len(indices) % layer.group_size:
             raise ValueError(
                 f"{len(indices)} inputs cannot be quantized in groups of {layer.group_size}"
             )
-        taken = DOWN_POLICIES[policy](layer, indices)
-    else:
-        taken = _with(layer, weight=_columns(layer.weight, indices))
-    if rest is None:
-        return taken
-    bias = _bias(layer, indices, rest)
-    return taken.with_bias(bias) if isinstance(taken, ScatteredLinear) else _with(taken, bias=bias)
+        return DOWN_POLICIES[policy](layer, indices)
+    return _with(layer, weight=_columns(layer.weight, indices))

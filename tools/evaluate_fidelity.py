@@ -20,6 +20,7 @@ from fidelity_ablations import ABLATIONS, ablation_table
 from fidelity_report import BASELINE, Outcome, plot, row, table
 from glass_mlx import GlobalPrior, Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, model_name
+from glass_mlx.command import ending
 from glass_mlx.fidelity import (
     Continuation,
     Reading,
@@ -214,9 +215,11 @@ class Evaluation:
         for density in self.densities:
             oracle = self._top(reading.oracle.scores("activation"), density)
             for name, slicing in self.slicings.items():
-                own = replace(slicing, density=1.0 if name == "dense" else density)
-                choose = self._chooser(name, own, reading, number)
-                scores = score(reading, own, choose) if name != "dense" else Scores.exact(reading)
+                if name == "dense":
+                    scores = Scores.exact(reading)
+                else:
+                    own = replace(slicing, density=density)
+                    scores = score(reading, own, self._chooser(name, own, reading, number))
                 outcomes[name, density] = self._outcome(scores, oracle, answers)
         return outcomes
 
@@ -378,13 +381,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    try:
+    with ending("evaluate_fidelity"):
         run(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate_fidelity: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

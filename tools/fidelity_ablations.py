@@ -1,15 +1,14 @@
 """What a referee would ask of the method beside its fidelity, on the same texts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from glass_mlx.fidelity import Continuation, Reading, places, score
 from glass_mlx.models import with_taps
 from glass_mlx.prior import GlobalPrior
-from glass_mlx.ranking import fuse, ranks, spearman
+from glass_mlx.ranking import ranks, spearman
 from glass_mlx.slicing import Evidence, Slicing
-from glass_mlx.statistics import NeuronStatistics
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,11 +21,9 @@ _EVIDENCE = (1, 9, 17, 33, 65, 129)
 _AHEAD = (16, 32, 64, 128)
 
 
-def _similarity(ours: NeuronStatistics, theirs: NeuronStatistics, name: str) -> float:
-    rest = theirs.scores(name)
-    return float(
-        np.mean([spearman(ranks(v), ranks(rest[path])) for path, v in ours.scores(name).items()])
-    )
+def _similarity(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """Spearman's correlation of two rankings of neurons, mean over FFNs."""
+    return float(np.mean([spearman(ranks(v), ranks(theirs[path])) for path, v in ours.items()]))
 
 
 def rankings(
@@ -47,18 +44,11 @@ def rankings(
             seen = evidence.prompt if stop < tokens.size else evidence.text
             with_taps(model, seen.update)(tokens[None, start:stop], cache=cache)
             mx.eval(seen.sums)
-            states.append(seen.copy())
+            states.append(seen.scores(name))
         rest = states.pop()
-        general = rest.scores(name)
-        by_prior = np.mean(
-            [
-                spearman(ranks(v), ranks(general[path]))
-                for path, v in prior.scores[Slicing.prior_statistic].items()
-            ]
-        )
+        by_prior = _similarity(prior.scores[Slicing.prior_statistic], rest)
         for length, state in zip(lengths, states, strict=True):
-            pair = _similarity(state, rest, name), float(by_prior)
-            found.setdefault(length, []).append(pair)
+            found.setdefault(length, []).append((_similarity(state, rest), by_prior))
     return [
         {"tokens read": n, "their ranking": np.mean(v, 0)[0], "prior's": np.mean(v, 0)[1],
          "texts": len(v)}
@@ -81,10 +71,8 @@ def margins(
         for n in _EVIDENCE:
             if n >= len(text.written):
                 continue
-            evidence = reading.evidence(n)
-            for path, scores in evidence.local.scores(slicing.statistic).items():
-                general = ranks(prior.scores[slicing.prior_statistic][path])
-                fused = np.sort(fuse(ranks(scores), general, slicing.weight(evidence)))[::-1]
+            for scores in slicing.fused(reading.evidence(n)).values():
+                fused = np.sort(scores)[::-1]
                 kept = min(round(density * len(fused)), len(fused) - 1)
                 near = np.abs(fused - fused[kept - 1]) <= 0.01 * len(fused)
                 gap = (fused[kept - 1] - fused[kept]) / len(fused)
