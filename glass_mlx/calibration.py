@@ -23,7 +23,7 @@ from glass_mlx.checkpoints import (
     model_name,
 )
 from glass_mlx.command import ending
-from glass_mlx.curve import measure_curve
+from glass_mlx.curve import STEPS, measure_curve
 from glass_mlx.describe import describe, draw, stability_lines
 from glass_mlx.files import locked, read_tensors, write_tensors
 from glass_mlx.hub import locate, publish
@@ -419,11 +419,11 @@ def calibrate(
     prior = GlobalPrior(scores, corners, about, spread)
     if settings.curve_texts and DEFAULT_PRIOR_STATISTIC in settings.statistics:
         with (
-            tqdm(total=settings.curve_texts, desc="density curve", unit="text") as bar,
+            tqdm(total=STEPS * settings.curve_texts, desc="density curve", unit="read") as bar,
             wired_limit(model, [generation_stream]),
         ):
             try:
-                about["curve"] = measure_curve(
+                about |= measure_curve(
                     model,
                     tokenizer,
                     prior,

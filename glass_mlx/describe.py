@@ -43,6 +43,8 @@ def describe(prior: GlobalPrior) -> str:
         pairs = zip(curve["densities"], curve["kl"], strict=True)
         points = ", ".join(f"{kl:.3f} at {density:g}" for density, kl in pairs)
         lines.append(f"KL          {points} (nats a token, {curve['tokens']} tokens of its own)")
+    if prior.whole:
+        lines.append(f"kept whole  {', '.join(prior.whole)}")
     for statistic, measures in about.get("stability", {}).items():
         lines += ["", f"stability of {statistic}", *_stability_table(prior, measures)]
     return "\n".join(lines)

@@ -61,6 +61,11 @@ class GlobalPrior:
     spread: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     source: str = ""
 
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The FFNs that are better kept whole, at the others' expense; see `curve.find_whole`."""
+        return tuple(self.about.get("whole", ()))
+
     @staticmethod
     def resembles(file: Path, weights: Mapping[str, np.ndarray]) -> bool:
         """Whether a file may be the prior of a model, by its fingerprint alone, which is small.
@@ -149,6 +154,8 @@ def _malformed(
         return "it does not say in order where it comes from"
     if not samples or not any(not name.endswith(_SPREAD) for name in groups):
         return "it has no scores"
+    if not {*about.get("whole", ())} <= samples.keys():
+        return "it names FFNs to keep whole that it does not have"
     widths = {path: len(v) for path, v in next(iter(groups.values())).items() if v.ndim}
     for name, group in groups.items():
         if group.keys() != samples.keys():
@@ -170,7 +177,8 @@ def _understood(about: dict[str, Any]) -> bool:
         and all(
             isinstance(about.get(key, {}), dict) for key in ("settings", "versions", "stability")
         )
-        and isinstance(about.get("recipes", []), list)
+        and all(isinstance(about.get(key, []), list) for key in ("recipes", "whole"))
+        and all(isinstance(path, str) for path in about.get("whole", []))
         and all(isinstance(recipe, dict) for recipe in about.get("recipes", []))
         and all(
             isinstance(measures, dict)

@@ -86,11 +86,12 @@ class Slicing:
     """How the FFNs of a model are sliced in one generation.
 
     Attributes:
-        density: share of the neurons of each FFN to keep, in (0, 1].
+        density: share of the neurons to keep, in (0, 1].
         mix: λ in [0, 1], the weight of the prior's ranking against that of the tokens read.
         statistic: what the tokens that were read rank neurons by, a key of `STATISTICS`.
         prior_statistic: what the prior ranks them by.
         prior: the model's prior, or None to select by the tokens alone.
+        budgets: whether the FFNs that the prior says so of are kept whole at the others' expense.
         warmup: how many tokens are generated densely before the first selection, at least 1.
         refresh: after how many tokens the selection is renewed, at least 2; 0 for never.
         down_policy: how quantized down projections are sliced, a key of `DOWN_POLICIES`.
@@ -101,6 +102,7 @@ class Slicing:
     statistic: str = DEFAULT_STATISTIC
     prior_statistic: str = DEFAULT_PRIOR_STATISTIC
     prior: GlobalPrior | None = None
+    budgets: bool = True
     warmup: int = DEFAULT_WARMUP
     refresh: int = DEFAULT_REFRESH
     down_policy: str = "requantize"
@@ -159,7 +161,8 @@ class Slicing:
     def select(self, ffns: list[FFN], evidence: Evidence) -> Selection:
         """Choose the neurons to keep by what was read and the prior."""
         multiples = {ffn.path: ffn.multiple for ffn in ffns}
-        return select(self.fused(evidence), self.density, multiples)
+        whole = self.prior.whole if self.prior and self.budgets else ()
+        return select(self.fused(evidence), self.density, multiples, whole)
 
 
 class Slicer:

@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from .ffn import FFN, Watch, find_gated
+from .ffn import FFN, Known, Watch, find_ffn
 from .linear import DOWN_POLICIES, dense_weight, is_linear, outputs
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Watch",
     "find_ffns",
     "fingerprint",
+    "has_experts",
     "layer_order",
     "weight_bytes",
     "with_modules",
@@ -28,12 +30,18 @@ __all__ = [
 REFUSED = {
     "gemma3n": "its activation depends on the mean over all neurons of a layer",
     "bitnet": "it normalises over all neurons of a layer",
-    "prism_hadamard": "it rotates the neurons of a layer into each other",
+    "prism_hadamard_qwen35": "it rotates the neurons of a layer into each other",
 }
+
+# An expert in a list; it sees only the tokens that are routed to it.
+_EXPERT = re.compile(r"\bexperts\.\d+$")
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """Find the FFNs of a model that can be sliced.
+    """Find the FFNs of a model that can be sliced, by what its modules compute (see `ffn`).
+
+    Of a mixture of experts these are the FFNs that every token goes through: dense layers and
+    shared experts. Routed experts stay as they are.
 
     Returns:
         The FFNs in the order of the layers.
@@ -50,14 +58,25 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             "this model has adapters that are not fused into its weights; "
             "give adapter_path to glass_mlx.load, which fuses them"
         )
-    found = (find_gated(path, module) for path, module in modules.items())
+    known: Known = {}
+    found = (find_ffn(path, m, known) for path, m in modules.items() if not _EXPERT.search(path))
     ffns = [ffn for ffn in found if ffn is not None]
     if not ffns:
-        raise ValueError(
-            f"no feed-forward network with gate_proj, up_proj and down_proj was found in this "
-            f"model of type {kind}; it cannot be sliced"
+        reason = (
+            "all its neurons are in routed experts, which are not sliced"
+            if has_experts(model)
+            else "no feed-forward network was found in it that treats its neurons one by one"
         )
+        raise ValueError(f"models of type {kind} cannot be sliced: {reason}")
     return sorted(ffns, key=lambda ffn: layer_order(ffn.path))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model has routed experts, in a list or with their weights in one array."""
+    return any(
+        isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) or _EXPERT.search(path)
+        for path, module in model.named_modules()
+    )
 
 
 def layer_order(path: str) -> str:

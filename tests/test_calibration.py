@@ -17,11 +17,12 @@ from glass_mlx.calibration import Settings, build, calibrate
 from glass_mlx.files import locked
 from glass_mlx.lookup import resolve_prior
 from glass_mlx.models import find_ffns
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior import FILE_NAME, GlobalPrior
 from glass_mlx.recipes import Recipe, Sequence
 from glass_mlx.stability import overall
 from glass_mlx.statistics import STATISTICS
-from invariants import chat_tokenizer, snapshot, statistics_of, tiny_model
+from invariants import chat_tokenizer, snapshot, statistics_of
 from test_checkpoints import save_tiny_folder
 
 import mlx.core as mx
@@ -69,7 +70,7 @@ def test_a_prior_has_finite_positive_scores_and_its_recipe():
     assert prior.scores.keys() == prior.spread.keys() == {"activation", "griffin"}
     for values in (prior.scores, prior.spread):
         for scores in values.values():
-            assert len(scores) == 3
+            assert len(scores) == 4
             assert all(np.isfinite(v).all() and (v > 0).any() for v in scores.values())
             assert {v.dtype for v in scores.values()} == {np.dtype("float32")}
     about = prior.about

@@ -9,7 +9,8 @@ import glass_mlx.checkpoints as checkpoints
 from glass_mlx import load
 from glass_mlx.checkpoints import advice, builtin_gguf, resolve
 from glass_mlx.models import find_ffns
-from invariants import COMMON, letter_tokenizer, tiny_model
+from glass_mlx.models.architectures import COMMON, tiny_model
+from invariants import letter_tokenizer
 from test_gguf import write_gguf
 
 import mlx.core as mx
@@ -131,7 +132,7 @@ def test_adapters_are_fused_before_slicing(folder, tmp_path):
     assert not any("lora" in k for k, _ in tree_flatten(fused.parameters()))
     assert mx.allclose(fused(tokens), model(tokens), atol=1e-4)
     assert not mx.allclose(fused(tokens), tiny_model("llama")(tokens), atol=1e-2)
-    assert len(find_ffns(fused)) == 3
+    assert len(find_ffns(fused)) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
-from glass_mlx import stream_generate
-from glass_mlx.curve import DENSITIES, expected_density, measure_curve
+from glass_mlx import curve, stream_generate
+from glass_mlx.curve import DENSITIES, STEPS, expected_density, measure_curve
 from glass_mlx.describe import describe
+from glass_mlx.models import find_ffns
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior import GlobalPrior
-from invariants import chat_tokenizer, letter_tokenizer, tiny_model
+from invariants import chat_tokenizer, letter_tokenizer
 from test_prior import made_prior
 
 import numpy as np
@@ -46,26 +48,49 @@ def test_a_bound_needs_a_curve_and_a_positive_number(model):
 
 @pytest.mark.parametrize("wrapped", [chat_tokenizer, lambda: TokenizerWrapper(letter_tokenizer())])
 def test_the_curve_is_measured_on_own_text_the_same_every_time(model, wrapped, tmp_path):
-    prior, texts = made_prior(model), []
-    curve = measure_curve(model, wrapped(), prior, 3, 60, seed=1, progress=texts.append)
-    assert curve == measure_curve(model, wrapped(), prior, 3, 60, seed=1)
-    assert curve["kl"] != measure_curve(model, wrapped(), prior, 3, 60, seed=2)["kl"]
-    assert curve["densities"] == list(DENSITIES)
-    assert len(texts) == 3
-    assert np.all(np.array(curve["kl"])[:-1] > 0)  # 0.9 of 128 neurons are rounded to all
-    assert curve["kl"][0] > curve["kl"][-2]
-    replace(prior, about=prior.about | {"curve": curve}).save(tmp_path / "prior.safetensors")
+    prior, steps = made_prior(model), []
+    measured = measure_curve(model, wrapped(), prior, 3, 60, seed=1, progress=steps.append)
+    assert measured == measure_curve(model, wrapped(), prior, 3, 60, seed=1)
+    found = measured["curve"]
+    assert found["kl"] != measure_curve(model, wrapped(), prior, 3, 60, seed=2)["curve"]["kl"]
+    assert found["densities"] == list(DENSITIES)
+    assert sum(steps) == 3 * STEPS
+    assert np.all(np.array(found["kl"])[:-1] > 0)  # 0.9 of 128 neurons are rounded to all
+    assert found["kl"][0] > found["kl"][-2]
+    replace(prior, about=prior.about | measured).save(tmp_path / "prior.safetensors")
     loaded = GlobalPrior.load(tmp_path / "prior.safetensors")
-    assert loaded.about["curve"] == curve
-    assert f"{curve['kl'][0]:.3f} at 0.3" in describe(loaded)
+    assert loaded.about["curve"] == found
+    assert f"{found['kl'][0]:.3f} at 0.3" in describe(loaded)
 
 
 def test_a_template_that_fails_and_texts_that_are_short(model):
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert measure_curve(model, tokenizer, made_prior(model), 2, 60)["recipe"] == "bos"
+    assert measure_curve(model, tokenizer, made_prior(model), 2, 60)["curve"]["recipe"] == "bos"
     with pytest.raises(ValueError, match="long enough"):
         measure_curve(model, tokenizer, made_prior(model), 2, 31)
+
+
+def test_ffns_are_kept_whole_if_that_lowers_kl(model, monkeypatch):
+    paths = [ffn.path for ffn in find_ffns(model)]
+    kls = {(): 1.0, (paths[0],): 0.8, (paths[0], paths[1]): 0.9, (paths[0], paths[-1]): 0.7}
+
+    def kl(model, texts, slicings, progress):
+        return np.array([kls[slicing.prior.whole] for slicing in slicings])
+
+    monkeypatch.setattr(curve, "_kl", kl)
+    assert curve._find_whole(model, made_prior(model), [], print) == [paths[0], paths[-1]]
+    kls[paths[0],] = 1.1
+    kls[paths[1],] = kls[paths[-1],] = 1.2
+    assert curve._find_whole(model, made_prior(model), [], print) == []
+
+
+@pytest.mark.parametrize("whole", ["model.layers.0.mlp", [1], ["model.layers.99.mlp"]])
+def test_ffns_to_keep_whole_must_be_the_priors_own(model, whole, tmp_path):
+    prior, file = made_prior(model), tmp_path / "prior.safetensors"
+    replace(prior, about=prior.about | {"whole": whole}).save(file)
+    with pytest.raises(ValueError, match="build it again"):
+        GlobalPrior.load(file)
 
 
 @pytest.mark.parametrize(

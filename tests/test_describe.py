@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 from glass_mlx.describe import describe, draw
-from invariants import tiny_model
+from glass_mlx.models.architectures import tiny_model
 from test_prior import made_prior
 
 import matplotlib.image
@@ -20,7 +20,7 @@ ABOUT = {
 
 
 def test_it_says_what_a_prior_is_with_layers_in_their_order():
-    prior = made_prior(tiny_model("llama", num_hidden_layers=12))
+    prior = made_prior(tiny_model("llama", num_hidden_layers=12, layer_types=None))
     paths = [*prior.scores["activation"]]
     about = ABOUT | {"stability": {"activation": {"spearman": dict.fromkeys(paths, 0.25)}}}
     shuffled = {"activation": dict(sorted(prior.scores["activation"].items()))}

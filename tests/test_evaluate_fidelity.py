@@ -5,7 +5,7 @@ import sys
 
 import evaluate_fidelity as tool
 import fidelity_report as report
-from invariants import tiny_model
+from glass_mlx.models.architectures import tiny_model
 from tasks import TASKS, write_task
 from test_checkpoints import save_tiny_folder
 from test_prior import made_prior

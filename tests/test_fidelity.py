@@ -12,8 +12,9 @@ from glass_mlx.fidelity import (
     score,
     segments,
 )
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.slicing import Slicing
-from invariants import letter_tokenizer, statistics_of, tiny_model
+from invariants import letter_tokenizer, statistics_of
 from test_prior import made_prior
 
 import mlx.core as mx

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from glass_mlx.gguf_checkpoint import AFFINE, affine, convert
-from invariants import tiny_model
+from glass_mlx.models.architectures import tiny_model
 
 import gguf
 import mlx.core as mx

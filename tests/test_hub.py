@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import glass_mlx.hub as hub
 from glass_mlx.hub import locate, model_card
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior import FILE_NAME, GlobalPrior
-from invariants import tiny_model
 from test_checkpoints import save_tiny_folder
 from test_prior import made_prior
 

@@ -1,6 +1,7 @@
 from glass_mlx.models import find_ffns, fingerprint, weight_bytes, with_modules
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.models.linear import dense_weight, take_inputs, take_outputs
-from invariants import CONFIGS, check_invariants, check_statistics, snapshot, tiny_model
+from invariants import check_invariants, snapshot
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,13 +16,6 @@ MODES = [
     ("nvfp4", 16, 4),
     ("mxfp8", 32, 8),
 ]
-
-
-@pytest.mark.parametrize("model_type", CONFIGS)
-def test_invariants(model_type):
-    model = tiny_model(model_type)
-    check_invariants(model, lambda m: m(TOKENS))
-    check_statistics(model, TOKENS)
 
 
 def test_invariants_of_a_quantized_model():
@@ -103,7 +97,7 @@ def test_replacing_modules_copies_only_the_way_to_them():
 def test_ffns_come_in_the_order_of_layers():
     mx.random.seed(0)
     paths = [ffn.path for ffn in find_ffns(tiny_model("llama"))]
-    assert paths == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert paths == [f"model.layers.{i}.mlp" for i in range(4)]
 
 
 def test_models_that_cannot_be_sliced_are_refused_with_the_reason():
@@ -128,7 +122,7 @@ def test_fingerprints_survive_quantization_and_differ_between_models():
 
 
 def test_weight_bytes_leave_out_an_embedding_that_is_only_looked_up():
-    tied, untied = tiny_model("qwen2"), tiny_model("llama")
+    tied, untied = tiny_model("qwen2", tie_word_embeddings=True), tiny_model("llama")
     every = [sum(a.nbytes for _, a in tree_flatten(m.parameters())) for m in (tied, untied)]
     assert weight_bytes(tied) == every[0]
     assert weight_bytes(untied) == every[1] - 256 * 64 * 4

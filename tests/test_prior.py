@@ -5,8 +5,8 @@ from glass_mlx.describe import describe, draw
 from glass_mlx.files import digest
 from glass_mlx.lookup import NoPriorError, resolve_prior
 from glass_mlx.models import find_ffns, fingerprint
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior import FILE_NAME, FORMAT, GlobalPrior
-from invariants import tiny_model
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_it_is_refused_for_other_widths_and_layers(model):
     with pytest.raises(ValueError, match="128 neurons in the model and 127 in it"):
         resolve_prior(model, narrow)
     fewer = replace(prior, scores={"activation": {p: s for p, s in scores.items() if p != first}})
-    with pytest.raises(ValueError, match="2 FFNs are not the model's 3"):
+    with pytest.raises(ValueError, match="3 FFNs are not the model's 4"):
         resolve_prior(model, fewer)
 
 

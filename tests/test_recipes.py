@@ -2,6 +2,7 @@
 
 import json
 
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.recipes import (
     SKIPPED,
     ChatFrame,
@@ -12,7 +13,7 @@ from glass_mlx.recipes import (
     padded,
     source,
 )
-from invariants import chat_tokenizer, letter_tokenizer, tiny_model
+from invariants import chat_tokenizer, letter_tokenizer
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -1,5 +1,5 @@
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.rewind import Mark
-from invariants import tiny_model
 
 import mlx.core as mx
 import pytest

@@ -1,4 +1,4 @@
-from glass_mlx.selection import budget, jaccard, select
+from glass_mlx.selection import budget, densities, jaccard, select
 
 import numpy as np
 import pytest
@@ -35,6 +35,19 @@ def test_the_largest_scores_are_kept_in_order_and_ties_go_to_the_first():
 def test_the_density_counts_neurons_over_ffns_of_different_widths():
     scores = {"a": np.arange(64.0), "b": np.arange(32.0)}
     assert select(scores, 0.5, {"a": 32, "b": 32}).density == pytest.approx(64 / 96)
+
+
+def test_what_is_kept_whole_is_taken_from_the_others():
+    widths = {"a": 64, "b": 32, "c": 32}
+    assert densities(widths, 0.5, ()) == {"a": 0.5, "b": 0.5, "c": 0.5}
+    assert densities(widths, 0.5, ["b"]) == {"a": pytest.approx(1 / 3), "b": 1, "c": 1 / 3}
+    assert densities(widths, 0.3, ["b"]) == {"a": 0.3, "b": 0.3, "c": 0.3}  # too little is left
+    assert densities(widths, 0.5, ["a", "b", "c"]) == {"a": 0.5, "b": 0.5, "c": 0.5}
+    assert densities(widths, 1.0, ["b"]) == {"a": 1, "b": 1, "c": 1}
+    scores = {path: np.arange(width) for path, width in widths.items()}
+    selection = select(scores, 0.5, {"a": 1, "b": 1, "c": 1}, ["b"])
+    assert [len(kept) for kept in selection.indices.values()] == [21, 32, 11]
+    assert selection.density == 0.5
 
 
 def test_jaccard():

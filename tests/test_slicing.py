@@ -1,10 +1,12 @@
+from dataclasses import replace
 from itertools import islice
 
 from glass_mlx.models import find_ffns
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.selection import Selection
 from glass_mlx.slicing import Evidence, Slicer, Slicing
 from glass_mlx.statistics import MEAN
-from invariants import random_selection, tiny_model
+from invariants import random_selection
 from test_prior import made_prior
 
 import mlx.core as mx
@@ -82,6 +84,18 @@ def test_one_token_takes_the_prior_and_no_prior_the_text(model):
     assert slicing.weight(seen(model, 1, 0)) == 1
     assert slicing.weight(seen(model, 2, 0)) == 0.3
     assert Slicing(mix=0.3).weight(seen(model, 2, 9)) == 0
+
+
+def test_ffns_that_the_prior_says_so_of_are_kept_whole(model):
+    ffns, prior = find_ffns(model), made_prior(model)
+    first = ffns[0].path
+    prior = replace(prior, about=prior.about | {"whole": [first]})
+    slicing = Slicing(prior=prior, density=0.75)
+    kept = slicing.select(ffns, seen(model, 9, 9))
+    assert len(kept.indices[first]) == 1280
+    assert kept.density == pytest.approx(0.75, abs=0.02)
+    kept = replace(slicing, budgets=False).select(ffns, seen(model, 9, 9))
+    assert len(kept.indices[first]) == 960
 
 
 def test_slices_that_would_hardly_change_are_kept(model):
