@@ -4,12 +4,13 @@ import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import glass_mlx.checkpoints as checkpoints
 from glass_mlx import load
 from glass_mlx.checkpoints import advice, builtin_gguf, resolve
 from glass_mlx.models import find_ffns
-from glass_mlx.models.architectures import COMMON, tiny_model
+from glass_mlx.models.architectures import configuration, tiny_model
 from invariants import letter_tokenizer
 from test_gguf import write_gguf
 
@@ -18,6 +19,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 @pytest.fixture
@@ -37,12 +39,15 @@ def folder(tmp_path):
     return save_tiny_folder(tmp_path / "tiny")
 
 
-def save_tiny_folder(folder: Path) -> Path:
-    """An mlx-lm model folder with a tiny model and a tokenizer."""
+def save_tiny_folder(folder: Path, architecture: str = "llama", **quantization: Any) -> Path:
+    """An mlx-lm model folder with a tiny model, quantized or not, and a tokenizer."""
     folder.mkdir()
-    model = tiny_model("llama")
+    model, config = tiny_model(architecture), configuration(architecture)
+    if quantization:
+        nn.quantize(model, **quantization)
+        config["quantization"] = quantization
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    (folder / "config.json").write_text(json.dumps(COMMON | {"model_type": "llama"}))
+    (folder / "config.json").write_text(json.dumps(config))
     letter_tokenizer().save_pretrained(folder)
     return folder
 
@@ -108,21 +113,23 @@ def test_dtype_and_dequantize(cache, tmp_path):
         load(str(tmp_path / "q8.gguf"), dtype="int8")
 
 
-def test_adapters_are_fused_before_slicing(folder, tmp_path):
-    from mlx_lm.tuner.utils import linear_to_lora_layers
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_are_fused_before_slicing(folder, tmp_path, kind):
 
     adapters = tmp_path / "adapters"
     adapters.mkdir()
     parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0}
     (adapters / "adapter_config.json").write_text(
-        json.dumps({"num_layers": 3, "lora_parameters": parameters, "fine_tune_type": "lora"})
+        json.dumps({"num_layers": 3, "lora_parameters": parameters, "fine_tune_type": kind})
     )
     model = tiny_model("llama")
-    linear_to_lora_layers(model, 3, parameters)
+    linear_to_lora_layers(model, 3, parameters, use_dora=kind == "dora")
     for _, module in model.named_modules():
         if hasattr(module, "lora_b"):
             module.lora_b = mx.random.normal(module.lora_b.shape) * 0.1
-    weights = {k: v for k, v in tree_flatten(model.parameters()) if "lora_" in k}
+    weights = {
+        k: v for k, v in tree_flatten(model.parameters()) if "lora_" in k or k.endswith(".m")
+    }
     mx.save_safetensors(str(adapters / "adapters.safetensors"), weights)
 
     with pytest.raises(ValueError, match="not fused"):

@@ -1,28 +1,108 @@
-"""Compare the ways to slice a quantized down projection by what they cost in fidelity.
+"""Compare the ways to slice a quantized down projection: what they cost, read and take.
 
-The dense model continues some prompts; each policy is scored on these tokens. Slices are turned
-into floats after slicing: the numbers are the same, and a CPU computes them much faster.
+Groups of inputs share a scale, so that single columns of a quantized matrix cannot be taken as they
+are. Two tables come out. One is of a single random layer: error of its output, bytes read per
+token, time to slice. The other is of a model: the dense one continues some prompts, and each way is
+scored on these tokens. There slices are turned into floats after slicing: the numbers are the same,
+and a CPU computes them much faster.
 """
 
 import argparse
-import sys
-from collections.abc import Iterable
+import statistics
+import time
+from collections.abc import Callable, Mapping
 
 import continuations
 from glass_mlx import Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL
-from glass_mlx.fidelity import Reading, divergence
+from glass_mlx.command import ending
+from glass_mlx.fidelity import Continuation, Reading, divergence
 from glass_mlx.models import FFN, find_ffns, with_modules
-from glass_mlx.models.linear import dense_weight
+from glass_mlx.models.linear import ScatteredLinear, dense_weight, take_inputs, take_outputs
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
 from glass_mlx.slicing import DEFAULT_PRIOR_STATISTIC, slice_model
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 _MIX = 0.5
+
+
+class NeuronMajor(nn.Module):
+    """A transposed copy of a quantized layer, quantized along its outputs; rows are neurons."""
+
+    def __init__(self, layer: nn.QuantizedLinear) -> None:
+        super().__init__()
+        self.group_size, self.bits, self.mode = layer.group_size, layer.bits, layer.mode
+        transposed = mx.contiguous(dense_weight(layer).T)
+        self.weight, self.scales, *biases = mx.quantize(
+            transposed, self.group_size, self.bits, self.mode
+        )
+        self.biases = biases[0] if biases else None
+        mx.eval(self.parameters())
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Project (..., k) to (..., out)."""
+        how = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return mx.quantized_matmul(x, self.weight, self.scales, self.biases, False, **how)
+
+
+_COPIES: dict[int, NeuronMajor] = {}
+
+
+def _neuron_major(layer: nn.QuantizedLinear) -> NeuronMajor:
+    """Made once when a model is loaded, so that it is no part of the time to slice."""
+    if id(layer) not in _COPIES:
+        _COPIES[id(layer)] = NeuronMajor(layer)
+    return _COPIES[id(layer)]
+
+
+def _requantized(layer: nn.QuantizedLinear, kept: np.ndarray, bits: int) -> nn.Module:
+    exact = take_inputs(_floating(layer), kept)
+    return exact.to_quantized(layer.group_size, bits, layer.mode)
+
+
+def _floating(layer: nn.QuantizedLinear) -> nn.Linear:
+    """A linear layer with a quantized one's numbers, in the precision of its scales."""
+    floating = nn.Linear(1, 1, bias=False)
+    floating.weight = dense_weight(layer)
+    if layer.get("bias") is not None:
+        floating.bias = layer.bias
+    return floating
+
+
+def _members(groups: np.ndarray, size: int) -> np.ndarray:
+    """The numbers of what is in some groups."""
+    return (groups[:, None] * size + np.arange(size)).reshape(-1).astype(np.int32)
+
+
+def _whole_groups(layer: nn.QuantizedLinear, kept: np.ndarray) -> nn.Module:
+    """Groups of neurons that stand together, which can be taken as they are."""
+    groups = kept[:: layer.group_size] // layer.group_size
+    words = layer.group_size * layer.bits // 32
+    sliced = nn.QuantizedLinear(32, 1, False, 32)
+    sliced.group_size, sliced.bits, sliced.mode = layer.group_size, layer.bits, layer.mode
+    sliced.weight = layer.weight[:, mx.array(_members(groups, words))]
+    for name in ("scales", "biases", "bias"):
+        if layer.get(name) is not None:
+            sliced[name] = layer[name] if name == "bias" else layer[name][:, mx.array(groups)]
+    return sliced
+
+
+# From a quantized layer and the inputs to keep to a layer that projects these.
+Policy = Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]
+POLICIES: dict[str, Policy] = {
+    "requantize": lambda layer, kept: take_inputs(layer, kept, "requantize"),
+    "requantize, 8 bits": lambda layer, kept: _requantized(layer, kept, 8),
+    "float": lambda layer, kept: take_inputs(_floating(layer), kept),
+    "neuron-major copy": lambda layer, kept: take_outputs(_neuron_major(layer), kept),
+    "whole groups": _whole_groups,
+    "scatter": ScatteredLinear,
+}
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -30,68 +110,154 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help=f"a quantized model. Default: {DEFAULT_MODEL}")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75, 0.9])
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=2,
+        default=(4096, 14336),
+        help="outputs and inputs of the random layer (%(default)s)",
+    )
+    parser.add_argument("--group-size", type=int, default=64, help="of that layer (%(default)s)")
+    parser.add_argument("--bits", type=int, default=4, help="of that layer (%(default)s)")
+    parser.add_argument("--layer-only", action="store_true", help="leave out the model")
     continuations.add_arguments(parser)
     return parser
 
 
-def as_float(layer: nn.Module) -> nn.Linear:
-    """A linear layer with a quantized one's numbers."""
-    dense = nn.Linear(1, 1, bias=False)
-    dense.weight = dense_weight(layer)
-    if layer.get("bias") is not None:
-        dense.bias = layer.bias
-    return dense
+def effective(policy: str, layer: nn.QuantizedLinear, kept: np.ndarray) -> nn.Linear:
+    """A float layer with the numbers that a sliced one has."""
+    if policy == "scatter":
+        return take_inputs(_floating(layer), kept)
+    sliced = POLICIES[policy](layer, kept)
+    if isinstance(sliced, NeuronMajor):
+        weight = mx.dequantize(
+            sliced.weight,
+            sliced.scales,
+            sliced.biases,
+            sliced.group_size,
+            sliced.bits,
+            sliced.mode,
+        )
+        made = _floating(layer)
+        made.weight = weight.T
+        return made
+    return _floating(sliced) if isinstance(sliced, nn.QuantizedLinear) else sliced
 
 
-def sliced(model: nn.Module, ffns: list[FFN], selection: Selection, policy: str) -> nn.Module:
-    """The float model with its FFNs replaced by slices of the quantized ones."""
-    parts = {f.path: f.sliced(selection.indices[f.path], policy) for f in ffns}
-    return with_modules(
-        model, {path: {n: as_float(m) for n, m in p.items()} for path, p in parts.items()}
-    )
+def in_groups(scores: np.ndarray, density: float, group: int) -> np.ndarray:
+    """The neurons of the groups with the largest sums of scores, (k,) sorted."""
+    sums = {"groups": scores.reshape(-1, group).sum(1)}
+    chosen = select(sums, density, {"groups": 1}).indices["groups"]
+    return _members(chosen, group)
 
 
-def compare(
-    args: argparse.Namespace, policies: Iterable[str]
-) -> dict[tuple[float, str], list[tuple[float, float]]]:
+def layer_table(args: argparse.Namespace, density: float) -> list[str]:
+    """Error, bytes and time of each way on one random layer of half-precision scales."""
+    mx.random.seed(args.seed)
+    outputs, width = args.shape
+    linear = nn.Linear(width, outputs, bias=False)
+    linear.weight = (mx.random.normal((outputs, width)) * width**-0.5).astype(mx.float16)
+    layer = linear.to_quantized(args.group_size, args.bits)
+    mx.eval(layer.parameters())
+    scores = np.random.default_rng(args.seed).random(width)
+    anywhere = select({"": scores}, density, {"": 512}).indices[""]
+    x = mx.random.normal((64, width))
+    rows = []
+    for policy, slice_layer in POLICIES.items():
+        kept = anywhere
+        if policy == "whole groups":
+            kept = in_groups(scores, density, args.group_size)
+        exact = x[:, mx.array(kept)] @ _floating(layer).weight[:, mx.array(kept)].T
+        ours = x[:, mx.array(kept)] @ effective(policy, layer, kept).weight.T
+        error = (mx.linalg.norm(ours - exact) / mx.linalg.norm(exact)).item()
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            sliced = slice_layer(layer, kept)
+            mx.eval(sliced.parameters())
+            seconds.append(time.perf_counter() - start)
+        size = sum(array.nbytes for _, array in tree_flatten(sliced.parameters()))
+        rows.append(
+            f"| {density:g} | {policy} | {error:.3f} | {size / 1e6:.1f} | "
+            f"{1000 * statistics.median(seconds[1:]):.0f} |"
+        )
+    return rows
+
+
+def sliced_model(
+    model: nn.Module,
+    ffns: list[FFN],
+    selection: Selection,
+    policy: str,
+    quantized: Mapping[str, nn.QuantizedLinear],
+) -> nn.Module:
+    """The float model with its FFNs sliced, the down projections in some way."""
+    parts = {}
+    for ffn in ffns:
+        kept = selection.indices[ffn.path]
+        name = ffn.contract[0]
+        down = effective(policy, quantized[ffn.path], kept)
+        parts[ffn.path] = ffn.sliced(kept, "requantize") | {name: down}
+    return with_modules(model, parts)
+
+
+Pair = tuple[float, float]
+
+
+def model_results(
+    args: argparse.Namespace, policies: Mapping[str, Policy]
+) -> dict[tuple[float, str], list[Pair]]:
     """For each density and policy, KL(dense || sliced) and KL(exact slice || sliced) a prompt."""
     quantized, tokenizer = load(args.model, dtype="float32")
     model, _ = load(args.model, dtype="float32", dequantize=True)
-    ffns = find_ffns(quantized)
+    ffns = find_ffns(model)
+    downs = {ffn.path: ffn.contract[1] for ffn in find_ffns(quantized)}
+    multiples = {ffn.path: ffn.multiple for ffn in find_ffns(quantized)}
     prior = resolve_prior(model).scores[DEFAULT_PRIOR_STATISTIC]
-    results: dict[tuple[float, str], list[tuple[float, float]]] = {}
-    for text in tqdm(continuations.write(model, tokenizer, args), unit="prompt"):
+    results: dict[tuple[float, str], list[Pair]] = {}
+
+    def one(text: Continuation) -> None:
         reading = Reading(model, text)
         fused = {
             path: fuse(ranks(scores), ranks(prior[path]), _MIX)
             for path, scores in reading.evidence().prompt.scores("activation").items()
         }
         for density in args.density:
-            selection = select(fused, density, {f.path: f.multiple for f in ffns})
+            selection = select(fused, density, multiples)
             exact = reading.follow(slice_model(model, selection, "requantize"))
-            scored = {"exact": exact} | {
-                policy: reading.follow(sliced(model, ffns, selection, policy))
-                for policy in policies
-            }
-            for policy, ours in scored.items():
+            for policy in policies:
+                kept = selection
+                if policy == "whole groups":
+                    groups = {
+                        path: in_groups(scores, density, downs[path].group_size)
+                        for path, scores in fused.items()
+                    }
+                    kept = Selection(groups, selection.widths)
+                ours = reading.follow(sliced_model(model, ffns, kept, policy, downs))
                 pair = tuple(divergence(p, ours).mean().item() for p in (reading.dense, exact))
                 results.setdefault((density, policy), []).append(pair)
+
+    for text in tqdm(continuations.write(model, tokenizer, args), unit="prompt"):
+        one(text)
     return results
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    try:
-        results = compare(args, ("requantize",))
-    except (ValueError, OSError) as error:
-        print(f"compare_down_policies: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print("| density | down | KL(dense, sliced) | KL(exact slice, sliced) |")
-    print("| ---: | :--- | ---: | ---: |")
-    for (density, policy), pairs in results.items():
-        kl, extra = np.mean(pairs, axis=0)
-        print(f"| {density:g} | {policy} | {kl:.3f} | {extra:.4f} |")
+    with ending("compare_down_policies"):
+        print("| density | down | error of the output | MB per token | ms to slice |")
+        print("| ---: | :--- | ---: | ---: | ---: |")
+        for density in args.density:
+            print("\n".join(layer_table(args, density)))
+        if args.layer_only:
+            return
+        results = model_results(args, POLICIES)
+        print("\n| density | down | KL(dense, sliced) | KL(exact slice, sliced) |")
+        print("| ---: | :--- | ---: | ---: |")
+        for (density, policy), pairs in results.items():
+            kl, extra = np.mean(pairs, axis=0)
+            print(f"| {density:g} | {policy} | {kl:.3f} | {extra:.4f} |")
 
 
 if __name__ == "__main__":

@@ -54,9 +54,11 @@ _TASK_TEXTS = 16
 
 PROMPTS = Path(__file__).with_name("test_prompts.txt")
 
-# Static: one selection after the prompt. The paper's methods use mean activations on both sides.
+# Static: one selection after the prompt. The paper's methods use mean activations on both sides,
+# and keep the same share in every FFN.
 _STATIC = {"warmup": 1, "refresh": 0}
-_PAPER = _STATIC | {"statistic": "activation", "prior_statistic": "activation", "mix": 0.5}
+_MEANS = {"statistic": "activation", "prior_statistic": "activation"}
+_PAPER = _STATIC | _MEANS | {"mix": 0.5, "budgets": False}
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "random": _PAPER,
@@ -70,6 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "static": _STATIC,
     "warmup": {"refresh": 0},
     "refresh": {"warmup": 1},
+    "uniform": {"budgets": False},
     "default": {},
     "oracle": _PAPER,
     "oracle-griffin": _PAPER | {"statistic": "griffin"},

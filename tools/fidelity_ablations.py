@@ -91,7 +91,7 @@ def evidence(
     found: dict[tuple[str, int, int], list[float]] = {}
     for text in texts:
         counts = [n for n in _EVIDENCE if n + min(_AHEAD) <= len(text.written)]
-        base = Slicing(density=density, prior=prior, refresh=0)
+        base = Slicing(density=density, prior=prior, refresh=0, budgets=False)
         slicings = {
             (kind, n): replace(base, mix=mix, warmup=n)
             for kind, mix in kinds.items()

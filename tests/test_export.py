@@ -1,0 +1,173 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+from glass_mlx import load
+from glass_mlx.export import main, narrowed
+from glass_mlx.fidelity import continue_densely, read_prompts
+from glass_mlx.models import find_ffns
+from glass_mlx.models.architectures import configuration, tiny_model
+from glass_mlx.prior import FILE_NAME
+from glass_mlx.slicing import Evidence, Slicing, slice_model
+from test_checkpoints import save_tiny_folder
+from test_prior import made_prior
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+TOKENS = mx.array([[1, 7, 3, 200, 9]])
+
+
+def made_folder(tmp_path, architecture="llama", **quantization):
+    """A model's folder with its prior, and a file of prompts."""
+    folder = save_tiny_folder(tmp_path / "dense", architecture, **quantization)
+    made_prior(load(str(folder))[0]).save(folder / FILE_NAME)
+    (tmp_path / "prompts.txt").write_text("丁七万\n丈三上\n")
+    return folder
+
+
+def run(monkeypatch, tmp_path, *options):
+    """The command, into the folder `out`, which stock mlx-lm loads afterwards."""
+    arguments = [*("--model", tmp_path / "dense"), *("--output", tmp_path / "out"), *options]
+    monkeypatch.setattr("sys.argv", ["export", *map(str, arguments)])
+    main()
+    return mlx_lm.load(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [{}, {"group_size": 32, "bits": 4}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}],
+    ids=["float", "affine", "mxfp4"],
+)
+@pytest.mark.parametrize("architecture", ["llama", "glm4", "gemma3_text", "nemotron"])
+def test_stock_mlx_lm_computes_what_the_sliced_model_does(
+    tmp_path, monkeypatch, architecture, quantization, capsys
+):
+    folder = made_folder(tmp_path, architecture, **quantization)
+    exported, _ = run(monkeypatch, tmp_path, "--density", 0.5)
+    dense, _ = load(str(folder))
+    slicing = Slicing(density=0.5, mix=1.0, prior=made_prior(dense))
+    selection = slicing.select(find_ffns(dense), Evidence.of(dense))
+    assert mx.array_equal(exported(TOKENS), slice_model(dense, selection, "requantize")(TOKENS))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["intermediate_size"] == 64
+    assert config["glass"]["density"] == 0.5
+    assert "64 neurons in each of 4" in capsys.readouterr().out
+
+
+def test_a_process_without_this_package_generates_the_same_text(tmp_path, monkeypatch):
+    made_folder(tmp_path)
+    run(monkeypatch, tmp_path, "--density", 0.5)
+    options = ["--model", tmp_path / "out", "--prompt", "丁七万", "-m", "8", "--temp", "0"]
+    stock = "import sys; sys.modules['glass_mlx'] = None; from mlx_lm.generate import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", stock, *map(str, options)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load(str(tmp_path / "out"))
+    expected = mlx_lm.generate(model, tokenizer, "丁七万", max_tokens=8)
+    assert done.stdout.split("==========")[1].strip() == expected
+
+
+def test_prompts_are_answered_and_the_answers_count(tmp_path, monkeypatch):
+    folder = made_folder(tmp_path)
+    options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12, "--no-prior"]
+    exported, _ = run(monkeypatch, tmp_path, *options, "--density", 0.5)
+    dense, tokenizer = load(str(folder))
+    texts = continue_densely(dense, tokenizer, read_prompts(tmp_path / "prompts.txt"), 12, 0.7, 0)
+    hidden = []
+    down = dense.layers[0].mlp.down_proj
+    for text in texts:
+        x = mx.array(text.prompt + text.written)[None]
+        layer = dense.layers[0]
+        h = dense.model.embed_tokens(x)
+        r = h + layer.self_attn(layer.input_layernorm(h), "causal", None)
+        mlp, x = layer.mlp, layer.post_attention_layernorm(r)
+        h = mlp.up_proj(x) * mx.sigmoid(mlp.gate_proj(x)) * mlp.gate_proj(x)
+        hidden.append(np.array(h[0, len(text.prompt) :]))
+    hidden = np.concatenate(hidden)
+    scores = np.square(hidden / np.linalg.norm(hidden, axis=1, keepdims=True)).sum(0)
+    kept = mx.array(np.sort(np.argsort(-scores)[:64]))
+    assert mx.array_equal(exported.layers[0].mlp.down_proj.weight, down.weight[:, kept])
+
+
+def test_adapters_and_floats_are_exported(tmp_path, monkeypatch):
+    made_folder(tmp_path, group_size=32, bits=4)
+    exported, _ = run(monkeypatch, tmp_path, "--dequantize", "--dtype", "float32")
+    assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported.layers[0].mlp.down_proj.weight.shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("gpt2", "no configuration with 128 instead of 256"),  # the width is 4 times another
+        ("openelm", "have 64, 128, 192, 256 neurons"),
+        ("deepseek_v3", "have 64, 128 neurons"),  # shared experts
+    ],
+)
+def test_where_no_width_fits_all_it_says_so(tmp_path, monkeypatch, capsys, architecture, message):
+    made_folder(tmp_path, architecture)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--no-prior"], "nothing to select by"),
+        (["--density", "2"], "density"),
+        (["--prompts", "missing.txt"], "no prompts"),
+        (["--tokens", "1"], "--tokens must be at least 2"),
+    ],
+)
+def test_bad_input_ends_with_a_sentence(tmp_path, monkeypatch, capsys, options, message):
+    made_folder(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path, *options)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
+    made_folder(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path)
+    assert "there is something at" in capsys.readouterr().err
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("qwen", lambda config: config["intermediate_size"] // 2),  # which says twice the width
+        ("lfm2", lambda config: config["intermediate_size"]),
+        ("gemma3", lambda config: config["text_config"]["intermediate_size"]),
+    ],
+)
+def test_the_width_is_found_wherever_it_stands(name, place):
+    model, config = tiny_model(name), configuration(name)
+    assert place(narrowed(model, config, 128, 96)) == 96
+
+
+def test_prior_and_answers_are_fused(tmp_path, monkeypatch):
+    folder = made_folder(tmp_path)
+    prior = made_prior(load(str(folder))[0])
+    options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12]
+    one, _ = run(monkeypatch, tmp_path, *options, "--mix", "1")
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["glass"]
+    assert (about["prompts"], about["mix"], about["prior"]) == (2, 1.0, FILE_NAME)
+    slicing = Slicing(density=0.5, mix=1.0, prior=replace(prior, about={}))
+    dense, _ = load(str(folder))
+    selection = slicing.select(find_ffns(dense), Evidence.of(dense))
+    sliced = slice_model(dense, selection, "requantize")
+    assert mx.array_equal(one(TOKENS), sliced(TOKENS))
