@@ -233,8 +233,8 @@ def _run(args: argparse.Namespace) -> str:
     slicing.check()
     if args.no_prior and not args.prompts:
         raise ValueError("there is nothing to select by; give --prompts, or leave out --no-prior")
-    if args.tokens < 2 or args.batch_size < 1 or args.temp <= 0:
-        raise ValueError("--tokens must be at least 2, --batch-size 1, and --temp above 0")
+    if args.tokens < 2 or args.batch_size < 1:
+        raise ValueError("--tokens must be at least 2, and --batch-size 1")
     prompts = read_prompts(args.prompts) if args.prompts else []
     model, tokenizer, config = load(
         args.model,

@@ -104,6 +104,9 @@ class Writer:
         temperature: of sampling.
         seed: the same seed and batch give the same text.
         progress: called with the number of tokens of every step.
+
+    Raises:
+        ValueError: if the temperature is not positive.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class Writer:
         seed: list[int],
         progress: Callable[[int], object],
     ) -> None:
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"the temperature of sampling must be positive, not {temperature}")
         self.model, self.temperature = model, temperature
         self._seed, self._progress = seed, progress
 

@@ -101,7 +101,7 @@ def test_bad_input_ends_with_a_sentence(arguments, tmp_path, monkeypatch, capsys
     for more, message in (
         (["--prompts", tmp_path / "none"], "no prompts at"),
         (["--density", 0.5, 2], "density"),
-        (["--temp", 0], "--temp must be positive"),
+        (["--temp", 0], "temperature of sampling must be positive"),
         (["--tokens", 1], "--tokens must be at least 2"),
         (["--batch-size", 0], "--batch-size must be at least 1"),
         (["--limit", 0], "--limit must be at least 1"),

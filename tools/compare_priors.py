@@ -7,12 +7,12 @@ stand beside them.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import continuations
 from glass_mlx import GlobalPrior, Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, model_name
+from glass_mlx.command import ending
 from glass_mlx.fidelity import Reading, divergence
 from glass_mlx.models import find_ffns
 from glass_mlx.provenance import made_with
@@ -81,14 +81,8 @@ def compare(args: argparse.Namespace) -> dict[tuple[str, float], np.ndarray]:
     return totals
 
 
-def main() -> None:
-    """Run the command."""
-    args = setup_arg_parser().parse_args()
-    try:
-        totals = compare(args)
-    except (ValueError, OSError) as error:
-        print(f"compare_priors: error: {error}", file=sys.stderr)
-        sys.exit(2)
+def report(args: argparse.Namespace, totals: dict[tuple[str, float], np.ndarray]) -> None:
+    """Print a table, and write JSON lines if they were asked for."""
     print("| density | selection | KL | perplexity | same top token | Jaccard with oracle |")
     print("| ---: | :--- | ---: | ---: | ---: | ---: |")
     for (method, density), (kl, nll, agree, tokens, overlap, prompts) in sorted(
@@ -111,6 +105,13 @@ def main() -> None:
                 arguments = {key: str(value) for key, value in vars(args).items()}
                 about = made_with() | {"model": model_name(args.model), "arguments": arguments}
                 file.write(json.dumps(about | row | {"tokens": int(tokens)}) + "\n")
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence and exit code 2."""
+    args = setup_arg_parser().parse_args()
+    with ending("compare_priors"):
+        report(args, compare(args))
 
 
 if __name__ == "__main__":

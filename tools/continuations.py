@@ -23,8 +23,6 @@ def write(
     model: nn.Module, tokenizer: TokenizerWrapper, args: argparse.Namespace
 ) -> list[Continuation]:
     """Have the dense model continue the prompts; those with nothing to score are left out."""
-    if args.temp <= 0:
-        raise ValueError(f"--temp must be positive, not {args.temp}")
     prompts = read_prompts(args.prompts)
     texts = continue_densely(model, tokenizer, prompts, args.tokens, args.temp, args.seed)
     return [text for text in texts if len(text.written) > 1]

@@ -9,7 +9,6 @@ where it was if it has --json. docs/results.md has what came out, and what the m
 import argparse
 import hashlib
 import json
-import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -311,8 +310,6 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-    if not 0 < args.temp < math.inf:
-        raise ValueError(f"--temp must be positive, not {args.temp}")
     if args.ablation and (args.json or args.markdown or args.plots or len(args.density) > 1):
         raise ValueError("--ablation prints one table, at one density, and writes no files")
     if args.task is None:
