@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from glass_mlx.curve import check_bound, expected_density
 from glass_mlx.lookup import model_folder, resolve_prior
-from glass_mlx.models import find_ffns, weight_bytes, with_taps
+from glass_mlx.models import default_down_policy, find_ffns, weight_bytes, with_taps
 from glass_mlx.prior import GlobalPrior
 from glass_mlx.rewind import Mark
 from glass_mlx.selection import Selection
@@ -322,7 +322,7 @@ def stream_generate(
     statistic: str = DEFAULT_STATISTIC,
     prior_statistic: str = DEFAULT_PRIOR_STATISTIC,
     prior: GlobalPrior | str | Path | Literal[False] | None = None,
-    down_policy: str = "requantize",
+    down_policy: str | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text with the feed-forward neurons that matter for the prompt.
@@ -349,7 +349,8 @@ def stream_generate(
         prior_statistic: what the prior ranks them by, one that it has.
         prior: a prior, the file of one or `hub:user/repo`; None to look for it (see
             `resolve_prior`); False to select by the tokens read alone.
-        down_policy: how quantized down projections are sliced: "requantize" or "scatter".
+        down_policy: how quantized down projections are sliced, a key of `models.DOWN_POLICIES`.
+            Default: `models.default_down_policy`.
         **kwargs: passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` that has
             content already, only the tokens read now are seen by the selection.
 
@@ -370,7 +371,7 @@ def stream_generate(
         refresh=refresh,
         statistic=statistic,
         prior_statistic=prior_statistic,
-        down_policy=down_policy,
+        down_policy=down_policy or default_down_policy(),
     )
     if draft_model is not None:
         raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")

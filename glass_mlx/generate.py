@@ -21,7 +21,7 @@ from glass_mlx.command import ending
 from glass_mlx.engine import AUTO, check, generate
 from glass_mlx.hub import locate
 from glass_mlx.lookup import NoPriorError, model_folder, resolve_prior
-from glass_mlx.models import DOWN_POLICIES, fingerprint
+from glass_mlx.models import DOWN_POLICIES, default_down_policy, fingerprint
 from glass_mlx.prior import GlobalPrior, cache_name, cached_priors
 from glass_mlx.slicing import (
     DEFAULT_DENSITY,
@@ -137,9 +137,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--down-policy",
         choices=DOWN_POLICIES,
-        default="requantize",
-        help="How quantized down projections are sliced: quantized again, with a small error, or "
-        "kept whole and given zeros, which is exact and slower (default: %(default)s).",
+        default=default_down_policy(),
+        help="How quantized down projections are sliced: quantized again or taken from a "
+        "neuron-major copy, both with a small error, or kept whole and given zeros, which is exact "
+        "and slower (default: neuron-major on a CPU, requantize on Metal).",
     )
     return parser
 

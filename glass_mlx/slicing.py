@@ -1,9 +1,9 @@
 """What is sliced, how and when: from statistics and a prior to a model with smaller FFNs."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from glass_mlx.models import DOWN_POLICIES, FFN, find_ffns, with_modules
+from glass_mlx.models import DOWN_POLICIES, FFN, default_down_policy, find_ffns, with_modules
 from glass_mlx.prior import GlobalPrior
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import Selection, budget, select
@@ -105,7 +105,7 @@ class Slicing:
     budgets: bool = True
     warmup: int = DEFAULT_WARMUP
     refresh: int = DEFAULT_REFRESH
-    down_policy: str = "requantize"
+    down_policy: str = field(default_factory=default_down_policy)
 
     def check(self) -> None:
         """Raise ValueError for the first value that is out of range."""

@@ -11,12 +11,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .ffn import FFN, Known, Watch, find_ffn
-from .linear import DOWN_POLICIES, dense_weight, is_linear, outputs
+from .linear import DOWN_POLICIES, default_down_policy, dense_weight, is_linear, outputs
 
 __all__ = [
     "DOWN_POLICIES",
     "FFN",
     "Watch",
+    "default_down_policy",
     "find_ffns",
     "fingerprint",
     "has_experts",

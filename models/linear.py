@@ -1,6 +1,7 @@
 """Smaller copies of linear layers: some of the outputs, or some of the inputs."""
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -40,10 +41,13 @@ def check_indices(indices: np.ndarray, size: int) -> None:
 
 
 def _with(layer: Linear, **arrays: mx.array | None) -> Linear:
-    """A shallow copy of a layer with other arrays."""
+    """A shallow copy of a layer with other arrays, and without those that are None."""
     layer = copy.copy(layer)
     for name, array in arrays.items():
-        setattr(layer, name, array)
+        if array is None:
+            layer.pop(name, None)
+        else:
+            setattr(layer, name, array)
     return layer
 
 
@@ -63,9 +67,9 @@ def take_outputs(layer: Linear, indices: np.ndarray) -> Linear:
     return _with(layer, **{n: layer[n][rows] for n in per_output if layer.get(n) is not None})
 
 
-def dense_weight(layer: Linear, rows: slice = slice(None)) -> mx.array:
-    """The float weights (out, in) of a layer, or those of some of its outputs."""
-    if not isinstance(layer, nn.QuantizedLinear):
+def dense_weight(layer: nn.Module, rows: slice = slice(None)) -> mx.array:
+    """The float weights of a layer as they are held, or some rows of them."""
+    if "scales" not in layer:
         return layer.weight[rows]
     biases = layer.get("biases")
     return mx.dequantize(
@@ -99,18 +103,85 @@ def _columns(weight: mx.array, indices: np.ndarray) -> mx.array:
     return mx.take_along_axis(weight, every_row, axis=1)
 
 
-def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray) -> nn.QuantizedLinear:
+Bias = mx.array | None
+
+
+def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> nn.QuantizedLinear:
     columns = _columns(dense_weight(layer), indices)
     weight, scales, *biases = mx.quantize(columns, layer.group_size, layer.bits, layer.mode)
-    return _with(layer, weight=weight, scales=scales, biases=biases[0] if biases else None)
+    biases = biases[0] if biases else None
+    return _with(layer, weight=weight, scales=scales, biases=biases, bias=bias)
+
+
+class NeuronMajor(nn.Module):
+    """A quantized layer held the other way round: a row an input, quantized along its outputs.
+
+    Rows can then be taken exactly, which takes no time; but the matrix is quantized once more.
+    """
+
+    def __init__(self, layer: nn.QuantizedLinear) -> None:
+        super().__init__()
+        self.group_size, self.bits, self.mode = layer.group_size, layer.bits, layer.mode
+        if outputs(layer) % layer.group_size:
+            raise ValueError(
+                f"the down policy neuron-major cannot quantize {outputs(layer)} outputs in groups "
+                f"of {layer.group_size}; use another one"
+            )
+        rows = mx.contiguous(dense_weight(layer).T)
+        self.weight, self.scales, *biases = mx.quantize(rows, self.group_size, self.bits, self.mode)
+        if biases:
+            self.biases = biases[0]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Project (..., k) to (..., out)."""
+        y = mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            False,
+            self.group_size,
+            self.bits,
+            self.mode,
+        )
+        return y + self.bias if "bias" in self else y
+
+
+# By the identity of a layer: its weight, and the same the other way round. Made once, not by slice.
+_turned: dict[int, tuple[mx.array, NeuronMajor]] = {}
+
+
+def _neuron_major(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> NeuronMajor:
+    weight, turned = _turned.get(id(layer), (None, None))
+    if weight is not layer.weight:
+        turned = NeuronMajor(layer)
+        mx.eval(turned.parameters())
+        _turned[id(layer)] = layer.weight, turned
+        weakref.finalize(layer, _turned.pop, id(layer), None)
+    rows = mx.array(indices)
+    return _with(turned, **{name: array[rows] for name, array in turned.items()}, bias=bias)
+
+
+def _scattered(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> ScatteredLinear:
+    return ScatteredLinear(_with(layer, bias=bias), indices)
 
 
 # How a quantized layer gives up some of its inputs. Groups of inputs share a scale, so columns
 # cannot be taken as they are; docs/results.md has the comparison behind the choice.
-DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]] = {
+DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray, Bias], nn.Module]] = {
+    "neuron-major": _neuron_major,
     "requantize": _requantized,
-    "scatter": ScatteredLinear,
+    "scatter": _scattered,
 }
+
+
+def default_down_policy() -> str:
+    """The policy that is best where MLX computes.
+
+    On a CPU the neuron-major product is 3.5 times as fast as the other one, and its slices are
+    rows. On Metal the other one has the tuned kernels (qmv_fast), and quantizing is fast, too.
+    """
+    return "neuron-major" if mx.default_device() == mx.cpu else "requantize"
 
 
 def input_multiple(layer: Linear) -> int:
@@ -141,8 +212,11 @@ def take_inputs(
         layer: weights (out, in).
         indices: (k,) inputs to keep, checked by `check_indices`.
         policy: for quantized layers, a key of `DOWN_POLICIES`. "requantize" quantizes the kept
-            columns again in the layer's own format: fewest bytes, a small error. "scatter" keeps
-            the whole layer and places the k inputs among zeros: exact, and no bytes are saved.
+            columns again in the layer's own format: fewest bytes, a small error. "neuron-major"
+            takes them from a copy of the whole layer that is quantized along its outputs, made
+            once: as few bytes, as small an error, slices in no time, but memory for the copy.
+            "scatter" keeps the whole layer and places the k inputs among zeros: exact, and no
+            bytes are saved.
         rest: (in,) what the other inputs are taken to be, in the type that the model computes
             in; what they add becomes a bias. Default: zero.
 
@@ -150,18 +224,17 @@ def take_inputs(
         A layer that maps (..., k) to (..., out).
 
     Raises:
-        ValueError: for indices out of range, an unknown policy, or with "requantize" a k that is
-            not a multiple of the layer's group size.
+        ValueError: for indices out of range, an unknown policy, with "requantize" a k that is not
+            a multiple of the layer's group size, with "neuron-major" such a number of outputs.
     """
     check_indices(indices, inputs(layer))
     if policy not in DOWN_POLICIES:
         raise ValueError(f"down policy {policy!r} is not one of {', '.join(DOWN_POLICIES)}")
-    if rest is not None:
-        layer = _with(layer, bias=_bias(layer, indices, rest))
+    bias = layer.get("bias") if rest is None else _bias(layer, indices, rest)
     if isinstance(layer, nn.QuantizedLinear):
         if policy == "requantize" and len(indices) % layer.group_size:
             raise ValueError(
                 f"{len(indices)} inputs cannot be quantized in groups of {layer.group_size}"
             )
-        return DOWN_POLICIES[policy](layer, indices)
-    return _with(layer, weight=_columns(layer.weight, indices))
+        return DOWN_POLICIES[policy](layer, indices, bias)
+    return _with(layer, weight=_columns(layer.weight, indices), bias=bias)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 
-from glass_mlx.models import FFN, find_ffns, with_modules, with_taps
+from glass_mlx.models import DOWN_POLICIES, FFN, find_ffns, with_modules, with_taps
 from glass_mlx.models.ffn import LAYOUTS
 from glass_mlx.selection import Selection
 from glass_mlx.slicing import Slicer, slice_model
@@ -116,7 +116,7 @@ def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array])
     dense = forward(model)
 
     everything = random_selection(model, share=1.0)
-    for policy in ("requantize", "scatter"):
+    for policy in DOWN_POLICIES:
         assert mx.array_equal(forward(slice_model(model, everything, policy)), dense)
 
     selection = random_selection(model)

@@ -18,7 +18,7 @@ from glass_mlx.checkpoints import DEFAULT_MODEL
 from glass_mlx.command import ending
 from glass_mlx.fidelity import Continuation, Reading, divergence
 from glass_mlx.models import FFN, find_ffns, with_modules
-from glass_mlx.models.linear import ScatteredLinear, dense_weight, take_inputs, take_outputs
+from glass_mlx.models.linear import NeuronMajor, dense_weight, take_inputs
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
 from glass_mlx.slicing import DEFAULT_PRIOR_STATISTIC, slice_model
@@ -30,35 +30,6 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 _MIX = 0.5
-
-
-class NeuronMajor(nn.Module):
-    """A transposed copy of a quantized layer, quantized along its outputs; rows are neurons."""
-
-    def __init__(self, layer: nn.QuantizedLinear) -> None:
-        super().__init__()
-        self.group_size, self.bits, self.mode = layer.group_size, layer.bits, layer.mode
-        transposed = mx.contiguous(dense_weight(layer).T)
-        self.weight, self.scales, *biases = mx.quantize(
-            transposed, self.group_size, self.bits, self.mode
-        )
-        self.biases = biases[0] if biases else None
-        mx.eval(self.parameters())
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Project (..., k) to (..., out)."""
-        how = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return mx.quantized_matmul(x, self.weight, self.scales, self.biases, False, **how)
-
-
-_COPIES: dict[int, NeuronMajor] = {}
-
-
-def _neuron_major(layer: nn.QuantizedLinear) -> NeuronMajor:
-    """Made once when a model is loaded, so that it is no part of the time to slice."""
-    if id(layer) not in _COPIES:
-        _COPIES[id(layer)] = NeuronMajor(layer)
-    return _COPIES[id(layer)]
 
 
 def _requantized(layer: nn.QuantizedLinear, kept: np.ndarray, bits: int) -> nn.Module:
@@ -97,11 +68,11 @@ def _whole_groups(layer: nn.QuantizedLinear, kept: np.ndarray) -> nn.Module:
 Policy = Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]
 POLICIES: dict[str, Policy] = {
     "requantize": lambda layer, kept: take_inputs(layer, kept, "requantize"),
+    "neuron-major": lambda layer, kept: take_inputs(layer, kept, "neuron-major"),
     "requantize, 8 bits": lambda layer, kept: _requantized(layer, kept, 8),
     "float": lambda layer, kept: take_inputs(_floating(layer), kept),
-    "neuron-major copy": lambda layer, kept: take_outputs(_neuron_major(layer), kept),
     "whole groups": _whole_groups,
-    "scatter": ScatteredLinear,
+    "scatter": lambda layer, kept: take_inputs(layer, kept, "scatter"),
 }
 
 
@@ -130,18 +101,10 @@ def effective(policy: str, layer: nn.QuantizedLinear, kept: np.ndarray) -> nn.Li
         return take_inputs(_floating(layer), kept)
     sliced = POLICIES[policy](layer, kept)
     if isinstance(sliced, NeuronMajor):
-        weight = mx.dequantize(
-            sliced.weight,
-            sliced.scales,
-            sliced.biases,
-            sliced.group_size,
-            sliced.bits,
-            sliced.mode,
-        )
-        made = _floating(layer)
-        made.weight = weight.T
+        made = _floating(sliced)
+        made.weight = made.weight.T
         return made
-    return _floating(sliced) if isinstance(sliced, nn.QuantizedLinear) else sliced
+    return _floating(sliced)
 
 
 def in_groups(scores: np.ndarray, density: float, group: int) -> np.ndarray:
