@@ -184,24 +184,33 @@ class Slicer:
     ) -> tuple[nn.Module, Selection]:
         """Return a model that computes the selected neurons, and the selection it really has.
 
-        An FFN keeps its slice from the call before, with what stands in for the other neurons, if
-        that is nearly the same; but not if these had nothing to stand in for them and now have.
+        Only what changed since the call before is moved, within the slices, so that the model from
+        before is not to be used any more. An FFN keeps its slice, with what stands in for the other
+        neurons, if that is nearly the same; but not if these had nothing to stand in for them and
+        now have.
 
         Args:
             selection: the neurons to keep.
             stand_ins: (m,) by FFN, what the other neurons are taken to be. Default: zero.
         """
-        if stand_ins and not self._filled:
-            self._slices, self._filled = {}, True
+        fills = bool(stand_ins) and not self._filled
+        self._filled |= fills
         for ffn in self._ffns:
-            kept, before = selection.indices[ffn.path], self._slices.get(ffn.path)
-            if before and _overlap(kept, before[0]) >= _SETTLED:
-                continue
-            parts = ffn.sliced(kept, self._policy, (stand_ins or {}).get(ffn.path))
+            wanted, rest = selection.indices[ffn.path], (stand_ins or {}).get(ffn.path)
+            before, parts = self._slices.get(ffn.path, (None, {}))
+            kept = None
+            if before is not None and len(before) == len(wanted):
+                if not fills and _overlap(wanted, before) >= _SETTLED:
+                    continue
+                kept = ffn.move(parts, before, wanted, rest) if parts else wanted
+            if kept is None:
+                self._slices.pop(ffn.path, None)
+                del parts  # the slice from before can go
+                kept, parts = wanted, ffn.sliced(wanted, self._policy, rest)
             mx.eval({name: part.parameters() for name, part in parts.items()})
-            self._slices[ffn.path] = kept, parts  # the slice from before can go
+            self._slices[ffn.path] = kept, parts
         slices = {path: parts for path, (_, parts) in self._slices.items()}
-        indices = {path: kept for path, (kept, _) in self._slices.items()}
+        indices = {path: np.sort(kept) for path, (kept, _) in self._slices.items()}
         return with_modules(self._model, slices), Selection(indices, selection.widths)
 
 

@@ -8,7 +8,7 @@ trying it with a few random neurons, so that its class, names and activation do 
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -17,7 +17,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .linear import Linear, input_multiple, inputs, is_linear, outputs, take_inputs, take_outputs
+from .linear import (
+    Linear,
+    check_indices,
+    input_multiple,
+    inputs,
+    is_linear,
+    outputs,
+    put_inputs,
+    put_outputs,
+    take_inputs,
+    take_outputs,
+)
 
 # (FFN path, hidden vectors) to the hidden vectors that the FFN goes on with.
 Watch = Callable[[str, mx.array], mx.array]
@@ -98,6 +109,37 @@ class FFN:
         smaller = take_inputs(down, indices, policy, rest)
         rows = LAYOUTS[self.layout](indices, self.width)
         return {n: take_outputs(layer, rows) for n, layer in self.expand.items()} | {name: smaller}
+
+    def move(
+        self,
+        parts: Mapping[str, nn.Module],
+        before: np.ndarray,
+        indices: np.ndarray,
+        rest: mx.array | None = None,
+    ) -> np.ndarray | None:
+        """Put new neurons in the places of others in a slice, which costs less than a new one.
+
+        Args:
+            parts: what `sliced` made, which changes.
+            before: (k,) its neurons, in the order of their places.
+            indices: (k,) the neurons wanted.
+            rest: as in `sliced`.
+
+        Returns:
+            (k,) the neurons in the order of their places now, or None if that cannot be done.
+        """
+        name, down = self.contract
+        check_indices(indices, self.width)
+        places = np.flatnonzero(~np.isin(before, indices, assume_unique=True))
+        new = np.setdiff1d(indices, before, assume_unique=True)
+        after = before.copy()
+        after[places] = new
+        if not put_inputs(down, parts[name], places, new, after, rest):
+            return None
+        layout = LAYOUTS[self.layout]
+        for n, layer in self.expand.items():
+            put_outputs(layer, parts[n], layout(places, len(before)), layout(new, self.width))
+        return after
 
 
 # What modules were found to be, by what tells them apart; see `_identity`.

@@ -63,8 +63,26 @@ def take_outputs(layer: Linear, indices: np.ndarray) -> Linear:
     """
     check_indices(indices, outputs(layer))
     rows = mx.array(indices)
-    per_output = ("weight", "scales", "biases", "bias")
-    return _with(layer, **{n: layer[n][rows] for n in per_output if layer.get(n) is not None})
+    present = [name for name in (*_PER_ROW, "bias") if layer.get(name) is not None]
+    return _with(layer, **{name: layer[name][rows] for name in present})
+
+
+_PER_ROW = ("weight", "scales", "biases")
+
+
+def put_outputs(layer: Linear, into: Linear, places: np.ndarray, indices: np.ndarray) -> None:
+    """Put some outputs of a layer in the places of others in a slice of it, which changes.
+
+    Args:
+        layer: weights (out, in).
+        into: what `take_outputs` made of it.
+        places: (n,) outputs of the slice.
+        indices: (n,) outputs of the layer.
+    """
+    where, rows = mx.array(places), mx.array(indices)
+    for name in (*_PER_ROW, "bias"):
+        if layer.get(name) is not None:
+            into[name][where] = layer[name][rows]
 
 
 def dense_weight(layer: nn.Module, rows: slice = slice(None)) -> mx.array:
@@ -151,14 +169,18 @@ class NeuronMajor(nn.Module):
 _turned: dict[int, tuple[mx.array, NeuronMajor]] = {}
 
 
-def _neuron_major(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> NeuronMajor:
+def _turn(layer: nn.QuantizedLinear) -> NeuronMajor:
     weight, turned = _turned.get(id(layer), (None, None))
     if weight is not layer.weight:
         turned = NeuronMajor(layer)
         mx.eval(turned.parameters())
         _turned[id(layer)] = layer.weight, turned
         weakref.finalize(layer, _turned.pop, id(layer), None)
-    rows = mx.array(indices)
+    return turned
+
+
+def _neuron_major(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> NeuronMajor:
+    turned, rows = _turn(layer), mx.array(indices)
     return _with(turned, **{name: array[rows] for name, array in turned.items()}, bias=bias)
 
 
@@ -238,3 +260,40 @@ def take_inputs(
             )
         return DOWN_POLICIES[policy](layer, indices, bias)
     return _with(layer, weight=_columns(layer.weight, indices), bias=bias)
+
+
+def put_inputs(
+    layer: Linear,
+    into: nn.Module,
+    places: np.ndarray,
+    indices: np.ndarray,
+    kept: np.ndarray,
+    rest: mx.array | None = None,
+) -> bool:
+    """Put some inputs of a layer in the places of others in a slice of it, which changes.
+
+    Args:
+        layer: weights (out, in).
+        into: what `take_inputs` made of it.
+        places: (n,) inputs of the slice.
+        indices: (n,) inputs of the layer.
+        kept: (k,) all inputs of the layer that the slice then has, in any order.
+        rest: as in `take_inputs`.
+
+    Returns:
+        Whether that can be done; not where inputs share scales.
+    """
+    if isinstance(into, NeuronMajor):
+        turned, rows, where = _turn(layer), mx.array(indices), mx.array(places)
+        for name in _PER_ROW:
+            if name in turned:
+                into[name][where] = turned[name][rows]
+    elif type(into) is nn.Linear:
+        where = mx.broadcast_to(mx.array(places)[None], (outputs(layer), len(places)))
+        columns = _columns(layer.weight, indices)
+        into.weight = mx.put_along_axis(into.weight, where, columns, axis=1)
+    else:
+        return False
+    if rest is not None:
+        into.bias = _bias(layer, kept, rest)
+    return True

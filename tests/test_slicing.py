@@ -10,6 +10,7 @@ from invariants import random_selection
 from test_prior import made_prior
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -98,25 +99,66 @@ def test_ffns_that_the_prior_says_so_of_are_kept_whole(model):
     assert len(kept.indices[first]) == 960
 
 
+def moved(selection, path, count, seed=0):
+    """A selection in which some neurons of one FFN are others."""
+    generator, own = np.random.default_rng(seed), selection.indices[path]
+    others = np.setdiff1d(np.arange(selection.widths[path]), own)
+    stay = generator.permutation(own)[count:]
+    kept = np.sort([*stay, *generator.permutation(others)[:count]]).astype(np.int32)
+    return Selection(selection.indices | {path: kept}, selection.widths)
+
+
 def test_slices_that_would_hardly_change_are_kept(model):
     slicer, first = Slicer(model, "requantize"), random_selection(model)
     one, kept = slicer(first)
-    assert all(kept.indices[path] is first.indices[path] for path in first.indices)
+    assert all(np.array_equal(kept.indices[path], first.indices[path]) for path in first.indices)
     paths = [*first.indices]
-
-    def moved(path, count):
-        own = first.indices[path]
-        others = np.setdiff1d(np.arange(first.widths[path]), own)
-        return np.sort([*own[count:], *others[:count]]).astype(np.int32)
-
-    second = dict(first.indices)
-    second[paths[0]] = moved(paths[0], 20)  # of 640: 97 % stay
-    second[paths[1]] = moved(paths[1], 40)  # 94 %
-    two, kept = slicer(Selection(second, first.widths))
+    before = [mx.array(dict(one.named_modules())[f"{p}.gate_proj"].weight) for p in paths]
+    second = moved(moved(first, paths[0], 20), paths[1], 40)  # of 640: 97 % stay, and 94 %
+    two, kept = slicer(second)
     assert np.array_equal(kept.indices[paths[0]], first.indices[paths[0]])
-    assert np.array_equal(kept.indices[paths[1]], second[paths[1]])
-    a, b = (dict(model.named_modules()) for model in (one, two))
-    assert a[f"{paths[0]}.gate_proj"] is b[f"{paths[0]}.gate_proj"]
-    assert a[f"{paths[1]}.gate_proj"] is not b[f"{paths[1]}.gate_proj"]
-    rows = dict(model.named_modules())[f"{paths[1]}.gate_proj"].weight[mx.array(second[paths[1]])]
-    assert mx.array_equal(b[f"{paths[1]}.gate_proj"].weight, rows)
+    assert np.array_equal(kept.indices[paths[1]], second.indices[paths[1]])
+    after = [dict(two.named_modules())[f"{p}.gate_proj"].weight for p in paths]
+    assert mx.array_equal(before[0], after[0])
+    assert (before[1] != after[1]).any(axis=1).sum() == 40  # rows; the others are where they were
+
+
+@pytest.mark.parametrize("architecture", ["llama", "glm4", "phi3small", "gpt2", "starcoder2"])
+@pytest.mark.parametrize(
+    ("bits", "policy"),
+    [
+        (None, "requantize"),
+        *((4, policy) for policy in ("neuron-major", "requantize", "scatter")),
+        (8, "neuron-major"),
+    ],
+)
+def test_a_moved_slice_computes_what_a_new_one_does(architecture, bits, policy):
+    model = tiny_model(architecture)
+    if bits:
+        nn.quantize(model, 32, bits)
+    for ffn in find_ffns(model):
+        for layer in (*ffn.expand.values(), ffn.contract[1]):
+            if "bias" in layer:
+                layer.bias = mx.random.normal(layer.bias.shape)
+    slicer, selection = Slicer(model, policy), random_selection(model)
+    slicer(selection)
+    x = mx.random.normal((2, 64))
+    for turn in range(3):
+        for path in selection.indices:
+            selection = moved(selection, path, 12 + 9 * turn, turn)
+        rest = {path: mx.random.normal((m,)) for path, m in selection.widths.items()}
+        again, kept = slicer(selection, rest)
+        fresh, _ = Slicer(model, policy)(selection, rest)
+        for path, indices in kept.indices.items():
+            assert np.array_equal(indices, selection.indices[path])
+            ours, theirs = (dict(m.named_modules())[path](x) for m in (again, fresh))
+            assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_slice_of_another_size_is_made_anew(model):
+    slicer = Slicer(model, "requantize")
+    slicer(random_selection(model, share=0.5))
+    wider = random_selection(model, share=0.75)
+    model, kept = slicer(wider)
+    assert kept.density == wider.density
+    assert dict(model.named_modules())["model.layers.0.mlp.up_proj"].weight.shape == (960, 64)
