@@ -67,6 +67,8 @@ class Report:
         reread_time: seconds to read tokens again, all times together.
         dense_bytes: bytes of weights that the dense model reads for one token.
         sliced_bytes: bytes that the sliced model reads; all before there is one.
+        held_bytes: bytes of arrays in this process after the latest slicing: the dense weights, if
+            they were not released, the slices, and the cache.
         selection: the kept neurons of each FFN, or None before they are selected.
     """
 
@@ -86,6 +88,7 @@ class Report:
     reread_time: float
     dense_bytes: int
     sliced_bytes: int
+    held_bytes: int
     selection: Selection | None
 
 
@@ -109,6 +112,7 @@ class _Generation:
         cache: the prompt cache, a layer an entry.
         sampler: log-probabilities (1, vocabulary) to a token (1,).
         processors: called with all tokens so far and logits (1, vocabulary).
+        reload: see `stream_generate`.
         options: for `mlx_lm.generate.generate_step`.
     """
 
@@ -119,13 +123,14 @@ class _Generation:
         cache: list[Any],
         sampler: Callable[[mx.array], mx.array],
         processors: Sequence[Callable[[mx.array, mx.array], mx.array]],
+        reload: Callable[[], nn.Module] | None,
         options: dict[str, Any],
     ) -> None:
         self._model, self._slicing, self._cache = model, slicing, cache
         self._sampler, self._processors, self._options = sampler, processors, options
         self._ffns = find_ffns(model)
         self._evidence = Evidence.of(model)
-        self._slicer = Slicer(model, slicing.down_policy)
+        self._slicer = Slicer(model, slicing.down_policy, reload)
         self._tokens: list[int] = []  # of the prompt, and all that were sampled
         self._made = 0
         dense_bytes = weight_bytes(model)
@@ -146,6 +151,7 @@ class _Generation:
             reread_time=0.0,
             dense_bytes=dense_bytes,
             sliced_bytes=dense_bytes,
+            held_bytes=mx.get_active_memory(),
             selection=None,
         )
 
@@ -158,7 +164,8 @@ class _Generation:
         ends = chain(self._slicing.renewals(), [math.inf])
         tapped = with_taps(self._model, self._evidence.prompt.update)
         yield from self._decode(tapped, prompt, 1, limit, dense=True, **options)
-        tapped = with_taps(self._model, self._evidence.text.update)
+        text = self._evidence.text
+        tapped = with_taps(self._model, text.update, text.update_outputs)
         if self._made < min(warmup := next(ends), limit):
             yield from self._decode(tapped, self._last(1), warmup, limit, dense=True)
         while self._made < limit:
@@ -221,6 +228,7 @@ class _Generation:
         def progress(done: int, total: int) -> None:
             if dense:  # prefill does not evaluate the last layer's FFN
                 mx.eval(self._evidence.prompt.sums, self._evidence.text.sums)
+                mx.eval(self._evidence.text.outputs)
             if prompt_progress_callback is not None:
                 prompt_progress_callback(done, total)
 
@@ -278,6 +286,7 @@ class _Generation:
             select_time=report.select_time + selected - start,
             slice_time=report.slice_time + time.perf_counter() - selected,
             sliced_bytes=weight_bytes(sliced),
+            held_bytes=mx.get_active_memory(),
             selection=selection,
         )
         return sliced
@@ -323,6 +332,7 @@ def stream_generate(
     prior_statistic: str = DEFAULT_PRIOR_STATISTIC,
     prior: GlobalPrior | str | Path | Literal[False] | None = None,
     down_policy: str | None = None,
+    reload: Callable[[], nn.Module] | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text with the feed-forward neurons that matter for the prompt.
@@ -351,6 +361,10 @@ def stream_generate(
             `resolve_prior`); False to select by the tokens read alone.
         down_policy: how quantized down projections are sliced, a key of `models.DOWN_POLICIES`.
             Default: `models.default_down_policy`.
+        reload: loads the model once more without evaluating its arrays, as in
+            `lambda: load(name, lazy=True)[0]`. If it is given, the dense weights of each FFN are
+            released as soon as its slice exists, and come back when they are used again, from
+            the model's files: less memory, but loading with every `refresh`.
         **kwargs: passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` that has
             content already, only the tokens read now are seen by the selection.
 
@@ -389,7 +403,7 @@ def stream_generate(
     if density == AUTO:
         slicing = replace(slicing, density=expected_density(slicing.prior, max_kl))
     kwargs.pop("num_draft_tokens", None)  # which mlx-lm ignores without a draft model, too
-    return _respond(model, tokenizer, prompt, max_tokens, slicing, **kwargs)
+    return _respond(model, tokenizer, prompt, max_tokens, slicing, reload, **kwargs)
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
@@ -409,6 +423,7 @@ def _respond(
     prompt: mx.array,
     max_tokens: int,
     slicing: Slicing,
+    reload: Callable[[], nn.Module] | None,
     *,
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
@@ -426,6 +441,7 @@ def _respond(
         prompt_cache or make_prompt_cache(model, max_kv_size),
         sampler or greedy_sampler,
         logits_processors or [],
+        reload,
         kwargs,
     )
     steps = generation.steps(
@@ -511,5 +527,6 @@ def _summary(response: GenerationResponse) -> str:
         f"{glass.sliced_bytes / 1e6:.1f} MB per token\n"
         f"GLASS: {glass.dense_tokens} tokens dense, {glass.reread_tokens} read again in "
         f"{glass.reread_time:.3f} s, {glass.selections} selections: select "
-        f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s"
+        f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s; "
+        f"{glass.held_bytes / 1e9:.3f} GB held"
     )

@@ -142,11 +142,13 @@ class Reading:
         # After n tokens the last one is not read yet: the cache has the prompt and n - 1 more.
         stops = sorted({min(n - 1, self.tokens) for n in places} | {0, self.tokens})
         self._places = {0: _Place(copy.deepcopy(cache), evidence.copy())}
-        continuation, logits = with_taps(model, evidence.text.update), []
+        continuation = with_taps(model, evidence.text.update, evidence.text.update_outputs)
+        logits: list[mx.array] = []
         for start, stop in pairwise(stops):
             part = mx.array(self._written[start:stop])[None]
             logits.append(continuation(part, cache=cache)[0].astype(mx.float32))
-            mx.eval(logits, [layer.state for layer in cache], evidence.text.sums)
+            mx.eval(logits, [layer.state for layer in cache])
+            mx.eval(evidence.text.sums, evidence.text.outputs)
             if stop < self.tokens:
                 self._places[stop] = _Place(copy.deepcopy(cache), evidence.copy())
         self.oracle = evidence.text

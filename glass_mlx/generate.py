@@ -6,6 +6,7 @@ Takes the flags of `mlx_lm.generate` and a few of its own.
 import argparse
 import json
 import sys
+from functools import partial
 from typing import Any
 
 from glass_mlx.chat import encode
@@ -101,10 +102,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--refresh",
         type=int,
-        default=DEFAULT_REFRESH,
         metavar="N",
         help="Every so many tokens, and later less often, read what was written densely and "
-        "select again; 0 for never (default: %(default)s).",
+        f"select again; 0 for never (default: {DEFAULT_REFRESH}, with --release-dense 0).",
     )
     group.add_argument(
         "--statistic",
@@ -134,6 +134,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--no-prior", action="store_true", help="Select by the tokens read alone.")
     source.add_argument("--dense", action="store_true", help="Do not slice, for comparison.")
+    group.add_argument(
+        "--release-dense",
+        action="store_true",
+        help="Free the dense feed-forward weights as soon as their slices exist, so that decoding "
+        "holds less memory than the dense model does.",
+    )
     group.add_argument(
         "--down-policy",
         choices=DOWN_POLICIES,
@@ -223,12 +229,15 @@ def run(args: argparse.Namespace) -> None:
     density = args.density
     if density is None:
         density = BUILTIN_DENSITY if args.model is None else DEFAULT_DENSITY
+    refresh = args.refresh
+    if refresh is None:  # a released model would be loaded again for every renewal
+        refresh = 0 if args.release_dense else DEFAULT_REFRESH
     options = {
         "density": density,
         "max_kl": args.max_kl,
         "mix": args.mix,
         "warmup": args.warmup,
-        "refresh": args.refresh,
+        "refresh": refresh,
         "statistic": args.statistic,
         "prior_statistic": args.prior_statistic,
         "down_policy": args.down_policy,
@@ -239,7 +248,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.seed is not None:
         mx.random.seed(args.seed)
-    model, tokenizer = load(
+    load_again = partial(
+        load,
         args.model,
         adapter_path=args.adapter_path,
         tokenizer_config={"trust_remote_code": args.trust_remote_code},
@@ -248,6 +258,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         dequantize=args.dequantize,
     )
+    model, tokenizer = load_again()
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     if args.verbose and (hint := advice(model)):
@@ -284,6 +295,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             tokens,
             prior=False if args.no_prior else prior,
+            reload=(lambda: load_again(lazy=True)[0]) if args.release_dense else None,
             **options,
             **common,
         )

@@ -1,9 +1,10 @@
 """What is sliced, how and when: from statistics and a prior to a model with smaller FFNs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from glass_mlx.models import DOWN_POLICIES, FFN, default_down_policy, find_ffns, with_modules
+from glass_mlx.models import DOWN_POLICIES, FFN, Rest, default_down_policy, find_ffns, with_modules
 from glass_mlx.prior import GlobalPrior
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import Selection, budget, select
@@ -67,16 +68,21 @@ class Evidence:
         """What the local ranking is made of."""
         return self.text if self.generated else self.prompt
 
-    def stand_ins(self) -> dict[str, mx.array]:
-        """What dropped neurons are taken to be, (m,) by FFN: their mean over the text.
+    def stand_ins(self) -> dict[str, Rest]:
+        """What dropped neurons are taken to be, by FFN: their mean over the text.
 
         Means of few tokens are drawn towards zero. Empty while there is little text.
         """
         if not self.generated:
             return {}
         trust = self.text.tokens / (self.text.tokens + _SHRINKAGE)
+        # Down is linear: the mean of its outputs is its output for the means.
+        outputs, dtype = self.text.mean_outputs(), self.text.dtype
         return {
-            path: mx.array(mean * trust).astype(self.text.dtype)
+            path: Rest(
+                mx.array(mean * trust).astype(dtype),
+                (outputs[path] * trust).astype(dtype) if path in outputs else None,
+            )
             for path, mean in self.text.scores(MEAN).items()
         }
 
@@ -155,8 +161,13 @@ class Slicing:
         local = {path: ranks(v) for path, v in evidence.local.scores(self.statistic).items()}
         if self.prior is None:
             return local
-        general, mix = self.prior.scores[self.prior_statistic], self.weight(evidence)
-        return {path: fuse(own, ranks(general[path]), mix) for path, own in local.items()}
+        mix = self.weight(evidence)
+        return {path: fuse(own, self._general[path], mix) for path, own in local.items()}
+
+    @cached_property
+    def _general(self) -> dict[str, np.ndarray]:
+        """The prior's ranks."""
+        return {path: ranks(v) for path, v in self.prior.scores[self.prior_statistic].items()}
 
     def select(self, ffns: list[FFN], evidence: Evidence) -> Selection:
         """Choose the neurons to keep by what was read and the prior."""
@@ -169,18 +180,22 @@ class Slicer:
     """Makes the sliced models of one generation, and keeps the slices that can stay.
 
     Args:
-        model: the dense model, which is not touched.
+        model: the dense model, which is not touched, unless it is to be released.
         down_policy: a key of `DOWN_POLICIES`, for quantized down projections.
+        reload: loads the model once more without evaluating its arrays. If it is given, each
+            FFN's dense weights are released as soon as its slice exists; see `FFN.release`.
     """
 
-    def __init__(self, model: nn.Module, down_policy: str) -> None:
-        self._model, self._policy = model, down_policy
+    def __init__(
+        self, model: nn.Module, down_policy: str, reload: Callable[[], nn.Module] | None = None
+    ) -> None:
+        self._model, self._policy, self._reload = model, down_policy, reload
         self._ffns = find_ffns(model)
         self._slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
         self._filled = False
 
     def __call__(
-        self, selection: Selection, stand_ins: Mapping[str, mx.array] | None = None
+        self, selection: Selection, stand_ins: Mapping[str, Rest] | None = None
     ) -> tuple[nn.Module, Selection]:
         """Return a model that computes the selected neurons, and the selection it really has.
 
@@ -191,8 +206,9 @@ class Slicer:
 
         Args:
             selection: the neurons to keep.
-            stand_ins: (m,) by FFN, what the other neurons are taken to be. Default: zero.
+            stand_ins: by FFN, what the other neurons are taken to be. Default: zero.
         """
+        fresh = {ffn.path: ffn for ffn in find_ffns(self._reload())} if self._reload else {}
         fills = bool(stand_ins) and not self._filled
         self._filled |= fills
         for ffn in self._ffns:
@@ -209,6 +225,8 @@ class Slicer:
                 kept, parts = wanted, ffn.sliced(wanted, self._policy, rest)
             mx.eval({name: part.parameters() for name, part in parts.items()})
             self._slices[ffn.path] = kept, parts
+            if fresh and parts:
+                ffn.release(fresh[ffn.path])
         slices = {path: parts for path, (_, parts) in self._slices.items()}
         indices = {path: np.sort(kept) for path, (kept, _) in self._slices.items()}
         return with_modules(self._model, slices), Selection(indices, selection.widths)

@@ -52,6 +52,8 @@ class NeuronStatistics:
     they are computed with the layer and no hidden vector outlives it; where nothing uses the
     layer's output, evaluate `sums`.
 
+    Of an FFN's outputs, the mean over the tokens can be had, too (`update_outputs`).
+
     Args:
         widths: the number of neurons m of each FFN, by its path in the model.
         names: which statistics to keep, keys of `STATISTICS` or `MEAN`.
@@ -75,6 +77,7 @@ class NeuronStatistics:
             path: {name: mx.zeros((sequences, m), mx.float32) for name in names}
             for path, m in widths.items()
         }
+        self.outputs: dict[str, mx.array] = {}
         self.dtype = mx.float32  # of the hidden vectors
         self._sequences = sequences
         self._tokens = {path: np.zeros(sequences) for path in widths}
@@ -84,6 +87,7 @@ class NeuronStatistics:
         other = NeuronStatistics({}, self.names, self._sequences)
         other.sums = {path: dict(sums) for path, sums in self.sums.items()}
         other._tokens, other.dtype = dict(self._tokens), self.dtype
+        other.outputs = dict(self.outputs)
         return other
 
     def update(self, path: str, hidden: mx.array, mask: np.ndarray | None = None) -> mx.array:
@@ -113,6 +117,17 @@ class NeuronStatistics:
         for name in self.names:
             sums[name] = sums[name] + _SUMS[name][0](values, counted, weight).squeeze(1)
         return mx.depends(hidden, list(sums.values()))
+
+    def update_outputs(self, path: str, outputs: mx.array) -> mx.array:
+        """Add the outputs (..., out) of a chunk's tokens; return them, depending on the sum."""
+        added = outputs.reshape(-1, outputs.shape[-1]).astype(mx.float32).sum(0)
+        total = self.outputs.get(path)
+        self.outputs[path] = added if total is None else total + added
+        return mx.depends(outputs, [self.outputs[path]])
+
+    def mean_outputs(self) -> dict[str, mx.array]:
+        """The mean (out,) float32 of the outputs of each FFN whose outputs were shown."""
+        return {path: total / self._tokens[path].sum() for path, total in self.outputs.items()}
 
     @property
     def tokens(self) -> int:

@@ -11,11 +11,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .ffn import FFN, Known, Watch, find_ffn
-from .linear import DOWN_POLICIES, default_down_policy, dense_weight, is_linear, outputs
+from .linear import DOWN_POLICIES, Rest, default_down_policy, dense_weight, is_linear, outputs
 
 __all__ = [
     "DOWN_POLICIES",
     "FFN",
+    "Rest",
     "Watch",
     "default_down_policy",
     "find_ffns",
@@ -116,15 +117,16 @@ def _key(node: nn.Module | list[nn.Module], name: str) -> str | int:
     return int(name) if isinstance(node, list) else name
 
 
-def with_taps(model: nn.Module, watch: Watch) -> nn.Module:
+def with_taps(model: nn.Module, watch: Watch, after: Watch | None = None) -> nn.Module:
     """Return a model whose FFNs show their hidden vectors. The given model is not touched.
 
     Args:
         model: the model.
         watch: called with an FFN's path and its hidden vectors (..., m); the FFN goes on with
             what it returns.
+        after: called in the same way with its outputs, of FFNs whose outputs have no bias.
     """
-    return with_modules(model, {ffn.path: ffn.tapped(watch) for ffn in find_ffns(model)})
+    return with_modules(model, {ffn.path: ffn.tapped(watch, after) for ffn in find_ffns(model)})
 
 
 def fingerprint(model: nn.Module) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from .linear import (
     Linear,
+    Rest,
     check_indices,
     input_multiple,
     inputs,
@@ -26,6 +27,7 @@ from .linear import (
     outputs,
     put_inputs,
     put_outputs,
+    release,
     take_inputs,
     take_outputs,
 )
@@ -43,16 +45,17 @@ LAYOUTS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 class Tap(nn.Module):
-    """A projection whose input passes through a function first."""
+    """A projection whose input passes through a function first, and its output through another."""
 
-    def __init__(self, layer: nn.Module, path: str, watch: Watch) -> None:
+    def __init__(self, layer: nn.Module, path: str, watch: Watch, after: Watch | None) -> None:
         super().__init__()
         self.layer = layer
-        self._path, self._watch = path, watch
+        self._path, self._watch, self._after = path, watch, after
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Show (..., m) hidden vectors and project what comes back."""
-        return self.layer(self._watch(self._path, x))
+        """Show (..., m) hidden vectors, project what comes back, and show that."""
+        y = self.layer(self._watch(self._path, x))
+        return y if self._after is None else self._after(self._path, y)
 
 
 @dataclass(frozen=True)
@@ -88,20 +91,25 @@ class FFN:
             return "gated" if len(self.expand) == 2 else "plain"
         return f"gate and up in one, {self.layout}"
 
-    def tapped(self, watch: Watch) -> dict[str, nn.Module]:
-        """Modules to put in place of the FFN's own, so that its hidden vectors can be watched."""
+    def tapped(self, watch: Watch, after: Watch | None = None) -> dict[str, nn.Module]:
+        """Modules to put in place of the FFN's own, so that its hidden vectors can be watched.
+
+        Args:
+            watch: see `Watch`.
+            after: is shown its outputs in the same way, if they have no bias.
+        """
         name, down = self.contract
-        return {name: Tap(down, self.path, watch)}
+        return {name: Tap(down, self.path, watch, None if "bias" in down else after)}
 
     def sliced(
-        self, indices: np.ndarray, policy: str, rest: mx.array | None = None
+        self, indices: np.ndarray, policy: str, rest: Rest | None = None
     ) -> dict[str, nn.Module]:
         """Modules to put in place of the FFN's own, so that it computes some of its neurons.
 
         Args:
             indices: (k,) neurons to keep, strictly increasing.
             policy: how a quantized down projection is sliced, see `linear.take_inputs`.
-            rest: (m,) what the other neurons are taken to be, for every token. Default: zero.
+            rest: what the other neurons are taken to be, for every token. Default: zero.
         """
         if len(indices) == self.width:
             return {}
@@ -115,7 +123,7 @@ class FFN:
         parts: Mapping[str, nn.Module],
         before: np.ndarray,
         indices: np.ndarray,
-        rest: mx.array | None = None,
+        rest: Rest | None = None,
     ) -> np.ndarray | None:
         """Put new neurons in the places of others in a slice, which costs less than a new one.
 
@@ -140,6 +148,12 @@ class FFN:
         for n, layer in self.expand.items():
             put_outputs(layer, parts[n], layout(places, len(before)), layout(new, self.width))
         return after
+
+    def release(self, fresh: "FFN") -> None:
+        """Free the dense weights; when they are used again, they are loaded as those of `fresh`."""
+        for name, layer in self.expand.items():
+            release(layer, fresh.expand[name])
+        release(self.contract[1], fresh.contract[1])
 
 
 # What modules were found to be, by what tells them apart; see `_identity`.

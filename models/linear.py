@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -105,14 +106,17 @@ class ScatteredLinear(nn.Module):
 
     def __init__(self, layer: nn.QuantizedLinear, indices: np.ndarray) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer = _with(layer, bias=None)
+        if "bias" in layer:
+            self.bias = layer.bias
         self._indices, self._inputs = mx.array(indices), inputs(layer)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Project (..., k) kept inputs to (..., out)."""
         full = mx.zeros((*x.shape[:-1], self._inputs), x.dtype)
         full[..., self._indices] = x
-        return self.layer(full)
+        y = self.layer(full)
+        return y + self.bias if "bias" in self else y
 
 
 def _columns(weight: mx.array, indices: np.ndarray) -> mx.array:
@@ -121,14 +125,11 @@ def _columns(weight: mx.array, indices: np.ndarray) -> mx.array:
     return mx.take_along_axis(weight, every_row, axis=1)
 
 
-Bias = mx.array | None
-
-
-def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> nn.QuantizedLinear:
+def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray) -> nn.QuantizedLinear:
     columns = _columns(dense_weight(layer), indices)
     weight, scales, *biases = mx.quantize(columns, layer.group_size, layer.bits, layer.mode)
     biases = biases[0] if biases else None
-    return _with(layer, weight=weight, scales=scales, biases=biases, bias=bias)
+    return _with(layer, weight=weight, scales=scales, biases=biases)
 
 
 class NeuronMajor(nn.Module):
@@ -179,21 +180,25 @@ def _turn(layer: nn.QuantizedLinear) -> NeuronMajor:
     return turned
 
 
-def _neuron_major(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> NeuronMajor:
+def release(layer: Linear, fresh: Linear) -> None:
+    """Let go of a layer's arrays, and of what was made of them, for the same ones not loaded."""
+    _turned.pop(id(layer), None)
+    layer.update(fresh.parameters())
+
+
+def _neuron_major(layer: nn.QuantizedLinear, indices: np.ndarray) -> NeuronMajor:
     turned, rows = _turn(layer), mx.array(indices)
-    return _with(turned, **{name: array[rows] for name, array in turned.items()}, bias=bias)
-
-
-def _scattered(layer: nn.QuantizedLinear, indices: np.ndarray, bias: Bias) -> ScatteredLinear:
-    return ScatteredLinear(_with(layer, bias=bias), indices)
+    return _with(
+        turned, **{name: array[rows] for name, array in turned.items()}, bias=layer.get("bias")
+    )
 
 
 # How a quantized layer gives up some of its inputs. Groups of inputs share a scale, so columns
 # cannot be taken as they are; docs/results.md has the comparison behind the choice.
-DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray, Bias], nn.Module]] = {
+DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]] = {
     "neuron-major": _neuron_major,
     "requantize": _requantized,
-    "scatter": _scattered,
+    "scatter": ScatteredLinear,
 }
 
 
@@ -218,15 +223,29 @@ def input_multiple(layer: Linear) -> int:
     return block if inputs(layer) >= 16 * block else layer.group_size
 
 
-def _bias(layer: Linear, indices: np.ndarray, rest: mx.array) -> mx.array:
-    """The output (out,) of a layer, with its own bias, for inputs `rest` but zeros at `indices`."""
-    rest = mx.array(rest)
-    rest[mx.array(indices)] = 0
-    return layer(rest[None])[0]
+class Rest(NamedTuple):
+    """What the inputs that a slice does not have are taken to be, for every token.
+
+    Attributes:
+        inputs: (in,) values for all inputs, in the type that the model computes in.
+        output: (out,) what the layer, without its bias, gives for these. Default: computed.
+    """
+
+    inputs: mx.array
+    output: mx.array | None = None
+
+
+def _fill(layer: Linear, sliced: nn.Module, kept: np.ndarray, rest: Rest) -> None:
+    """Give a slice of a layer, whose inputs are `kept`, the bias that stands for the others."""
+    own = layer.get("bias")
+    bare = _with(sliced, bias=None)
+    output = _with(layer, bias=None)(rest.inputs[None])[0] if rest.output is None else rest.output
+    others = output - bare(rest.inputs[mx.array(kept)][None])[0]
+    sliced.bias = others if own is None else others + own
 
 
 def take_inputs(
-    layer: Linear, indices: np.ndarray, policy: str = "requantize", rest: mx.array | None = None
+    layer: Linear, indices: np.ndarray, policy: str = "requantize", rest: Rest | None = None
 ) -> nn.Module:
     """Keep some inputs.
 
@@ -239,8 +258,7 @@ def take_inputs(
             once: as few bytes, as small an error, slices in no time, but memory for the copy.
             "scatter" keeps the whole layer and places the k inputs among zeros: exact, and no
             bytes are saved.
-        rest: (in,) what the other inputs are taken to be, in the type that the model computes
-            in; what they add becomes a bias. Default: zero.
+        rest: what the other inputs are taken to be; what they add becomes a bias. Default: zero.
 
     Returns:
         A layer that maps (..., k) to (..., out).
@@ -252,14 +270,20 @@ def take_inputs(
     check_indices(indices, inputs(layer))
     if policy not in DOWN_POLICIES:
         raise ValueError(f"down policy {policy!r} is not one of {', '.join(DOWN_POLICIES)}")
-    bias = layer.get("bias") if rest is None else _bias(layer, indices, rest)
+    sliced = _sliced(layer, indices, policy)
+    if rest is not None:
+        _fill(layer, sliced, indices, rest)
+    return sliced
+
+
+def _sliced(layer: Linear, indices: np.ndarray, policy: str) -> nn.Module:
     if isinstance(layer, nn.QuantizedLinear):
         if policy == "requantize" and len(indices) % layer.group_size:
             raise ValueError(
                 f"{len(indices)} inputs cannot be quantized in groups of {layer.group_size}"
             )
-        return DOWN_POLICIES[policy](layer, indices, bias)
-    return _with(layer, weight=_columns(layer.weight, indices), bias=bias)
+        return DOWN_POLICIES[policy](layer, indices)
+    return _with(layer, weight=_columns(layer.weight, indices))
 
 
 def put_inputs(
@@ -268,7 +292,7 @@ def put_inputs(
     places: np.ndarray,
     indices: np.ndarray,
     kept: np.ndarray,
-    rest: mx.array | None = None,
+    rest: Rest | None = None,
 ) -> bool:
     """Put some inputs of a layer in the places of others in a slice of it, which changes.
 
@@ -295,5 +319,5 @@ def put_inputs(
     else:
         return False
     if rest is not None:
-        into.bias = _bias(layer, kept, rest)
+        _fill(layer, into, kept, rest)
     return True

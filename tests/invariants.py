@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 
-from glass_mlx.models import DOWN_POLICIES, FFN, find_ffns, with_modules, with_taps
+from glass_mlx.models import DOWN_POLICIES, FFN, Rest, find_ffns, with_modules, with_taps
 from glass_mlx.models.ffn import LAYOUTS
 from glass_mlx.selection import Selection
 from glass_mlx.slicing import Slicer, slice_model
@@ -126,7 +126,8 @@ def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array])
     assert mx.linalg.norm(sliced - dense) > 1e-3 * mx.linalg.norm(dense)
 
     rest = {ffn.path: 0.1 * mx.random.normal((ffn.width,)) for ffn in find_ffns(model)}
-    filled = forward(Slicer(model, "scatter")(selection, rest)[0])
+    stand_ins = {path: Rest(values) for path, values in rest.items()}
+    filled = forward(Slicer(model, "scatter")(selection, stand_ins)[0])
     masked = forward(masked_model(model, selection, rest))
     assert mx.linalg.norm(filled - masked) < 1e-4 * mx.linalg.norm(masked)
     assert mx.linalg.norm(filled - sliced) > 1e-3 * mx.linalg.norm(sliced)

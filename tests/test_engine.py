@@ -1,10 +1,12 @@
+import gc
 from types import SimpleNamespace
 
-from glass_mlx import generate, stream_generate
+from glass_mlx import generate, load, stream_generate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
 from invariants import letter_tokenizer, masked_model, snapshot, statistics_of
+from test_checkpoints import save_tiny_folder
 from test_prior import made_prior
 
 import mlx.core as mx
@@ -12,6 +14,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
@@ -357,3 +360,40 @@ def test_the_prior_ranks_by_a_statistic_of_its_own(model, tokenizer):
         ValueError, match="has no statistic 'x'; it has activation, griffin, impact"
     ):
         kept(prior_statistic="x")
+
+
+@pytest.mark.parametrize("quantization", [{}, {"group_size": 32, "bits": 4}])
+@pytest.mark.parametrize("refresh", [0, 4])
+def test_released_weights_are_freed_and_come_back(tmp_path, tokenizer, quantization, refresh):
+    folder = save_tiny_folder(tmp_path / "tiny", **quantization)
+    options = {"warmup": 3, "refresh": refresh}
+    model, _ = load(str(folder))
+    dense = model(mx.array([PROMPT]))
+    expected = run(model, tokenizer, **options)
+    held = {path: id(a) for path, a in tree_flatten(model.parameters()) if "mlp" in path}
+    loaded = []
+
+    def reload():
+        loaded.append(load(str(folder), lazy=True)[0])
+        return loaded[-1]
+
+    responses = run(model, tokenizer, reload=reload, **options)
+    assert [r.token for r in responses] == [r.token for r in expected]
+    now = {path: id(a) for path, a in tree_flatten(model.parameters()) if "mlp" in path}
+    assert now.keys() == held.keys()
+    assert not {*now.values()} & {*held.values()}
+    assert len(loaded) == responses[-1].glass.selections
+    assert mx.array_equal(model(mx.array([PROMPT])), dense)
+
+
+def test_less_is_held_when_dense_weights_are_released(tmp_path, tokenizer):
+    folder = save_tiny_folder(tmp_path / "tiny")
+    ffns = 4 * 3 * 64 * 128 * 4
+
+    def held(**options):
+        model, _ = load(str(folder))
+        gc.collect()
+        return run(model, tokenizer, **options)[-1].glass.held_bytes
+
+    usual, released = held(), held(reload=lambda: load(str(folder), lazy=True)[0])
+    assert usual - released == pytest.approx(ffns, rel=0.05)

@@ -1,7 +1,7 @@
 from dataclasses import replace
 from itertools import islice
 
-from glass_mlx.models import find_ffns
+from glass_mlx.models import Rest, find_ffns
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.selection import Selection
 from glass_mlx.slicing import Evidence, Slicer, Slicing
@@ -77,7 +77,13 @@ def test_stand_ins_are_means_drawn_towards_zero(model):
     for part in (hidden[:, :10], hidden[:, 10:]):
         evidence.text.update(path, mx.array(part))
     assert evidence.text.tokens == 16
-    assert np.allclose(evidence.stand_ins()[path], hidden[0].mean(0) / 2, atol=1e-5)
+    assert np.allclose(evidence.stand_ins()[path].inputs, hidden[0].mean(0) / 2, atol=1e-5)
+    assert evidence.stand_ins()[path].output is None
+    down = mx.random.normal((1280, 64))
+    for part in (hidden[:, :10], hidden[:, 10:]):
+        evidence.text.update_outputs(path, mx.array(part) @ down)
+    rest = evidence.copy().stand_ins()[path]
+    assert np.allclose(rest.output, rest.inputs @ down, atol=1e-3)
 
 
 def test_one_token_takes_the_prior_and_no_prior_the_text(model):
@@ -146,7 +152,7 @@ def test_a_moved_slice_computes_what_a_new_one_does(architecture, bits, policy):
     for turn in range(3):
         for path in selection.indices:
             selection = moved(selection, path, 12 + 9 * turn, turn)
-        rest = {path: mx.random.normal((m,)) for path, m in selection.widths.items()}
+        rest = {path: Rest(mx.random.normal((m,))) for path, m in selection.widths.items()}
         again, kept = slicer(selection, rest)
         fresh, _ = Slicer(model, policy)(selection, rest)
         for path, indices in kept.indices.items():
