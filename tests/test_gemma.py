@@ -41,4 +41,4 @@ def test_generation(gemma):
     assert "France" in "".join(r.text for r in ours)
     *_, last = stream_generate(model, tokenizer, prompt, density=0.5, **options)
     assert last.glass.density_got == 0.5
-    assert last.glass.selections == 4
+    assert last.glass.selections == 3
