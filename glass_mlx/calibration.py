@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 from glass_mlx.checkpoints import (
     DEFAULT_MODEL,
+    add_adapter_arguments,
     add_load_arguments,
     advice,
     load,
+    load_options,
     model_name,
 )
 from glass_mlx.command import ending
@@ -552,10 +554,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="texts to measure KL by density on, for --density auto; 0 for none (%(default)s)",
     )
     add_load_arguments(parser)
-    parser.add_argument("--adapter-path", help="adapters, which are fused into the weights")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let the model's files bring code"
-    )
+    add_adapter_arguments(parser)
     return parser
 
 
@@ -584,15 +583,7 @@ def _build(args: argparse.Namespace) -> tuple[GlobalPrior, Path]:
         curve_texts=args.curve_texts,
     )
     settings.check()
-    model, tokenizer = load(
-        args.model,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
-        adapter_path=args.adapter_path,
-        lazy=True,
-        trust_remote_code=args.trust_remote_code,
-        dtype=args.dtype,
-        dequantize=args.dequantize,
-    )
+    model, tokenizer = load(args.model, lazy=True, **load_options(args))
     if hint := advice(model):
         print(hint, file=sys.stderr)
     start = time.perf_counter()

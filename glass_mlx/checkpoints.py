@@ -218,6 +218,25 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of mlx-lm's commands that say what else a model is loaded with."""
+    parser.add_argument("--adapter-path", help="adapters, which are fused into the weights")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the model's files bring code"
+    )
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load` is given by the flags of both functions above."""
+    return {
+        "tokenizer_config": {"trust_remote_code": args.trust_remote_code},
+        "adapter_path": args.adapter_path,
+        "trust_remote_code": args.trust_remote_code,
+        "dtype": args.dtype,
+        "dequantize": args.dequantize,
+    }
+
+
 def advice(model: nn.Module) -> str | None:
     """Say what would make a model faster on this machine, if MLX computes on its CPU."""
     if mx.default_device() != mx.cpu:

@@ -227,8 +227,8 @@ class _Generation:
 
         def progress(done: int, total: int) -> None:
             if dense:  # prefill does not evaluate the last layer's FFN
-                mx.eval(self._evidence.prompt.sums, self._evidence.text.sums)
-                mx.eval(self._evidence.text.outputs)
+                text = self._evidence.text
+                mx.eval(self._evidence.prompt.sums, text.sums, text.outputs)
             if prompt_progress_callback is not None:
                 prompt_progress_callback(done, total)
 

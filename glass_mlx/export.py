@@ -12,9 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, load, model_name
+from glass_mlx.checkpoints import (
+    DEFAULT_MODEL,
+    add_adapter_arguments,
+    add_load_arguments,
+    load,
+    load_options,
+    model_name,
+)
 from glass_mlx.command import ending
-from glass_mlx.fidelity import Continuation, continue_densely, read_prompts
+from glass_mlx.fidelity import Continuation, continue_in_batches, read_prompts
 from glass_mlx.files import one_line, replacing
 from glass_mlx.lookup import model_folder, resolve_prior
 from glass_mlx.models import find_ffns, weight_bytes, with_taps
@@ -60,10 +67,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     source.add_argument("--prior", help="Default: looked for as by glass_mlx.generate")
     source.add_argument("--no-prior", action="store_true", help="select by the answers alone")
     add_load_arguments(parser)
-    parser.add_argument("--adapter-path", help="adapters, which are fused into the weights")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let the model's files bring code"
-    )
+    add_adapter_arguments(parser)
     return parser
 
 
@@ -236,16 +240,8 @@ def _run(args: argparse.Namespace) -> str:
     if args.tokens < 2 or args.batch_size < 1:
         raise ValueError("--tokens must be at least 2, and --batch-size 1")
     prompts = read_prompts(args.prompts) if args.prompts else []
-    model, tokenizer, config = load(
-        args.model,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
-        adapter_path=args.adapter_path,
-        lazy=True,
-        return_config=True,
-        trust_remote_code=args.trust_remote_code,
-        dtype=args.dtype,
-        dequantize=args.dequantize,
-    )
+    options = load_options(args)
+    model, tokenizer, config = load(args.model, lazy=True, return_config=True, **options)
     if args.dequantize:
         config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     prior: GlobalPrior | None = None
@@ -253,14 +249,11 @@ def _run(args: argparse.Namespace) -> str:
         prior = resolve_prior(model, args.prior, model_folder(tokenizer), args.model or "MODEL")
         slicing = replace(slicing, prior=prior)
         slicing.check()
-    texts: list[Continuation] = []
+    asked = (prompts, args.tokens, args.temp, args.seed, args.batch_size)
     total = args.tokens * len(prompts)
     with tqdm(total=total, desc="writing", unit="tok", leave=False, disable=not prompts) as bar:
-        for batch, at in enumerate(range(0, len(prompts), args.batch_size)):
-            asked = prompts[at : at + args.batch_size]
-            texts += continue_densely(
-                model, tokenizer, asked, args.tokens, args.temp, args.seed, batch, bar.update
-            )
+        batches = continue_in_batches(model, tokenizer, *asked, progress=bar.update)
+        texts = [text for batch in batches for text in batch]
     evidence = observe(model, texts)
     selection = select_uniformly(model, slicing, evidence)
     about = made_with() | {

@@ -7,7 +7,7 @@ where it would read the text again, the sliced model goes on from the dense mode
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -105,6 +105,35 @@ def continue_densely(
     return [Continuation(*pair) for pair in zip(encoded, written, strict=True)]
 
 
+def continue_in_batches(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Messages],
+    tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    done: int = 0,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[list[Continuation]]:
+    """Have the dense model continue prompts, `batch_size` at once.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        prompts: what to continue.
+        tokens: how many tokens to write at most after each.
+        temperature: of sampling.
+        seed: the same seed and batch size give the same texts.
+        batch_size: prompts continued at once.
+        done: how many were continued before, in whole batches; these are left out.
+        progress: called with the number of tokens of every step.
+    """
+    for start in range(done, len(prompts), batch_size):
+        asked, batch = prompts[start : start + batch_size], start // batch_size
+        yield continue_densely(model, tokenizer, asked, tokens, temperature, seed, batch, progress)
+
+
 @dataclass(frozen=True)
 class _Place:
     """What the dense model knows at one place of a continuation."""
@@ -147,8 +176,8 @@ class Reading:
         for start, stop in pairwise(stops):
             part = mx.array(self._written[start:stop])[None]
             logits.append(continuation(part, cache=cache)[0].astype(mx.float32))
-            mx.eval(logits, [layer.state for layer in cache])
-            mx.eval(evidence.text.sums, evidence.text.outputs)
+            text = evidence.text
+            mx.eval(logits, [layer.state for layer in cache], text.sums, text.outputs)
             if stop < self.tokens:
                 self._places[stop] = _Place(copy.deepcopy(cache), evidence.copy())
         self.oracle = evidence.text

@@ -16,6 +16,7 @@ from glass_mlx.checkpoints import (
     add_load_arguments,
     advice,
     load,
+    load_options,
     model_name,
 )
 from glass_mlx.command import ending
@@ -251,12 +252,8 @@ def run(args: argparse.Namespace) -> None:
     load_again = partial(
         load,
         args.model,
-        adapter_path=args.adapter_path,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
         model_config={"quantize_activations": args.quantize_activations},
-        trust_remote_code=args.trust_remote_code,
-        dtype=args.dtype,
-        dequantize=args.dequantize,
+        **load_options(args),
     )
     model, tokenizer = load_again()
     for token in args.extra_eos_token:

@@ -63,7 +63,7 @@ class GlobalPrior:
 
     @property
     def whole(self) -> tuple[str, ...]:
-        """The FFNs that are better kept whole, at the others' expense; see `curve.find_whole`."""
+        """The FFNs that are better kept whole, at the others' expense; see `curve`."""
         return tuple(self.about.get("whole", ()))
 
     @staticmethod

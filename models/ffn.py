@@ -171,8 +171,10 @@ def find_ffn(path: str, module: nn.Module, known: Known) -> FFN | None:
         module: the module.
         known: what was found about other modules of the model, which this adds to.
     """
-    for ffn in _candidates(path, module):
-        key = _identity(module, ffn)
+    candidates = list(_candidates(path, module))
+    identity = _identity(module) if candidates else None
+    for ffn in candidates:
+        key = identity, *ffn.expand, ffn.contract[0], ffn.layout
         if key not in known:
             known[key] = _adds_up(module, ffn)
         if known[key]:
@@ -180,11 +182,11 @@ def find_ffn(path: str, module: nn.Module, known: Known) -> FFN | None:
     return None
 
 
-def _identity(module: nn.Module, ffn: FFN) -> Any:
+def _identity(module: nn.Module) -> Any:
     """Equal for modules that compute the same with other weights."""
     settings = {name: repr(value) for name, value in vars(module).items()}
     children = {name: type(child) for name, child in module.children().items()}
-    return type(module), str(settings), str(children), *ffn.expand, ffn.contract[0], ffn.layout
+    return type(module), str(settings), str(children)
 
 
 def _candidates(path: str, module: nn.Module) -> Iterator[FFN]:

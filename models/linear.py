@@ -64,11 +64,13 @@ def take_outputs(layer: Linear, indices: np.ndarray) -> Linear:
     """
     check_indices(indices, outputs(layer))
     rows = mx.array(indices)
-    present = [name for name in (*_PER_ROW, "bias") if layer.get(name) is not None]
-    return _with(layer, **{name: layer[name][rows] for name in present})
+    return _with(layer, **{name: layer[name][rows] for name in _per_output(layer)})
 
 
-_PER_ROW = ("weight", "scales", "biases")
+def _per_output(layer: nn.Module) -> list[str]:
+    """The names of a layer's arrays, all of which have a row an output."""
+    names = ("weight", "scales", "biases", "bias")
+    return [name for name in names if layer.get(name) is not None]
 
 
 def put_outputs(layer: Linear, into: Linear, places: np.ndarray, indices: np.ndarray) -> None:
@@ -81,9 +83,8 @@ def put_outputs(layer: Linear, into: Linear, places: np.ndarray, indices: np.nda
         indices: (n,) outputs of the layer.
     """
     where, rows = mx.array(places), mx.array(indices)
-    for name in (*_PER_ROW, "bias"):
-        if layer.get(name) is not None:
-            into[name][where] = layer[name][rows]
+    for name in _per_output(layer):
+        into[name][where] = layer[name][rows]
 
 
 def dense_weight(layer: nn.Module, rows: slice = slice(None)) -> mx.array:
@@ -187,10 +188,7 @@ def release(layer: Linear, fresh: Linear) -> None:
 
 
 def _neuron_major(layer: nn.QuantizedLinear, indices: np.ndarray) -> NeuronMajor:
-    turned, rows = _turn(layer), mx.array(indices)
-    return _with(
-        turned, **{name: array[rows] for name, array in turned.items()}, bias=layer.get("bias")
-    )
+    return _with(take_outputs(_turn(layer), indices), bias=layer.get("bias"))
 
 
 # How a quantized layer gives up some of its inputs. Groups of inputs share a scale, so columns
@@ -308,10 +306,7 @@ def put_inputs(
         Whether that can be done; not where inputs share scales.
     """
     if isinstance(into, NeuronMajor):
-        turned, rows, where = _turn(layer), mx.array(indices), mx.array(places)
-        for name in _PER_ROW:
-            if name in turned:
-                into[name][where] = turned[name][rows]
+        put_outputs(_turn(layer), into, places, indices)
     elif type(into) is nn.Linear:
         where = mx.broadcast_to(mx.array(places)[None], (outputs(layer), len(places)))
         columns = _columns(layer.weight, indices)

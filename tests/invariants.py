@@ -123,14 +123,14 @@ def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array])
     sliced = forward(slice_model(model, selection, "scatter"))
     masked = forward(masked_model(model, selection))
     assert mx.linalg.norm(sliced - masked) < 1e-4 * mx.linalg.norm(masked)
-    assert mx.linalg.norm(sliced - dense) > 1e-3 * mx.linalg.norm(dense)
+    assert mx.linalg.norm(sliced - dense) > 1e-2 * mx.linalg.norm(dense)
 
     rest = {ffn.path: 0.1 * mx.random.normal((ffn.width,)) for ffn in find_ffns(model)}
     stand_ins = {path: Rest(values) for path, values in rest.items()}
     filled = forward(Slicer(model, "scatter")(selection, stand_ins)[0])
     masked = forward(masked_model(model, selection, rest))
     assert mx.linalg.norm(filled - masked) < 1e-4 * mx.linalg.norm(masked)
-    assert mx.linalg.norm(filled - sliced) > 1e-3 * mx.linalg.norm(sliced)
+    assert mx.linalg.norm(filled - sliced) > 1e-2 * mx.linalg.norm(sliced)
 
     assert snapshot(model) == before
     assert mx.array_equal(forward(model), dense)

@@ -16,7 +16,7 @@ import continuations
 from glass_mlx import Selection, load, resolve_prior
 from glass_mlx.checkpoints import DEFAULT_MODEL
 from glass_mlx.command import ending
-from glass_mlx.fidelity import Continuation, Reading, divergence
+from glass_mlx.fidelity import Reading, divergence
 from glass_mlx.models import FFN, find_ffns, with_modules
 from glass_mlx.models.linear import NeuronMajor, dense_weight, take_inputs
 from glass_mlx.ranking import fuse, ranks
@@ -145,7 +145,7 @@ def layer_table(args: argparse.Namespace, density: float) -> list[str]:
         ours = x[:, mx.array(kept)] @ effective(policy, layer, kept).weight.T
         error = (mx.linalg.norm(ours - exact) / mx.linalg.norm(exact)).item()
         sliced = slice_layer(layer, kept)
-        vector = x[:1, mx.array(kept)].astype(mx.float32)
+        vector = x[:1, mx.array(kept)]
         mx.eval(vector, sliced.parameters())
         to_slice = _median_ms(lambda slice_layer=slice_layer, kept=kept: slice_layer(layer, kept))
         to_multiply = _median_ms(lambda sliced=sliced, vector=vector: sliced(vector), 20)
@@ -177,9 +177,7 @@ def sliced_model(
 Pair = tuple[float, float]
 
 
-def model_results(
-    args: argparse.Namespace, policies: Mapping[str, Policy]
-) -> dict[tuple[float, str], list[Pair]]:
+def model_results(args: argparse.Namespace) -> dict[tuple[float, str], list[Pair]]:
     """For each density and policy, KL(dense || sliced) and KL(exact slice || sliced) a prompt."""
     quantized, tokenizer = load(args.model, dtype="float32")
     model, _ = load(args.model, dtype="float32", dequantize=True)
@@ -188,8 +186,7 @@ def model_results(
     multiples = {ffn.path: ffn.multiple for ffn in find_ffns(quantized)}
     prior = resolve_prior(model).scores[DEFAULT_PRIOR_STATISTIC]
     results: dict[tuple[float, str], list[Pair]] = {}
-
-    def one(text: Continuation) -> None:
+    for text in tqdm(continuations.write(model, tokenizer, args), unit="prompt"):
         reading = Reading(model, text)
         fused = {
             path: fuse(ranks(scores), ranks(prior[path]), _MIX)
@@ -198,7 +195,7 @@ def model_results(
         for density in args.density:
             selection = select(fused, density, multiples)
             exact = reading.follow(slice_model(model, selection, "requantize"))
-            for policy in policies:
+            for policy in POLICIES:
                 kept = selection
                 if policy == "whole groups":
                     groups = {
@@ -209,9 +206,6 @@ def model_results(
                 ours = reading.follow(sliced_model(model, ffns, kept, policy, downs))
                 pair = tuple(divergence(p, ours).mean().item() for p in (reading.dense, exact))
                 results.setdefault((density, policy), []).append(pair)
-
-    for text in tqdm(continuations.write(model, tokenizer, args), unit="prompt"):
-        one(text)
     return results
 
 
@@ -225,7 +219,7 @@ def main() -> None:
             print("\n".join(layer_table(args, density)))
         if args.layer_only:
             return
-        results = model_results(args, POLICIES)
+        results = model_results(args)
         print("\n| density | down | KL(dense, sliced) | KL(exact slice, sliced) |")
         print("| ---: | :--- | ---: | ---: |")
         for (density, policy), pairs in results.items():

@@ -25,7 +25,7 @@ from glass_mlx.fidelity import (
     Reading,
     Scores,
     Select,
-    continue_densely,
+    continue_in_batches,
     places,
     read_prompts,
     score,
@@ -148,23 +148,11 @@ def continuations(
     file = cache_folder() / "continuations" / f"{digest}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     texts = json.loads(file.read_text()) if file.is_file() else []
-    total, done = args.tokens * len(prompts), args.tokens * len(texts)
-    with tqdm(total=total, initial=done, desc="writing", unit="tok") as bar:
-        while len(texts) < len(prompts):
-            start = len(texts)
-            texts += [
-                asdict(text)
-                for text in continue_densely(
-                    model,
-                    tokenizer,
-                    prompts[start : start + args.batch_size],
-                    args.tokens,
-                    args.temp,
-                    args.seed,
-                    start // args.batch_size,
-                    bar.update,
-                )
-            ]
+    asked = (prompts, args.tokens, args.temp, args.seed, args.batch_size)
+    total, done = args.tokens * len(prompts), len(texts)
+    with tqdm(total=total, initial=args.tokens * done, desc="writing", unit="tok") as bar:
+        for batch in continue_in_batches(model, tokenizer, *asked, done, bar.update):
+            texts += map(asdict, batch)
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(texts))
     return [Continuation(**text) for text in texts]

@@ -174,10 +174,8 @@ def time_slicing(
 ) -> tuple[float, float]:
     """Seconds of a first selection with its slices, and of a renewal that changes a tenth."""
     ffns, generator = find_ffns(model), np.random.default_rng(0)
-    slicing, evidence = (
-        Slicing(density=density, prior=prior, down_policy=policy),
-        Evidence.of(model),
-    )
+    slicing = Slicing(density=density, prior=prior, down_policy=policy)
+    evidence = Evidence.of(model)
     for part in (evidence.prompt, evidence.text):
         for ffn in ffns:
             part.update(ffn.path, mx.array(generator.normal(size=(1, 16, ffn.width))))
