@@ -38,6 +38,9 @@ from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
 
+# The last FFN computes nothing for a prompt but what is watched, and so many tokens are enough.
+_FEW = 128
+
 Tokenizer = TokenizerWrapper | PreTrainedTokenizerBase
 
 
@@ -129,7 +132,7 @@ class _Generation:
         self._model, self._slicing, self._cache = model, slicing, cache
         self._sampler, self._processors, self._options = sampler, processors, options
         self._ffns = find_ffns(model)
-        self._evidence = Evidence.of(model)
+        self._evidence = Evidence.of(model, [slicing.statistic])
         self._slicer = Slicer(model, slicing.down_policy, reload)
         self._tokens: list[int] = []  # of the prompt, and all that were sampled
         self._made = 0
@@ -162,7 +165,7 @@ class _Generation:
         self._tokens = prompt.tolist()
         limit = math.inf if max_tokens < 0 else max_tokens
         ends = chain(self._slicing.renewals(), [math.inf])
-        tapped = with_taps(self._model, self._evidence.prompt.update)
+        tapped = with_taps(self._model, self._evidence.prompt.update, few=_FEW)
         yield from self._decode(tapped, prompt, 1, limit, dense=True, **options)
         text = self._evidence.text
         tapped = with_taps(self._model, text.update, text.update_outputs)

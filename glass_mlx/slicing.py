@@ -1,8 +1,9 @@
 """What is sliced, how and when: from statistics and a prior to a model with smaller FFNs."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 from glass_mlx.models import DOWN_POLICIES, FFN, Rest, default_down_policy, find_ffns, with_modules
 from glass_mlx.prior import GlobalPrior
@@ -31,6 +32,9 @@ _SHRINKAGE = 16
 # After as many renewals the interval between them doubles.
 _SPACED_AFTER = 4
 
+# So many threads are enough to copy as fast as a CPU's memory allows.
+_THREADS = 4
+
 # A slice is kept if as large a share of what should be in it is in it already.
 _SETTLED = 0.95
 
@@ -48,11 +52,11 @@ class Evidence:
     text: NeuronStatistics
 
     @staticmethod
-    def of(model: nn.Module) -> "Evidence":
-        """Nothing seen yet, of a model's FFNs."""
+    def of(model: nn.Module, statistics: Iterable[str] = STATISTICS) -> "Evidence":
+        """Nothing seen yet, of a model's FFNs, by some statistics."""
         widths = {ffn.path: ffn.width for ffn in find_ffns(model)}
-        names = (*STATISTICS, MEAN)
-        return Evidence(NeuronStatistics(widths, names), NeuronStatistics(widths, names))
+        names = tuple(statistics)
+        return Evidence(NeuronStatistics(widths, names), NeuronStatistics(widths, (*names, MEAN)))
 
     def copy(self) -> "Evidence":
         """Return what has been seen so far, which later updates do not change."""
@@ -211,25 +215,54 @@ class Slicer:
         fresh = {ffn.path: ffn for ffn in find_ffns(self._reload())} if self._reload else {}
         fills = bool(stand_ins) and not self._filled
         self._filled |= fills
-        for ffn in self._ffns:
-            wanted, rest = selection.indices[ffn.path], (stand_ins or {}).get(ffn.path)
-            before, parts = self._slices.get(ffn.path, (None, {}))
-            kept = None
-            if before is not None and len(before) == len(wanted):
-                if not fills and _overlap(wanted, before) >= _SETTLED:
-                    continue
-                kept = ffn.move(parts, before, wanted, rest) if parts else wanted
-            if kept is None:
-                self._slices.pop(ffn.path, None)
-                del parts  # the slice from before can go
-                kept, parts = wanted, ffn.sliced(wanted, self._policy, rest)
-            mx.eval({name: part.parameters() for name, part in parts.items()})
-            self._slices[ffn.path] = kept, parts
-            if fresh and parts:
+        streams = _streams()
+        for start in range(0, len(self._ffns), len(streams)):
+            group, made = self._ffns[start : start + len(streams)], []
+            for ffn, stream in zip(group, streams, strict=False):
+                with mx.stream(stream):
+                    if self._slice(ffn, selection.indices[ffn.path], fills):
+                        made.append(ffn)
+            self._evaluate(made)
+            for ffn in made:
+                if ffn.path in (stand_ins or {}):
+                    kept, parts = self._slices[ffn.path]
+                    ffn.fill(parts, kept, stand_ins[ffn.path])
+            self._evaluate(made)
+            for ffn in made if fresh else ():
                 ffn.release(fresh[ffn.path])
         slices = {path: parts for path, (_, parts) in self._slices.items()}
         indices = {path: np.sort(kept) for path, (kept, _) in self._slices.items()}
         return with_modules(self._model, slices), Selection(indices, selection.widths)
+
+    def _slice(self, ffn: FFN, wanted: np.ndarray, fills: bool) -> bool:
+        """Bring an FFN's slice up to date, lazily; return whether there was anything to do."""
+        before, parts = self._slices.get(ffn.path, (None, {}))
+        kept = None
+        if before is not None and len(before) == len(wanted):
+            if not fills and _overlap(wanted, before) >= _SETTLED:
+                return False
+            kept = ffn.move(parts, before, wanted) if parts else wanted
+        if kept is None:
+            self._slices.pop(ffn.path, None)
+            del parts  # the slice from before can go
+            kept, parts = wanted, ffn.sliced(wanted, self._policy)
+        self._slices[ffn.path] = kept, parts
+        return bool(parts)
+
+    def _evaluate(self, ffns: list[FFN]) -> None:
+        made = [self._slices[ffn.path][1].values() for ffn in ffns]
+        mx.eval([[part.parameters() for part in parts] for parts in made])
+
+
+@cache
+def _threads() -> list[mx.Stream]:
+    return [mx.new_stream(mx.cpu) for _ in range(min(_THREADS, os.cpu_count() or 1) - 1)]
+
+
+def _streams() -> list[mx.Stream]:
+    """What slices are made on, FFN by FFN in turn: on a CPU a stream is a single thread."""
+    device = mx.default_device()
+    return [mx.default_stream(device), *(_threads() if device == mx.cpu else [])]
 
 
 def _overlap(kept: np.ndarray, before: np.ndarray) -> float:

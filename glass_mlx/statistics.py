@@ -1,6 +1,8 @@
 """How active each neuron of each FFN was: running sums over tokens, and over sequences."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
@@ -10,20 +12,47 @@ import numpy as np
 _TINY = 1e-30
 
 
-def _activation_sum(hidden: mx.array, counted: mx.array, weight: mx.array) -> mx.array:
-    return weight[:, None] @ mx.abs(hidden)
+@dataclass(frozen=True)
+class _Chunk:
+    """Hidden vectors of some tokens.
+
+    Attributes:
+        hidden: (S, T, m), of S sequences.
+        squares: (S, T, m) float32, their squares.
+        counted: (S, T) float32, 1 for tokens that count and 0 for those that do not.
+        weight: (S, T) float32, that over the norm.
+    """
+
+    hidden: mx.array
+    squares: mx.array
+    counted: mx.array
+    weight: mx.array
 
 
-def _griffin_sum(hidden: mx.array, counted: mx.array, weight: mx.array) -> mx.array:
-    return mx.square(weight)[:, None] @ mx.square(hidden)
+# Hidden vectors of half precision are read once, not converted first.
+@partial(mx.compile, shapeless=True)
+def _squares(hidden: mx.array) -> mx.array:
+    return mx.square(hidden.astype(mx.float32))
 
 
-def _mean_sum(hidden: mx.array, counted: mx.array, weight: mx.array) -> mx.array:
-    return counted[:, None] @ hidden
+@partial(mx.compile, shapeless=True)
+def _magnitudes(hidden: mx.array) -> mx.array:
+    return mx.abs(hidden.astype(mx.float32))
 
 
-# What a chunk (S, T, m) adds to (S, 1, m), given for each token (S, T) whether it counts and that
-# divided by its norm; and what the sums become when divided by the tokens.
+def _activation_sum(chunk: _Chunk) -> mx.array:
+    return chunk.weight[:, None] @ _magnitudes(chunk.hidden)
+
+
+def _griffin_sum(chunk: _Chunk) -> mx.array:
+    return mx.square(chunk.weight)[:, None] @ chunk.squares
+
+
+def _mean_sum(chunk: _Chunk) -> mx.array:
+    return chunk.counted[:, None] @ chunk.hidden.astype(mx.float32)
+
+
+# What a chunk adds to sums (S, 1, m), and what these become when divided by the tokens.
 STATISTICS = {
     "activation": (_activation_sum, lambda mean: mean),
     "griffin": (_griffin_sum, np.sqrt),
@@ -102,8 +131,9 @@ class NeuronStatistics:
             The hidden vectors as they were given, depending on the FFN's sums.
         """
         self.dtype = hidden.dtype
-        values = hidden.reshape(self._sequences, -1, hidden.shape[-1]).astype(mx.float32)
-        norm = mx.linalg.norm(values, axis=-1)
+        values = hidden.reshape(self._sequences, -1, hidden.shape[-1])
+        squares = _squares(values)
+        norm = mx.sqrt(squares.sum(-1))
         weight = mx.where(norm > _TINY, 1 / mx.maximum(norm, _TINY), 0)
         counted = mx.ones_like(weight)
         if mask is None:
@@ -113,9 +143,10 @@ class NeuronStatistics:
             counted = mx.array(mask)
             weight = weight * counted
             self._tokens[path] = self._tokens[path] + mask.sum(-1)
+        chunk = _Chunk(values, squares, counted, weight)
         sums = self.sums[path]
         for name in self.names:
-            sums[name] = sums[name] + _SUMS[name][0](values, counted, weight).squeeze(1)
+            sums[name] = sums[name] + _SUMS[name][0](chunk).squeeze(1)
         return mx.depends(hidden, list(sums.values()))
 
     def update_outputs(self, path: str, outputs: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from .ffn import FFN, Known, Watch, find_ffn
+from .ffn import FFN, Known, Sampled, Watch, find_ffn
 from .linear import DOWN_POLICIES, Rest, default_down_policy, dense_weight, is_linear, outputs
 
 __all__ = [
@@ -117,7 +117,9 @@ def _key(node: nn.Module | list[nn.Module], name: str) -> str | int:
     return int(name) if isinstance(node, list) else name
 
 
-def with_taps(model: nn.Module, watch: Watch, after: Watch | None = None) -> nn.Module:
+def with_taps(
+    model: nn.Module, watch: Watch, after: Watch | None = None, few: int | None = None
+) -> nn.Module:
     """Return a model whose FFNs show their hidden vectors. The given model is not touched.
 
     Args:
@@ -125,8 +127,16 @@ def with_taps(model: nn.Module, watch: Watch, after: Watch | None = None) -> nn.
         watch: called with an FFN's path and its hidden vectors (..., m); the FFN goes on with
             what it returns.
         after: called in the same way with its outputs, of FFNs whose outputs have no bias.
+        few: of the last FFN show at most so many tokens of a text (see `Sampled`). Default: all.
     """
-    return with_modules(model, {ffn.path: ffn.tapped(watch, after) for ffn in find_ffns(model)})
+    ffns = find_ffns(model)
+    tapped = with_modules(model, {ffn.path: ffn.tapped(watch, after) for ffn in ffns})
+    if few is None:
+        return tapped
+    path = ffns[-1].path
+    whole, shown = (dict(m.named_modules())[path] for m in (model, tapped))
+    parent, _, name = path.rpartition(".")
+    return with_modules(tapped, {parent: {name: Sampled(whole, shown, few)}})
 
 
 def fingerprint(model: nn.Module) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from .linear import (
     Linear,
     Rest,
     check_indices,
+    fill,
     input_multiple,
     inputs,
     is_linear,
@@ -56,6 +57,31 @@ class Tap(nn.Module):
         """Show (..., m) hidden vectors, project what comes back, and show that."""
         y = self.layer(self._watch(self._path, x))
         return y if self._after is None else self._after(self._path, y)
+
+
+class Sampled(nn.Module):
+    """An FFN that shows what it computes for some tokens of a long text, evenly spaced.
+
+    Of a model's last FFN, whose outputs for a prompt are not used, no more is then computed.
+
+    Args:
+        module: the FFN.
+        tapped: the same with taps.
+        count: how many tokens to show, at least half and at most all of them.
+    """
+
+    def __init__(self, module: nn.Module, tapped: nn.Module, count: int) -> None:
+        super().__init__()
+        self.module, self.tapped = module, tapped
+        self._count = count
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Compute what the FFN does for (batch, T, hidden)."""
+        every = -(-x.shape[1] // self._count)
+        if every == 1 or args or kwargs:  # which may be of single tokens, too
+            return self.tapped(x, *args, **kwargs)
+        self.tapped(x[:, ::every])
+        return self.module(x)
 
 
 @dataclass(frozen=True)
@@ -101,29 +127,22 @@ class FFN:
         name, down = self.contract
         return {name: Tap(down, self.path, watch, None if "bias" in down else after)}
 
-    def sliced(
-        self, indices: np.ndarray, policy: str, rest: Rest | None = None
-    ) -> dict[str, nn.Module]:
+    def sliced(self, indices: np.ndarray, policy: str) -> dict[str, nn.Module]:
         """Modules to put in place of the FFN's own, so that it computes some of its neurons.
 
         Args:
             indices: (k,) neurons to keep, strictly increasing.
             policy: how a quantized down projection is sliced, see `linear.take_inputs`.
-            rest: what the other neurons are taken to be, for every token. Default: zero.
         """
         if len(indices) == self.width:
             return {}
         name, down = self.contract
-        smaller = take_inputs(down, indices, policy, rest)
+        smaller = take_inputs(down, indices, policy)
         rows = LAYOUTS[self.layout](indices, self.width)
         return {n: take_outputs(layer, rows) for n, layer in self.expand.items()} | {name: smaller}
 
     def move(
-        self,
-        parts: Mapping[str, nn.Module],
-        before: np.ndarray,
-        indices: np.ndarray,
-        rest: Rest | None = None,
+        self, parts: Mapping[str, nn.Module], before: np.ndarray, indices: np.ndarray
     ) -> np.ndarray | None:
         """Put new neurons in the places of others in a slice, which costs less than a new one.
 
@@ -131,7 +150,6 @@ class FFN:
             parts: what `sliced` made, which changes.
             before: (k,) its neurons, in the order of their places.
             indices: (k,) the neurons wanted.
-            rest: as in `sliced`.
 
         Returns:
             (k,) the neurons in the order of their places now, or None if that cannot be done.
@@ -142,12 +160,23 @@ class FFN:
         new = np.setdiff1d(indices, before, assume_unique=True)
         after = before.copy()
         after[places] = new
-        if not put_inputs(down, parts[name], places, new, after, rest):
+        if not put_inputs(down, parts[name], places, new):
             return None
         layout = LAYOUTS[self.layout]
         for n, layer in self.expand.items():
             put_outputs(layer, parts[n], layout(places, len(before)), layout(new, self.width))
         return after
+
+    def fill(self, parts: Mapping[str, nn.Module], kept: np.ndarray, rest: Rest) -> None:
+        """Give a slice what stands in for the neurons it does not have. Without it: zero.
+
+        Args:
+            parts: what `sliced` made; down's bias changes.
+            kept: (k,) its neurons, in the order of their places.
+            rest: what the other neurons are taken to be, for every token.
+        """
+        name, down = self.contract
+        fill(down, parts[name], kept, rest)
 
     def release(self, fresh: "FFN") -> None:
         """Free the dense weights; when they are used again, they are loaded as those of `fresh`."""

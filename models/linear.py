@@ -233,8 +233,15 @@ class Rest(NamedTuple):
     output: mx.array | None = None
 
 
-def _fill(layer: Linear, sliced: nn.Module, kept: np.ndarray, rest: Rest) -> None:
-    """Give a slice of a layer, whose inputs are `kept`, the bias that stands for the others."""
+def fill(layer: Linear, sliced: nn.Module, kept: np.ndarray, rest: Rest) -> None:
+    """Give a slice of a layer, made by `take_inputs`, the bias that stands for the other inputs.
+
+    Args:
+        layer: weights (out, in).
+        sliced: the slice, which changes.
+        kept: (k,) the inputs that it has, in the order of their places.
+        rest: what the others are taken to be.
+    """
     own = layer.get("bias")
     bare = _with(sliced, bias=None)
     output = _with(layer, bias=None)(rest.inputs[None])[0] if rest.output is None else rest.output
@@ -242,9 +249,7 @@ def _fill(layer: Linear, sliced: nn.Module, kept: np.ndarray, rest: Rest) -> Non
     sliced.bias = others if own is None else others + own
 
 
-def take_inputs(
-    layer: Linear, indices: np.ndarray, policy: str = "requantize", rest: Rest | None = None
-) -> nn.Module:
+def take_inputs(layer: Linear, indices: np.ndarray, policy: str = "requantize") -> nn.Module:
     """Keep some inputs.
 
     Args:
@@ -256,7 +261,6 @@ def take_inputs(
             once: as few bytes, as small an error, slices in no time, but memory for the copy.
             "scatter" keeps the whole layer and places the k inputs among zeros: exact, and no
             bytes are saved.
-        rest: what the other inputs are taken to be; what they add becomes a bias. Default: zero.
 
     Returns:
         A layer that maps (..., k) to (..., out).
@@ -268,13 +272,6 @@ def take_inputs(
     check_indices(indices, inputs(layer))
     if policy not in DOWN_POLICIES:
         raise ValueError(f"down policy {policy!r} is not one of {', '.join(DOWN_POLICIES)}")
-    sliced = _sliced(layer, indices, policy)
-    if rest is not None:
-        _fill(layer, sliced, indices, rest)
-    return sliced
-
-
-def _sliced(layer: Linear, indices: np.ndarray, policy: str) -> nn.Module:
     if isinstance(layer, nn.QuantizedLinear):
         if policy == "requantize" and len(indices) % layer.group_size:
             raise ValueError(
@@ -284,14 +281,7 @@ def _sliced(layer: Linear, indices: np.ndarray, policy: str) -> nn.Module:
     return _with(layer, weight=_columns(layer.weight, indices))
 
 
-def put_inputs(
-    layer: Linear,
-    into: nn.Module,
-    places: np.ndarray,
-    indices: np.ndarray,
-    kept: np.ndarray,
-    rest: Rest | None = None,
-) -> bool:
+def put_inputs(layer: Linear, into: nn.Module, places: np.ndarray, indices: np.ndarray) -> bool:
     """Put some inputs of a layer in the places of others in a slice of it, which changes.
 
     Args:
@@ -299,8 +289,6 @@ def put_inputs(
         into: what `take_inputs` made of it.
         places: (n,) inputs of the slice.
         indices: (n,) inputs of the layer.
-        kept: (k,) all inputs of the layer that the slice then has, in any order.
-        rest: as in `take_inputs`.
 
     Returns:
         Whether that can be done; not where inputs share scales.
@@ -313,6 +301,4 @@ def put_inputs(
         into.weight = mx.put_along_axis(into.weight, where, columns, axis=1)
     else:
         return False
-    if rest is not None:
-        _fill(layer, into, kept, rest)
     return True
