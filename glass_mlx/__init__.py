@@ -20,16 +20,26 @@ from glass_mlx.engine import (  # noqa: E402
 )
 from glass_mlx.lookup import NoPriorError, resolve_prior  # noqa: E402
 from glass_mlx.prior import GlobalPrior  # noqa: E402
+from glass_mlx.prompt_cache import (  # noqa: E402
+    PromptCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 from glass_mlx.selection import Selection  # noqa: E402
 
 __all__ = [
     "GenerationResponse",
     "GlobalPrior",
     "NoPriorError",
+    "PromptCache",
     "Report",
     "Selection",
     "generate",
     "load",
+    "load_prompt_cache",
+    "make_prompt_cache",
     "resolve_prior",
+    "save_prompt_cache",
     "stream_generate",
 ]

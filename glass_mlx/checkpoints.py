@@ -226,10 +226,13 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `load` is given by the flags of both functions above."""
+def load_options(
+    args: argparse.Namespace, tokenizer_config: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `load` is given by the flags of both functions above, and for the tokenizer."""
     return {
-        "tokenizer_config": {"trust_remote_code": args.trust_remote_code},
+        "tokenizer_config": (tokenizer_config or {})
+        | {"trust_remote_code": args.trust_remote_code},
         "adapter_path": args.adapter_path,
         "trust_remote_code": args.trust_remote_code,
         "dtype": args.dtype,

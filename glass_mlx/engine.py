@@ -13,6 +13,7 @@ from glass_mlx.curve import check_bound, expected_density
 from glass_mlx.lookup import model_folder, resolve_prior
 from glass_mlx.models import default_down_policy, find_ffns, weight_bytes, with_taps
 from glass_mlx.prior import GlobalPrior
+from glass_mlx.prompt_cache import PromptCache
 from glass_mlx.rewind import Mark
 from glass_mlx.selection import Selection
 from glass_mlx.slicing import (
@@ -112,7 +113,8 @@ class _Generation:
     Args:
         model: the dense model.
         slicing: how it is sliced.
-        cache: the prompt cache, a layer an entry.
+        cache: the prompt cache, a layer an entry; what is known of a `PromptCache` is used, and
+            kept up to date.
         sampler: log-probabilities (1, vocabulary) to a token (1,).
         processors: called with all tokens so far and logits (1, vocabulary).
         reload: see `stream_generate`.
@@ -132,7 +134,16 @@ class _Generation:
         self._model, self._slicing, self._cache = model, slicing, cache
         self._sampler, self._processors, self._options = sampler, processors, options
         self._ffns = find_ffns(model)
-        self._evidence = Evidence.of(model, [slicing.statistic])
+        self._kept = (
+            cache
+            if isinstance(cache, PromptCache)
+            else PromptCache((), Evidence.of(model, [slicing.statistic]))
+        )
+        if self._kept.evidence is None:
+            self._kept.evidence = Evidence.of(model)
+        self._evidence = self._kept.evidence
+        if self._evidence.prompt.widths != {ffn.path: ffn.width for ffn in self._ffns}:
+            raise ValueError("the statistics of the prompt cache are of another model")
         self._slicer = Slicer(model, slicing.down_policy, reload)
         self._tokens: list[int] = []  # of the prompt, and all that were sampled
         self._made = 0
@@ -163,6 +174,15 @@ class _Generation:
     ) -> Generator[_Step, None, None]:
         """Yield tokens, with more options for reading the prompt."""
         self._tokens = prompt.tolist()
+        try:
+            yield from self._steps(prompt, max_tokens, **options)
+        finally:
+            if self._made:
+                self._kept.tokens += self._tokens
+
+    def _steps(
+        self, prompt: mx.array, max_tokens: int, **options: Any
+    ) -> Generator[_Step, None, None]:
         limit = math.inf if max_tokens < 0 else max_tokens
         ends = chain(self._slicing.renewals(), [math.inf])
         tapped = with_taps(self._model, self._evidence.prompt.update, few=_FEW)
@@ -368,8 +388,9 @@ def stream_generate(
             `lambda: load(name, lazy=True)[0]`. If it is given, the dense weights of each FFN are
             released as soon as its slice exists, and come back when they are used again, from
             the model's files: less memory, but loading with every `refresh`.
-        **kwargs: passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` that has
-            content already, only the tokens read now are seen by the selection.
+        **kwargs: passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` of
+            `glass_mlx.make_prompt_cache` only what is new is read, and neurons are selected by all
+            that was read into it; with one of mlx-lm's, by the tokens that are read now.
 
     Yields:
         mlx-lm's responses, with a `Report` in `glass`.

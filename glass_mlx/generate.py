@@ -7,9 +7,10 @@ import argparse
 import json
 import sys
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
-from glass_mlx.chat import encode
+from glass_mlx.chat import encode, encode_rest
 from glass_mlx.checkpoints import (
     BUILTIN_DENSITY,
     DEFAULT_MODEL,
@@ -25,6 +26,14 @@ from glass_mlx.hub import locate
 from glass_mlx.lookup import NoPriorError, model_folder, resolve_prior
 from glass_mlx.models import DOWN_POLICIES, default_down_policy, fingerprint
 from glass_mlx.prior import GlobalPrior, cache_name, cached_priors
+from glass_mlx.prompt_cache import (
+    PromptCache,
+    check_name,
+    described,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 from glass_mlx.slicing import (
     DEFAULT_DENSITY,
     DEFAULT_MIX,
@@ -39,6 +48,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
+from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -46,7 +56,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 BUILD_TOKENS = 4096
 
 # Flags of mlx_lm.generate that are not combined with slicing.
-_REFUSED = ("--draft-model", "--image", "--prompt-cache-file")
+_REFUSED = ("--draft-model", "--image")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -71,6 +81,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     for flag in _REFUSED:
         parser.add_argument(flag, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--num-draft-tokens", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--save-prompt-cache",
+        metavar="FILE",
+        help="Save the prompt cache with the answer in it, for --prompt-cache-file to go on from.",
+    )
     add_load_arguments(parser)
 
     group = parser.add_argument_group("slicing")
@@ -217,16 +232,86 @@ def _messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
     return messages
 
 
+def _open_cache(args: argparse.Namespace) -> tuple[PromptCache | None, dict[str, str]]:
+    """The prompt cache to go on from, if one is given, and what else is kept in its file.
+
+    As in mlx-lm, its model is the one that is loaded, and is set in `args`.
+    """
+    if args.prompt_cache_file is None:
+        return None, {}
+    cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    made_by = metadata.get("model")
+    if made_by is None:
+        raise ValueError(f"the prompt cache {args.prompt_cache_file} does not name its model")
+    if args.model is None and made_by != DEFAULT_MODEL:
+        args.model = made_by
+    if (args.model or DEFAULT_MODEL) != made_by:
+        raise ValueError(f"the prompt cache is of the model {made_by}, not of {args.model}")
+    first = cache[0]
+    if isinstance(first, QuantizedKVCache) and (
+        args.kv_bits not in (None, first.bits) or args.kv_group_size != first.group_size
+    ):
+        raise ValueError(
+            f"the prompt cache has {first.bits} bits in groups of {first.group_size}; give these "
+            "as --kv-bits and --kv-group-size"
+        )
+    if args.verbose and cache.evidence is None:
+        print(
+            "note: there are no statistics beside the prompt cache; neurons are selected by what "
+            "is read now (python -m glass_mlx.cache_prompt saves both)",
+            file=sys.stderr,
+        )
+    return cache, metadata
+
+
+def _new_tokens(
+    tokenizer: TokenizerWrapper,
+    history: list[dict[str, str]],
+    messages: list[dict[str, str]],
+    cache: PromptCache | None,
+    args: argparse.Namespace,
+) -> list[int]:
+    """The tokens that the model has not read yet, of all that was said."""
+    ignore, template = args.ignore_chat_template, _template_options(args)
+    if cache is None:
+        return encode(tokenizer, messages, ignore, **template)
+    if not history or ignore or not tokenizer.has_chat_template:
+        return encode_rest(tokenizer, messages, ignore, **template)
+    if args.system_prompt is not None:
+        raise ValueError("--system-prompt is for the beginning of a conversation")
+    tokens = encode(tokenizer, history + messages, **template)
+    pairs = zip(cache.tokens, tokens[:-1], strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if same < len(cache.tokens):
+        cache.trim(len(cache.tokens) - same)
+    return tokens[same:]
+
+
+def _with_answer(messages: list[dict[str, str]], text: str) -> list[dict[str, str]]:
+    """The messages and an answer to them, whose beginning may be the last of them."""
+    if messages[-1]["role"] == "assistant":
+        *messages, begun = messages
+        text = begun["content"] + text
+    return [*messages, {"role": "assistant", "content": text}]
+
+
 def run(args: argparse.Namespace) -> None:
     """Load the model, generate and print.
 
     Raises:
-        FileNotFoundError: if the model or the prior does not exist.
+        FileNotFoundError: if the model, the prior or the prompt cache does not exist.
         ValueError: for a bad value, a model that cannot be used or a prior that does not fit.
     """
     for flag in _REFUSED:
         if getattr(args, flag[2:].replace("-", "_")):
             raise ValueError(f"{flag} cannot be combined with slicing; use mlx_lm.generate")
+    if args.save_prompt_cache:
+        check_name(args.save_prompt_cache)
+        if args.dense:
+            raise ValueError("--save-prompt-cache cannot be combined with --dense")
+    prompt = _read_prompt(args)
+    _template_options(args)
+    cache, metadata = _open_cache(args)
     density = args.density
     if density is None:
         density = BUILTIN_DENSITY if args.model is None else DEFAULT_DENSITY
@@ -244,16 +329,16 @@ def run(args: argparse.Namespace) -> None:
         "down_policy": args.down_policy,
     }
     check(max_tokens=args.max_tokens, **options)
-    prompt, template = _read_prompt(args), _template_options(args)
     prior = GlobalPrior.load(locate(args.prior)) if args.prior else None
 
     if args.seed is not None:
         mx.random.seed(args.seed)
+    tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}"))
     load_again = partial(
         load,
         args.model,
         model_config={"quantize_activations": args.quantize_activations},
-        **load_options(args),
+        **load_options(args, tokenizer_config),
     )
     model, tokenizer = load_again()
     for token in args.extra_eos_token:
@@ -270,6 +355,10 @@ def run(args: argparse.Namespace) -> None:
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
+    history, messages = json.loads(metadata.get("messages", "[]")), _messages(args, prompt)
+    tokens = _new_tokens(tokenizer, history, messages, cache, args)
+    if cache is None and args.save_prompt_cache:
+        cache = make_prompt_cache(model, args.max_kv_size)
     common = {
         "max_tokens": args.max_tokens,
         "verbose": args.verbose,
@@ -279,9 +368,8 @@ def run(args: argparse.Namespace) -> None:
         "kv_bits": args.kv_bits,
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,
+        "prompt_cache": cache,
     }
-    messages = _messages(args, prompt)
-    tokens = encode(tokenizer, messages, args.ignore_chat_template, **template)
     if args.dense:
         text = mlx_lm.generate(model, tokenizer, tokens, **common)
     else:
@@ -298,6 +386,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if not args.verbose:
         print(text)
+    if args.save_prompt_cache:
+        said = history + _with_answer(messages, text)
+        about = described(args.model, tokenizer_config) | {"messages": json.dumps(said)}
+        save_prompt_cache(args.save_prompt_cache, cache, about)
 
 
 def main() -> None:

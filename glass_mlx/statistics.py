@@ -62,6 +62,9 @@ STATISTICS = {
 MEAN = "mean"
 _SUMS = STATISTICS | {MEAN: (_mean_sum, lambda mean: mean)}
 
+# What a state has beside the sums of the statistics.
+_OUTPUTS, _TOKENS = "outputs", "tokens"
+
 # What a prior can be measured by: these, and what takes a backward pass (`impact`).
 IMPACT = "impact"
 PRIOR_STATISTICS = (*STATISTICS, IMPACT)
@@ -161,6 +164,11 @@ class NeuronStatistics:
         return {path: total / self._tokens[path].sum() for path, total in self.outputs.items()}
 
     @property
+    def widths(self) -> dict[str, int]:
+        """The number of neurons of each FFN, by its path."""
+        return {path: sums[self.names[0]].shape[-1] for path, sums in self.sums.items()}
+
+    @property
     def tokens(self) -> int:
         """The number of tokens seen, by the FFN that saw most."""
         return max(int(count.sum()) for count in self._tokens.values())
@@ -178,6 +186,35 @@ class NeuronStatistics:
             path: self._finished(name, np.array(sums[name]), self._tokens[path][:, None])
             for path, sums in self.sums.items()
         }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The sums and counts, as named arrays that `restored` takes."""
+        arrays = {
+            f"{path}.{name}": np.array(total)
+            for path, sums in self.sums.items()
+            for name, total in sums.items()
+        }
+        arrays |= {f"{path}.{_OUTPUTS}": np.array(total) for path, total in self.outputs.items()}
+        return arrays | {f"{path}.{_TOKENS}": count for path, count in self._tokens.items()}
+
+    @staticmethod
+    def restored(state: Mapping[str, np.ndarray], dtype: mx.Dtype) -> "NeuronStatistics":
+        """The statistics that a `state` was taken of, of hidden vectors of a type."""
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        for key, values in state.items():
+            path, _, name = key.rpartition(".")
+            groups.setdefault(path, {})[name] = values
+        tokens = {path: arrays.pop(_TOKENS) for path, arrays in groups.items()}
+        outputs = {path: arrays.pop(_OUTPUTS, None) for path, arrays in groups.items()}
+        names = tuple(next(iter(groups.values())))
+        restored = NeuronStatistics({}, names, len(next(iter(tokens.values()))))
+        restored.sums = {
+            path: {name: mx.array(arrays[name]) for name in names}
+            for path, arrays in groups.items()
+        }
+        restored.outputs = {p: mx.array(total) for p, total in outputs.items() if total is not None}
+        restored._tokens, restored.dtype = tokens, dtype
+        return restored
 
     @staticmethod
     def _finished(name: str, sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:

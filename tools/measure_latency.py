@@ -50,9 +50,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 _CHANGED = 0.1
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """Set up and return the argument parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model is measured; see `prepare`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
@@ -60,6 +59,18 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--shape", choices=SHAPES, help="a model of these sizes with random weights instead"
     )
+    parser.add_argument("--down-policy", default=default_down_policy(), help="(%(default)s)")
+    group = parser.add_argument_group("random weights")
+    group.add_argument("--bits", type=int, help="quantize to so many bits. Default: floats")
+    group.add_argument("--group-size", type=int, default=64, help="(%(default)s)")
+    group.add_argument("--mode", default="affine", help="of quantization (%(default)s)")
+    add_load_arguments(parser)
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Set up and return the argument parser."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model_arguments(parser)
     parser.add_argument("--density", type=float, nargs="+", default=[0.5])
     parser.add_argument(
         "--methods",
@@ -72,15 +83,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--generation-tokens", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
-    parser.add_argument("--down-policy", default=default_down_policy(), help="(%(default)s)")
     parser.add_argument("--json", type=Path, help="write one JSON line a row to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
     parser.add_argument("--plot", type=Path, help="draw tokens/s and ceiling against density")
-    group = parser.add_argument_group("random weights")
-    group.add_argument("--bits", type=int, help="quantize to so many bits. Default: floats")
-    group.add_argument("--group-size", type=int, default=64, help="(%(default)s)")
-    group.add_argument("--mode", default="affine", help="of quantization (%(default)s)")
-    add_load_arguments(parser)
     return parser
 
 
@@ -206,10 +211,11 @@ def time_slicing(
 
 
 def break_even(dense: list[Run], runs: list[Run]) -> int | None:
-    """After how many generated tokens a run is done before the dense one, if it ever is."""
+    """From how many generated tokens on a run is done before the dense one, if it ever is."""
     ours, theirs = (np.median([run.times for run in group], axis=0) for group in (runs, dense))
-    done = np.flatnonzero(ours < theirs)
-    return None if ours[-1] >= theirs[-1] or not len(done) else int(done[0]) + 1
+    later = np.flatnonzero(ours >= theirs)
+    done = int(later[-1]) + 2 if len(later) else 1
+    return done if done <= len(ours) else None
 
 
 def summarise(

@@ -1,0 +1,81 @@
+"""Read a prompt once and save it for many questions, with the statistics of its neurons.
+
+Takes the flags of `mlx_lm.cache_prompt`, and writes a file for it and for us.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from glass_mlx.chat import encode_beginning
+from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, load, load_options
+from glass_mlx.command import ending
+from glass_mlx.prompt_cache import (
+    check_name,
+    described,
+    make_prompt_cache,
+    read_prompt,
+    save_prompt_cache,
+)
+
+import mlx.core as mx
+from mlx_lm.cache_prompt import setup_arg_parser as mlx_lm_arg_parser
+from tqdm import tqdm
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Set up and return the argument parser: mlx-lm's flags and those that say how to load."""
+    parser = argparse.ArgumentParser(
+        prog="glass-mlx-cache-prompt",
+        description=__doc__,
+        parents=[mlx_lm_arg_parser()],
+        conflict_handler="resolve",
+    )
+    parser.add_argument(
+        "--model",
+        help="The hub id, folder or GGUF file of the model. "
+        f"Default: the built-in {DEFAULT_MODEL}, fetched once.",
+    )
+    add_load_arguments(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the prompt and save what came out.
+
+    Raises:
+        FileNotFoundError: if the model does not exist.
+        ValueError: for a bad value or a model that cannot be used.
+    """
+    file = check_name(args.prompt_cache_file)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    config = {} if args.eos_token is None else {"eos_token": args.eos_token}
+    model, tokenizer = load(args.model, **load_options(args, config))
+    tokens = encode_beginning(tokenizer, prompt)
+    cache = make_prompt_cache(model, args.max_kv_size)
+    with tqdm(total=len(tokens), unit="token", file=sys.stderr) as bar:
+        read_prompt(
+            model,
+            tokens,
+            cache,
+            lambda done, _: bar.update(done - bar.n),
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+        )
+    save_prompt_cache(file, cache, described(args.model, config))
+    size = Path(file).stat().st_size / 1e6
+    print(f"{file}: {len(tokens)} tokens, {size:.1f} MB; peak {mx.get_peak_memory() / 1e9:.3f} GB")
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence and exit code 2."""
+    args = setup_arg_parser().parse_args()
+    with ending("glass-mlx-cache-prompt"):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

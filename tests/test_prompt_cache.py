@@ -1,0 +1,299 @@
+"""Conversations: prompt caches that go on, in Python, in files, and from command to command."""
+
+import json
+import sys
+
+from glass_mlx import load_prompt_cache, make_prompt_cache, save_prompt_cache, stream_generate
+from glass_mlx.cache_prompt import main as cache_prompt
+from glass_mlx.chat import encode, encode_beginning, encode_rest
+from glass_mlx.generate import main as generate
+from glass_mlx.models.architectures import tiny_model
+from glass_mlx.prompt_cache import read_prompt
+from invariants import CHAT_TEMPLATE, chat_tokenizer, letter_tokenizer
+from test_checkpoints import save_tiny_folder
+from test_prior import made_prior
+
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+
+FIRST, SECOND = [1, 7, 3, 200, 9, 54, 21], [8, 31, 77, 5]
+RENEWED = {"density": 0.5, "warmup": 3, "refresh": 4}
+
+
+@pytest.fixture
+def tokenizer():
+    return TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama", seed=49)
+
+
+def turn(model, tokenizer, prompt, cache, n=13, **options):
+    options = {"prior": made_prior(model)} | RENEWED | options
+    return list(stream_generate(model, tokenizer, prompt, n, prompt_cache=cache, **options))
+
+
+def equal(a, b):
+    """Whether two pieces of evidence are the same."""
+    for one, two in ((a.prompt, b.prompt), (a.text, b.text)):
+        one, two = one.state(), two.state()
+        assert one.keys() == two.keys()
+        if not all(np.array_equal(one[key], two[key]) for key in one):
+            return False
+    return True
+
+
+def test_a_second_turn_goes_on_with_what_is_new(model, tokenizer):
+    cache = make_prompt_cache(model)
+    first = [r.token for r in turn(model, tokenizer, FIRST, cache, density=1.0)]
+    second = turn(model, tokenizer, SECOND, cache, density=1.0)
+    assert cache.tokens == [*FIRST, *first, *SECOND, *(r.token for r in second)]
+    assert second[0].prompt_tokens == len(SECOND)
+    whole = mlx_lm.stream_generate(model, tokenizer, [*FIRST, *first, *SECOND], 13)
+    assert [r.token for r in second] == [r.token for r in whole]
+
+
+def test_it_selects_from_all_it_has_seen(model, tokenizer):
+    """With all neurons kept, reading in turns is reading at once."""
+    cache, options = make_prompt_cache(model), {"warmup": 1, "refresh": 0, "mix": 0.0}
+    read_prompt(model, FIRST, cache, lambda done, total: None)
+    assert cache.evidence.prompt.tokens == len(FIRST)
+    later = turn(model, tokenizer, SECOND, cache, **options)[-1].glass.selection
+    once = turn(model, tokenizer, FIRST + SECOND, None, **options)[-1].glass.selection
+    new = turn(model, tokenizer, SECOND, None, **options)[-1].glass.selection
+    assert all(np.array_equal(later.indices[path], once.indices[path]) for path in once.indices)
+    assert any(not np.array_equal(new.indices[path], once.indices[path]) for path in once.indices)
+
+
+@pytest.mark.parametrize("end", [1, 2, 5])
+def test_a_generation_that_is_left_can_be_gone_on_with(model, tokenizer, end):
+    cache = make_prompt_cache(model)
+    stream = stream_generate(
+        model, tokenizer, FIRST, 20, prompt_cache=cache, prior=made_prior(model), **RENEWED
+    )
+    tokens = [next(stream).token for _ in range(end)]
+    stream.close()
+    assert cache.tokens == FIRST + tokens
+    assert {layer.offset for layer in cache} == {len(cache.tokens)}
+
+
+def test_a_saved_conversation_goes_on_as_one_in_memory(model, tokenizer, tmp_path):
+    cache, file = make_prompt_cache(model), tmp_path / "talk.safetensors"
+    turn(model, tokenizer, FIRST, cache)
+    save_prompt_cache(file, cache, {"model": "tiny"})
+    loaded, metadata = load_prompt_cache(file, return_metadata=True)
+    assert metadata["model"] == "tiny"
+    assert loaded.tokens == cache.tokens
+    assert equal(loaded.evidence, cache.evidence)
+    assert loaded.evidence.text.mean_outputs().keys() == cache.evidence.text.mean_outputs().keys()
+    ours, theirs = (turn(model, tokenizer, SECOND, c) for c in (loaded, cache))
+    assert [r.token for r in ours] == [r.token for r in theirs]
+    assert equal(loaded.evidence, cache.evidence)
+
+
+def test_mlx_lm_reads_our_file_and_we_read_its(model, tokenizer, tmp_path):
+    cache, file = make_prompt_cache(model), str(tmp_path / "talk.safetensors")
+    turn(model, tokenizer, FIRST, cache)
+    save_prompt_cache(file, cache)
+    theirs = mlx_lm_cache.load_prompt_cache(file)
+    assert [layer.offset for layer in theirs] == [layer.offset for layer in cache]
+    mlx_lm_cache.save_prompt_cache(file, theirs)
+    ours = load_prompt_cache(file)
+    assert ours.evidence is None
+    turn(model, tokenizer, SECOND, ours)
+    assert ours.evidence.prompt.tokens == len(SECOND)
+    save_prompt_cache(file, ours)
+    assert equal(load_prompt_cache(file).evidence, ours.evidence)
+
+
+def test_files_that_do_not_belong_together_are_refused(model, tokenizer, tmp_path):
+    cache = make_prompt_cache(model)
+    for n, name in enumerate("ab"):
+        turn(model, tokenizer, FIRST, cache, n=n + 3)
+        save_prompt_cache(tmp_path / f"{name}.safetensors", cache)
+    file, beside = tmp_path / "a.safetensors", tmp_path / "a.glass.safetensors"
+    beside.write_bytes((tmp_path / "b.glass.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="does not belong to this prompt cache"):
+        load_prompt_cache(file)
+    beside.write_bytes(beside.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        load_prompt_cache(file)
+    beside.unlink()
+    with pytest.raises(ValueError, match="statistics of the prompt cache are missing"):
+        load_prompt_cache(file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not a prompt cache"):
+        load_prompt_cache(file)
+    with pytest.raises(FileNotFoundError, match="no prompt cache at"):
+        load_prompt_cache(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="must have a name that ends in"):
+        save_prompt_cache(tmp_path / "talk", cache)
+
+
+def test_statistics_of_another_model_are_refused(model, tokenizer):
+    cache = make_prompt_cache(tiny_model("llama", intermediate_size=96))
+    with pytest.raises(ValueError, match="of another model"):
+        turn(model, tokenizer, FIRST, cache)
+
+
+def test_the_rest_of_a_message_is_what_mlx_lm_cuts_off():
+    tokenizer = chat_tokenizer()
+    message = {"role": "user", "content": "丁七"}
+    rest = encode_rest(tokenizer, [message])
+    assert encode_beginning(tokenizer, "丄") + rest == encode(
+        tokenizer, [message | {"content": "丄丁七"}]
+    )
+    answer = {"role": "assistant", "content": "丈"}
+    assert encode_rest(tokenizer, [message, answer]) == tokenizer.encode("丁七不下丈")
+    plain = TokenizerWrapper(letter_tokenizer())
+    assert encode_rest(plain, [message]) == plain.encode("丁七")
+    tokenizer.chat_template = "上"
+    with pytest.raises(ValueError, match="does not show the user's message"):
+        encode_rest(tokenizer, [message])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = save_tiny_folder(tmp_path / "tiny")
+    made_prior(tiny_model("llama")).save(folder / "glass_prior.safetensors")
+    tokenizer = letter_tokenizer()
+    tokenizer.eos_token = "不"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command with some arguments; return exit code, output and errors."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def answer(out):
+    return out.split("\n")[1]
+
+
+def test_a_prompt_is_read_once_for_many_questions(command, folder, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    arguments = ("--model", folder, "--prompt-cache-file", file)
+    code, out, _ = command(cache_prompt, *arguments, "--prompt", "丁七丄丈三")
+    assert code == 0
+    assert out.startswith(f"{file}: 6 tokens")
+    before = file.read_bytes()
+    for question in ("丙丄", "业"):
+        options = ("-m", 9, "--density", 0.5, "--warmup", 1, "--refresh", 0)
+        code, ours, _ = command(
+            generate, "--prompt-cache-file", file, "--prompt", question, *options
+        )
+        assert code == 0
+        whole = ("--model", folder, "--prompt", f"丁七丄丈三{question}")
+        _, theirs, _ = command(generate, *whole, *options)
+        assert answer(ours) == answer(theirs)
+        assert f"Prompt: {len(question) + 2} tokens" in ours
+    assert file.read_bytes() == before
+
+
+def test_a_cache_of_mlx_lm_works_and_says_that_it_has_no_statistics(
+    command, folder, tmp_path, monkeypatch
+):
+    file = tmp_path / "prompt.safetensors"
+    cache = make_prompt_cache(model := mlx_lm.load(str(folder))[0])
+    read_prompt(model, chat_tokenizer().encode("上丁七丄"), cache, lambda done, total: None)
+    about = {"model": str(folder), "tokenizer_config": "{}"}
+    mlx_lm_cache.save_prompt_cache(str(file), cache, about)
+    arguments = ("--prompt-cache-file", file, "-p", "丙丄", "-m", 8)
+    code, ours, err = command(generate, *arguments, "--density", 1)
+    assert code == 0
+    assert "no statistics beside the prompt cache" in err
+    _, dense, _ = command(generate, *arguments, "--dense")
+    _, theirs, _ = command(sys.modules["mlx_lm.generate"].main, *arguments)
+    assert answer(ours) == answer(dense) == answer(theirs)
+
+
+@pytest.mark.parametrize("bits", [(), ("--kv-bits", 8, "--kv-group-size", 32)])
+def test_a_conversation_is_saved_after_every_answer(command, folder, tmp_path, bits):
+    file = tmp_path / "talk.safetensors"
+    options = ("-m", 6, "--density", 1, "--save-prompt-cache", file, *bits)
+    code, first, _ = command(generate, "--model", folder, "-p", "丁七", *options)
+    assert code == 0
+    code, second, _ = command(generate, "--prompt-cache-file", file, "-p", "丄", *options)
+    assert code == 0
+    cache, metadata = load_prompt_cache(file, return_metadata=True)
+    said = json.loads(metadata["messages"])
+    assert [m["content"] for m in said] == ["丁七", answer(first), "丄", answer(second)]
+    tokenizer = chat_tokenizer()
+    assert cache.tokens[:-6] == encode(tokenizer, said[:-1])
+    assert cache.evidence.prompt.tokens == len(cache.tokens) - 12
+    if not bits:
+        joined = [*command(generate, "--model", folder, "-p", "丁七", "-m", 6, "--density", 1)]
+        assert answer(joined[1]) == answer(first)
+        model, _ = mlx_lm.load(str(folder))
+        whole = mlx_lm.stream_generate(model, tokenizer, encode(tokenizer, said[:-1]), 6)
+        assert [r.token for r in whole] == cache.tokens[-6:]
+
+
+def test_what_the_template_takes_back_is_read_again(command, folder, tmp_path):
+    """As of models whose thinking is not shown again."""
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "m.content", "(m.content if m.role == 'user' else '丐')"
+    )
+    tokenizer.save_pretrained(folder)
+    file = tmp_path / "talk.safetensors"
+    options = ("-m", 6, "--density", 1, "--save-prompt-cache", file)
+    command(generate, "--model", folder, "-p", "丁七", *options)
+    code, _, _ = command(generate, "--prompt-cache-file", file, "-p", "丄", *options)
+    cache = load_prompt_cache(file)
+    assert code == 0
+    assert cache.tokens[:-6] == tokenizer.encode("上丁七不下丐不上丄不下")
+    assert {layer.offset for layer in cache} == {len(cache.tokens)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-cache-file", "missing.safetensors"], "no prompt cache at missing.safetensors"),
+        (["--prompt-cache-file", "TALK", "--model", "other"], "is of the model TINY, not of other"),
+        (["--prompt-cache-file", "TALK", "--system-prompt", "丄"], "beginning of a conversation"),
+        (["--save-prompt-cache", "talk"], "ends in .safetensors"),
+        (["--save-prompt-cache", "talk.safetensors", "--dense"], "combined with --dense"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(command, folder, tmp_path, arguments, message):
+    file = tmp_path / "talk.safetensors"
+    command(generate, "--model", folder, "-p", "丁", "-m", 2, "--save-prompt-cache", file)
+    arguments = [str(file) if value == "TALK" else value for value in arguments]
+    code, out, err = command(generate, *arguments)
+    assert (code, out) == (2, "")
+    assert message.replace("TINY", str(folder)) in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("glass-mlx: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "", "--prompt-cache-file", "a.safetensors"], "the prompt is empty"),
+        (["--prompt", "丁", "--prompt-cache-file", "a"], "ends in .safetensors"),
+        (["--prompt", "丁", "--prompt-cache-file", "a.safetensors", "--model", "./b"], "no model"),
+    ],
+)
+def test_bad_input_to_cache_prompt_ends_with_one_sentence(command, arguments, message):
+    code, out, err = command(cache_prompt, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
