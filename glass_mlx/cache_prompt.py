@@ -5,7 +5,6 @@ Takes the flags of `mlx_lm.cache_prompt`, and writes a file for it and for us.
 
 import argparse
 import sys
-from pathlib import Path
 
 from glass_mlx.chat import encode_beginning
 from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, load, load_options
@@ -26,7 +25,6 @@ from tqdm import tqdm
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser: mlx-lm's flags and those that say how to load."""
     parser = argparse.ArgumentParser(
-        prog="glass-mlx-cache-prompt",
         description=__doc__,
         parents=[mlx_lm_arg_parser()],
         conflict_handler="resolve",
@@ -66,14 +64,14 @@ def run(args: argparse.Namespace) -> None:
             quantized_kv_start=args.quantized_kv_start,
         )
     save_prompt_cache(file, cache, described(args.model, config))
-    size = Path(file).stat().st_size / 1e6
+    size = file.stat().st_size / 1e6
     print(f"{file}: {len(tokens)} tokens, {size:.1f} MB; peak {mx.get_peak_memory() / 1e9:.3f} GB")
 
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    with ending("glass-mlx-cache-prompt"):
+    with ending("cache_prompt"):
         run(args)
 
 

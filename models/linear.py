@@ -84,7 +84,17 @@ def put_outputs(layer: Linear, into: Linear, places: np.ndarray, indices: np.nda
     """
     where, rows = mx.array(places), mx.array(indices)
     for name in _per_output(layer):
-        into[name][where] = layer[name][rows]
+        array = into[name]
+        wide = _widest(array)
+        moved = array.view(wide)
+        moved[where] = layer[name].view(wide)[rows]
+        into[name] = moved.view(array.dtype)
+
+
+def _widest(array: mx.array) -> mx.Dtype:
+    """The type to move an array's rows as: MLX's CPU build moves them element by element."""
+    fits = mx.default_device() == mx.cpu and array.ndim == 2 and array[0].nbytes % 8 == 0
+    return mx.uint64 if fits else array.dtype
 
 
 def dense_weight(layer: nn.Module, rows: slice = slice(None)) -> mx.array:

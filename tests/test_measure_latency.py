@@ -2,6 +2,7 @@ import json
 
 import machine
 import measure_latency
+import profile_decode
 from glass_mlx.models import find_ffns, weight_bytes
 from shapes import SHAPES, numbers_tokenizer, random_model, random_prior
 from test_checkpoints import save_tiny_folder
@@ -44,6 +45,26 @@ def test_every_method_gets_a_row_beside_dense_mlx_lm(tmp_path, monkeypatch, caps
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_released_weights_are_not_held_and_come_back(tmp_path, monkeypatch):
+    folder, file = save_tiny_folder(tmp_path / "tiny"), tmp_path / "out.jsonl"
+    options = ["--model", folder, "--methods", "glass", "released", "--repetitions", 2]
+    run(monkeypatch, *options, "--generation-tokens", 4, "--json", file)
+    dense, glass, released = (json.loads(line) for line in file.read_text().splitlines())
+    assert released["held_gb"] < dense["held_gb"] < glass["held_gb"]
+    assert released["bytes_per_token"] == glass["bytes_per_token"] < dense["bytes_per_token"]
+
+
+def test_a_profile_has_the_parts_of_a_step(tmp_path, monkeypatch, capsys):
+    folder = save_tiny_folder(tmp_path / "tiny")
+    monkeypatch.setattr("sys.argv", ["profile", "--model", str(folder), "--repetitions", "2"])
+    profile_decode.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[3:]] == [
+        f"| {part}" for part in ("whole step", "FFNs", "head", "rest", "building")
+    ]
+    assert lines[4].split(" | ")[-1].startswith("2.00")  # half of the neurons
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -82,10 +103,12 @@ def test_it_warns_of_other_work_and_of_throttling(monkeypatch):
     assert "20 % slower" in machine.throttled([10.0, 8.0])
 
 
-def test_the_first_token_that_comes_before_the_dense_one_breaks_even():
+def test_the_first_token_from_which_on_all_come_before_the_dense_ones_breaks_even():
     def made(*times):
         return [measure_latency.Run([*times], 0, 0, 0, None)]
 
     dense = made(1, 2, 3, 4, 5)
     assert measure_latency.break_even(dense, made(1, 3, 3.5, 3.9, 4.5)) == 4
+    assert measure_latency.break_even(dense, made(0.5, 3, 3.5, 3.9, 4.5)) == 4
+    assert measure_latency.break_even(dense, made(0.5, 1.5, 2, 2, 2)) == 1
     assert measure_latency.break_even(dense, made(1, 3, 4, 5, 6)) is None

@@ -1,9 +1,10 @@
 """Measure how fast a model decodes, dense and sliced, alternating in one process.
 
 For each density and prompt length one row a method: mlx-lm itself, GRIFFIN's method (one selection
-by the prompt alone) and GLASS with one selection in our engine, and the default, which reads over
-what was written and renews the selection. The ceiling is what the bytes allow: the weights that
-dense decoding reads for a token, over those that sliced decoding reads.
+by the prompt alone) and GLASS with one selection in our engine, the same with the dense weights
+released, and the default, which reads over what was written and renews the selection. The ceiling
+is what the bytes allow: the weights that dense decoding reads for a token, over those that sliced
+decoding reads.
 """
 
 import argparse
@@ -43,6 +44,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "griffin": _ONCE | {"mix": 0.0, "prior": False},
     "glass": _ONCE,
+    "released": _ONCE,
     "default": {"warmup": DEFAULT_WARMUP, "refresh": DEFAULT_REFRESH},
 }
 
@@ -51,7 +53,7 @@ _CHANGED = 0.1
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model is measured; see `prepare`."""
+    """Add the flags that say which model is measured; see `load_model`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
@@ -97,7 +99,7 @@ class Run:
         times: when each token came, seconds from the start.
         prefill_peak: most bytes in use up to the first token.
         decode_peak: most bytes in use after it.
-        held: bytes in use at the end.
+        held: bytes in use at the last token.
         report: on the slicing, if there was any.
     """
 
@@ -126,11 +128,11 @@ def time_run(responses: Iterable[Any]) -> Run:
     for response in responses:
         report = getattr(response, "glass", None)
         times.append(time.perf_counter() - start)
+        held = mx.get_active_memory()
         if len(times) == 1:
             prefill_peak = mx.get_peak_memory()
             mx.reset_peak_memory()
-    peaks = prefill_peak, mx.get_peak_memory(), mx.get_active_memory()
-    return Run(times, *peaks, report)
+    return Run(times, prefill_peak, mx.get_peak_memory(), held, report)
 
 
 # What is compared: a method, a density and a number of prompt tokens.
@@ -153,6 +155,10 @@ def measure(
     model: nn.Module, tokenizer: TokenizerWrapper, prior: GlobalPrior, args: argparse.Namespace
 ) -> dict[Mode, list[Run]]:
     """Time every mode in turn, repeatedly, after one round to warm up."""
+
+    def reload() -> nn.Module:
+        return load_model(args, lazy=True)[0]
+
     generator = np.random.default_rng(args.seed)
     vocabulary = min(tokenizer.vocab_size, 10_000)
     runs: dict[Mode, list[Run]] = {mode: [] for mode in modes(args)}
@@ -166,8 +172,10 @@ def measure(
                     run = time_run(mlx_lm.stream_generate(*common))
                 else:
                     options = {"density": density, "prior": prior} | changes
-                    options["down_policy"] = args.down_policy
+                    options |= {"down_policy": args.down_policy}
+                    options |= {"reload": reload} if method == "released" else {}
                     run = time_run(stream_generate(*common, **options))
+                    mx.eval(model.parameters())  # what was released
                 if repetition:
                     done.append(run)
                 bar.update()
@@ -272,18 +280,23 @@ def summarise(
     return rows
 
 
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, TokenizerWrapper, GlobalPrior]:
-    """The model, its tokenizer that ends nothing, and a prior, random where there is none."""
+def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module, TokenizerWrapper]:
+    """The model, and its tokenizer that ends nothing."""
     if args.shape:
         dtype = args.dtype or DTYPES[0]
-        model = random_model(args.shape, dtype, args.bits, args.group_size, args.mode)
-        return model, numbers_tokenizer(SHAPES[args.shape][-2]), random_prior(model)
-    model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
+        model = random_model(args.shape, dtype, args.bits, args.group_size, args.mode, lazy)
+        return model, numbers_tokenizer(SHAPES[args.shape][-2])
+    model, tokenizer = load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize)
     tokenizer.eos_token_ids = []
+    return model, tokenizer
+
+
+def prior_of(model: nn.Module, args: argparse.Namespace) -> GlobalPrior:
+    """The model's prior, or a random one: the time does not depend on which neurons are kept."""
     try:
-        return model, tokenizer, resolve_prior(model)
-    except NoPriorError:  # the time does not depend on which neurons are kept
-        return model, tokenizer, random_prior(model)
+        return random_prior(model) if args.shape else resolve_prior(model)
+    except NoPriorError:
+        return random_prior(model)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -291,7 +304,8 @@ def run(args: argparse.Namespace) -> None:
     if args.repetitions < 2 or args.generation_tokens < 4 or min(args.prompt_tokens) < 2:
         raise ValueError("at least 2 repetitions, 4 generated and 2 prompt tokens are needed")
     warnings = [busy()]
-    model, tokenizer, prior = prepare(args)
+    model, tokenizer = load_model(args)
+    prior = prior_of(model, args)
     load_peak = mx.get_peak_memory()
     warnings.append(advice(model))
     runs = measure(model, tokenizer, prior, args)

@@ -16,7 +16,7 @@ from glass_mlx.command import ending
 from glass_mlx.models import find_ffns, weight_bytes
 from glass_mlx.models.linear import is_linear
 from glass_mlx.slicing import Evidence, Slicing, slice_model
-from measure_latency import add_model_arguments, prepare
+from measure_latency import add_model_arguments, load_model, prior_of
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,7 +87,8 @@ class Parts:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print a table."""
-    model, _, prior = prepare(args)
+    model, _ = load_model(args)
+    prior = prior_of(model, args)
     ffns = find_ffns(model)
     slicing = Slicing(density=args.density, prior=prior, mix=1.0)
     selection = slicing.select(ffns, Evidence.of(model))

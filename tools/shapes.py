@@ -46,7 +46,9 @@ SHAPES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def random_model(name: str, dtype: str, bits: int | None, group_size: int, mode: str) -> nn.Module:
+def random_model(
+    name: str, dtype: str, bits: int | None, group_size: int, mode: str, lazy: bool = False
+) -> nn.Module:
     """Build a model with random weights.
 
     Args:
@@ -55,6 +57,7 @@ def random_model(name: str, dtype: str, bits: int | None, group_size: int, mode:
         bits: of quantized weights; None for floats.
         group_size: of quantized weights.
         mode: of quantization, as in `mx.quantize`.
+        lazy: make no weights before they are used.
     """
     kind, *values = SHAPES[name]
     config = dict(zip(_NAMES, values, strict=True)) | {
@@ -68,8 +71,8 @@ def random_model(name: str, dtype: str, bits: int | None, group_size: int, mode:
     model.set_dtype(getattr(mx, dtype))
     if bits is not None:
         nn.quantize(model, group_size, bits, mode=mode)
-    for _, array in tree_flatten(model.parameters()):  # one by one, so that little is held
-        mx.eval(array)
+    for _, array in () if lazy else tree_flatten(model.parameters()):
+        mx.eval(array)  # one by one, so that little is held
     model.eval()
     return model
 
