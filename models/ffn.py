@@ -76,9 +76,9 @@ class Sampled(nn.Module):
         self._count = count
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Compute what the FFN does for (batch, T, hidden)."""
-        every = -(-x.shape[1] // self._count)
-        if every == 1 or args or kwargs:  # which may be of single tokens, too
+        """Compute what the FFN does, for (batch, T, hidden) showing less than all of it."""
+        every = -(-x.shape[-2] // self._count)
+        if every == 1 or x.ndim != 3 or args or kwargs:  # other arguments may be of each token
             return self.tapped(x, *args, **kwargs)
         self.tapped(x[:, ::every])
         return self.module(x)

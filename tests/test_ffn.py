@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from glass_mlx.models import find_ffns, with_modules
+from glass_mlx.models import find_ffns, with_modules, with_taps
 from glass_mlx.models.ffn import LAYOUTS
 from glass_mlx.models.linear import dense_weight, take_inputs, take_outputs
 
@@ -127,3 +127,23 @@ def test_bad_indices_are_refused_and_good_ones_taken(numbers, take):
     axis = 1 if take is take_inputs else 0
     wanted = mx.take(layer.weight, mx.array(numbers), axis=axis)
     assert mx.array_equal(take(layer, np.array(numbers)).weight, wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shown"), [((1, 3), 3), ((1, 4), 4), ((1, 9), 3), ((2, 8), 8), ((9,), 9)]
+)
+def test_of_the_last_of_many_tokens_few_are_shown(shape, shown):
+    mx.random.seed(0)
+    model, seen = Model(Network("gated", 32, nn.silu, (False, True))), []
+
+    def watch(path, hidden):
+        seen.append(hidden)
+        return hidden
+
+    x = mx.random.normal((*shape, 32))
+    assert mx.array_equal(with_taps(model, watch, few=4)(x), model(x))
+    (hidden,) = seen
+    assert hidden.size == shown * WIDTH
+    every = -(-shape[-1] // (shown // shape[0])) if len(shape) == 2 else 1
+    with_taps(model, watch)(x[:, ::every] if len(shape) == 2 else x)
+    assert mx.allclose(seen[1], hidden, atol=1e-5)

@@ -165,7 +165,9 @@ def measure(
     with tqdm(total=len(runs) * (args.repetitions + 1), unit="run", file=sys.stderr) as bar:
         for repetition in range(args.repetitions + 1):
             prompts = {n: generator.integers(0, vocabulary, n).tolist() for n in args.prompt_tokens}
-            for (method, density, length), done in runs.items():
+            # There and back, so that what a run leaves behind does not always meet the same one.
+            order = list(runs.items())[:: -1 if repetition % 2 else 1]
+            for (method, density, length), done in order:
                 common = (model, tokenizer, prompts[length], args.generation_tokens)
                 bar.set_description(f"{method} {density:g}")
                 if (changes := METHODS[method]) is None:
