@@ -4,6 +4,7 @@ Takes the flags of `mlx_lm.cache_prompt`, and writes a file for it and for us.
 """
 
 import argparse
+import json
 import sys
 
 from glass_mlx.chat import encode_beginning
@@ -63,7 +64,10 @@ def run(args: argparse.Namespace) -> None:
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,
         )
-    save_prompt_cache(file, cache, described(args.model, config))
+    about = described(args.model, config)
+    if tokenizer.has_chat_template:
+        about["messages"] = json.dumps([{"role": "user", "content": prompt}])
+    save_prompt_cache(file, cache, about)
     size = file.stat().st_size / 1e6
     print(f"{file}: {len(tokens)} tokens, {size:.1f} MB; peak {mx.get_peak_memory() / 1e9:.3f} GB")
 

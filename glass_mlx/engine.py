@@ -24,6 +24,7 @@ from glass_mlx.slicing import (
     DEFAULT_STATISTIC,
     DEFAULT_WARMUP,
     ENOUGH,
+    FEW,
     Evidence,
     Slicer,
     Slicing,
@@ -38,9 +39,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
-
-# The last FFN computes nothing for a prompt but what is watched, and so many tokens are enough.
-_FEW = 128
 
 Tokenizer = TokenizerWrapper | PreTrainedTokenizerBase
 
@@ -142,6 +140,8 @@ class _Generation:
         if self._kept.evidence is None:
             self._kept.evidence = Evidence.of(model)
         self._evidence = self._kept.evidence
+        if not self._kept.intact:
+            raise ValueError("the prompt cache was left in the middle of a step; begin a new one")
         if self._evidence.prompt.widths != {ffn.path: ffn.width for ffn in self._ffns}:
             raise ValueError("the statistics of the prompt cache are of another model")
         self._slicer = Slicer(model, slicing.down_policy, reload)
@@ -174,18 +174,20 @@ class _Generation:
     ) -> Generator[_Step, None, None]:
         """Yield tokens, with more options for reading the prompt."""
         self._tokens = prompt.tolist()
+        self._kept.intact = False
         try:
             yield from self._steps(prompt, max_tokens, **options)
-        finally:
-            if self._made:
-                self._kept.tokens += self._tokens
+        except GeneratorExit:
+            self._kept.add(self._tokens)
+            raise
+        self._kept.add(self._tokens)
 
     def _steps(
         self, prompt: mx.array, max_tokens: int, **options: Any
     ) -> Generator[_Step, None, None]:
         limit = math.inf if max_tokens < 0 else max_tokens
         ends = chain(self._slicing.renewals(), [math.inf])
-        tapped = with_taps(self._model, self._evidence.prompt.update, few=_FEW)
+        tapped = with_taps(self._model, self._evidence.prompt.update, few=FEW)
         yield from self._decode(tapped, prompt, 1, limit, dense=True, **options)
         text = self._evidence.text
         tapped = with_taps(self._model, text.update, text.update_outputs)
@@ -389,8 +391,8 @@ def stream_generate(
             released as soon as its slice exists, and come back when they are used again, from
             the model's files: less memory, but loading with every `refresh`.
         **kwargs: passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` of
-            `glass_mlx.make_prompt_cache` only what is new is read, and neurons are selected by all
-            that was read into it; with one of mlx-lm's, by the tokens that are read now.
+            `glass_mlx.make_prompt_cache` only what is new is read, and the statistics of what was
+            read before count, too; with one of mlx-lm's, those of the tokens that are read now.
 
     Yields:
         mlx-lm's responses, with a `Report` in `glass`.
@@ -418,7 +420,8 @@ def stream_generate(
     prompt = _encode(tokenizer, prompt)
     if prompt.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
-    if prior is False and prompt.size == 1 and warmup <= ENOUGH:
+    known = getattr(kwargs.get("prompt_cache"), "tokens", ())
+    if prior is False and len(known) + prompt.size == 1 and warmup <= ENOUGH:
         raise ValueError("a prompt of one token does not tell which neurons matter; use a prior")
     if prior is not False:
         found = resolve_prior(model, prior, model_folder(tokenizer))

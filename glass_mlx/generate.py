@@ -264,6 +264,15 @@ def _open_cache(args: argparse.Namespace) -> tuple[PromptCache | None, dict[str,
     return cache, metadata
 
 
+def _in_all(history: list[dict[str, str]], messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """All that was said; the first new message may go on with one that was begun before."""
+    if history and history[-1]["role"] == "user":
+        *history, begun = history
+        first, *rest = messages
+        messages = [first | {"content": begun["content"] + first["content"]}, *rest]
+    return history + messages
+
+
 def _new_tokens(
     tokenizer: TokenizerWrapper,
     history: list[dict[str, str]],
@@ -275,11 +284,18 @@ def _new_tokens(
     ignore, template = args.ignore_chat_template, _template_options(args)
     if cache is None:
         return encode(tokenizer, messages, ignore, **template)
-    if not history or ignore or not tokenizer.has_chat_template:
-        return encode_rest(tokenizer, messages, ignore, **template)
+    if ignore or not tokenizer.has_chat_template:
+        return encode_rest(tokenizer, messages, ignore)
+    if not history:
+        if args.save_prompt_cache:
+            raise ValueError(
+                "the prompt cache does not tell what was said, so that no conversation can go on "
+                "from it; make it with python -m glass_mlx.cache_prompt"
+            )
+        return encode_rest(tokenizer, messages, **template)
     if args.system_prompt is not None:
         raise ValueError("--system-prompt is for the beginning of a conversation")
-    tokens = encode(tokenizer, history + messages, **template)
+    tokens = encode(tokenizer, _in_all(history, messages), **template)
     pairs = zip(cache.tokens, tokens[:-1], strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     if same < len(cache.tokens):
@@ -387,8 +403,10 @@ def run(args: argparse.Namespace) -> None:
     if not args.verbose:
         print(text)
     if args.save_prompt_cache:
-        said = history + _with_answer(messages, text)
-        about = described(args.model, tokenizer_config) | {"messages": json.dumps(said)}
+        about = described(args.model, tokenizer_config)
+        if tokenizer.has_chat_template and not args.ignore_chat_template:
+            said = _with_answer(_in_all(history, messages), text)
+            about["messages"] = json.dumps(said)
         save_prompt_cache(args.save_prompt_cache, cache, about)
 
 

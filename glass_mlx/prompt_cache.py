@@ -12,7 +12,7 @@ from typing import Any
 from glass_mlx.checkpoints import DEFAULT_MODEL
 from glass_mlx.files import digest, one_line, read_tensors, replacing, write_tensors
 from glass_mlx.models import with_taps
-from glass_mlx.slicing import Evidence
+from glass_mlx.slicing import FEW, Evidence
 from glass_mlx.statistics import NeuronStatistics
 
 import mlx.core as mx
@@ -31,13 +31,19 @@ class PromptCache(list):
     Attributes:
         evidence: what the dense model has seen of them; None for a cache of mlx-lm's.
         tokens: their ids; of a cache of mlx-lm's only those that came later.
+        intact: whether it is known what is in it; not after an error in the midst of reading.
     """
 
     def __init__(
         self, layers: Iterable[Any], evidence: Evidence | None, tokens: Iterable[int] = ()
     ) -> None:
         super().__init__(layers)
-        self.evidence, self.tokens = evidence, list(tokens)
+        self.evidence, self.tokens, self.intact = evidence, list(tokens), True
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Note tokens that were read into it."""
+        self.tokens += tokens
+        self.intact = True
 
     def trim(self, count: int) -> None:
         """Take back the last tokens. The statistics still count them.
@@ -47,8 +53,8 @@ class PromptCache(list):
         """
         if not mlx_lm_cache.can_trim_prompt_cache(self):
             raise ValueError(
-                "the chat template changes what was said before, and this model's prompt cache "
-                "cannot go back; begin a new one"
+                "what was said before is not the same tokens any more in the chat template, and "
+                "this model's prompt cache cannot go back; begin a new one"
             )
         mlx_lm_cache.trim_prompt_cache(self, count)
         del self.tokens[len(self.tokens) - count :]
@@ -77,11 +83,11 @@ def read_prompt(
     Args:
         model: the model that the cache was made for.
         tokens: what to read.
-        cache: the cache, which changes.
+        cache: a new cache, which changes.
         progress: called with the number of tokens read, and of all.
         **kwargs: for `mlx_lm.generate.generate_step`.
     """
-    seen = cache.evidence.prompt
+    seen, cache.intact = cache.evidence.prompt, False
 
     def evaluate(done: int, total: int) -> None:
         mx.eval(seen.sums)
@@ -90,7 +96,7 @@ def read_prompt(
     # It samples a token that it does not read.
     steps = generate_step(
         mx.array(tokens, mx.uint32),
-        with_taps(model, seen.update),
+        with_taps(model, seen.update, few=FEW),
         max_tokens=0,
         prompt_cache=cache,
         prompt_progress_callback=evaluate,
@@ -99,7 +105,7 @@ def read_prompt(
     for _ in steps:
         pass
     mx.eval(seen.sums)
-    cache.tokens += tokens
+    cache.add(tokens)
 
 
 def _beside(file: Path) -> Path:
@@ -153,10 +159,14 @@ def save_prompt_cache(
             for name, part in parts.items()
             for key, values in part.state().items()
         }
-        write_tensors(_beside(file), tensors, FORMAT, about)
         metadata = (metadata or {}) | {_DIGEST: digest(tensors, about)}
     with replacing(file) as temporary:
-        mlx_lm_cache.save_prompt_cache(str(temporary), cache, metadata)
+        try:
+            mlx_lm_cache.save_prompt_cache(str(temporary), cache, metadata)
+        except RuntimeError as error:
+            raise OSError(f"{file} cannot be written: {one_line(error)}") from error
+        if tensors:
+            write_tensors(_beside(file), tensors, FORMAT, about)
 
 
 def load_prompt_cache(
@@ -180,6 +190,8 @@ def load_prompt_cache(
         wanted = dict(metadata).get(_DIGEST)
     except Exception as error:  # of whatever kind, for a file that is something else
         raise ValueError(f"{file} is not a prompt cache ({one_line(error)})") from error
+    if not layers:
+        raise ValueError(f"{file} is not a prompt cache (it has no layers)")
     cache = PromptCache(layers, None)
     if wanted is not None:
         cache.evidence, cache.tokens = _load_statistics(_beside(file), wanted)

@@ -26,6 +26,10 @@ DEFAULT_REFRESH = 32
 # From so many generated tokens on, they and not the prompt say which neurons matter.
 ENOUGH = 8
 
+# The last FFN computes nothing for a prompt but what is watched, and so many tokens of a chunk are
+# enough.
+FEW = 128
+
 # A mean over so many tokens is taken for half of what it says.
 _SHRINKAGE = 16
 
@@ -228,8 +232,9 @@ class Slicer:
                     kept, parts = self._slices[ffn.path]
                     ffn.fill(parts, kept, stand_ins[ffn.path])
             self._evaluate(made)
-            for ffn in made if fresh else ():
-                ffn.release(fresh[ffn.path])
+            for ffn in group if fresh else ():
+                if self._slices[ffn.path][1]:
+                    ffn.release(fresh[ffn.path])
         slices = {path: parts for path, (_, parts) in self._slices.items()}
         indices = {path: np.sort(kept) for path, (kept, _) in self._slices.items()}
         return with_modules(self._model, slices), Selection(indices, selection.widths)
@@ -256,7 +261,9 @@ class Slicer:
 
 @cache
 def _threads() -> list[mx.Stream]:
-    return [mx.new_stream(mx.cpu) for _ in range(min(_THREADS, os.cpu_count() or 1) - 1)]
+    # Such streams can be used from every thread of Python's.
+    more = min(_THREADS, os.cpu_count() or 1) - 1
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(more)]
 
 
 def _streams() -> list[mx.Stream]:

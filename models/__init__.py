@@ -127,13 +127,14 @@ def with_taps(
         watch: called with an FFN's path and its hidden vectors (..., m); the FFN goes on with
             what it returns.
         after: called in the same way with its outputs, of FFNs whose outputs have no bias.
-        few: of the last FFN show at most so many tokens of a text (see `Sampled`). Default: all.
+        few: of the last layer's FFN show at most so many tokens of a text (see `Sampled`).
+            Default: all.
     """
     ffns = find_ffns(model)
     tapped = with_modules(model, {ffn.path: ffn.tapped(watch, after) for ffn in ffns})
-    if few is None:
-        return tapped
     path = ffns[-1].path
+    if few is None or f".{len(model.layers) - 1}." not in f".{path}.":
+        return tapped
     whole, shown = (dict(m.named_modules())[path] for m in (model, tapped))
     parent, _, name = path.rpartition(".")
     return with_modules(tapped, {parent: {name: Sampled(whole, shown, few)}})

@@ -135,6 +135,32 @@ def test_files_that_do_not_belong_together_are_refused(model, tokenizer, tmp_pat
         save_prompt_cache(tmp_path / "talk", cache)
 
 
+def test_a_cache_that_was_left_by_an_error_is_refused(model, tokenizer):
+    def fail(done, total):
+        raise RuntimeError
+
+    cache = make_prompt_cache(model)
+    with pytest.raises(RuntimeError):
+        turn(model, tokenizer, FIRST, cache, prompt_progress_callback=fail)
+    with pytest.raises(ValueError, match="left in the middle"):
+        turn(model, tokenizer, FIRST, cache)
+
+
+def test_a_save_that_fails_leaves_both_files(model, tokenizer, tmp_path, monkeypatch):
+    cache, file = make_prompt_cache(model), tmp_path / "talk.safetensors"
+    turn(model, tokenizer, FIRST, cache)
+    save_prompt_cache(file, cache)
+    turn(model, tokenizer, SECOND, cache)
+
+    def fail(*_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(mlx_lm_cache, "save_prompt_cache", fail)
+    with pytest.raises(OSError, match="cannot be written: no space left"):
+        save_prompt_cache(file, cache)
+    assert len(load_prompt_cache(file).tokens) == len(FIRST) + 13
+
+
 def test_statistics_of_another_model_are_refused(model, tokenizer):
     cache = make_prompt_cache(tiny_model("llama", intermediate_size=96))
     with pytest.raises(ValueError, match="of another model"):
@@ -209,6 +235,22 @@ def test_a_prompt_is_read_once_for_many_questions(command, folder, tmp_path):
     assert file.read_bytes() == before
 
 
+def test_a_conversation_can_be_about_a_prompt_that_was_read(command, folder, tmp_path):
+    file, talk = tmp_path / "prompt.safetensors", tmp_path / "talk.safetensors"
+    arguments = ("--model", folder, "--prompt-cache-file", file)
+    command(cache_prompt, *arguments, "--prompt", "丁七丄丈三")
+    options = ("-m", 6, "--density", 1, "--save-prompt-cache", talk)
+    _, first, _ = command(generate, "--prompt-cache-file", file, "-p", "丙丄", *options)
+    code, second, _ = command(generate, "--prompt-cache-file", talk, "-p", "业", *options)
+    assert code == 0
+    cache, metadata = load_prompt_cache(talk, return_metadata=True)
+    said = json.loads(metadata["messages"])
+    assert [m["content"] for m in said] == ["丁七丄丈三丙丄", answer(first), "业", answer(second)]
+    asked = encode(chat_tokenizer(), said[:-1])
+    assert cache.tokens[: len(asked)] == asked
+    assert cache.evidence.prompt.tokens <= len(asked) - len(answer(first))  # none was read twice
+
+
 def test_a_cache_of_mlx_lm_works_and_says_that_it_has_no_statistics(
     command, folder, tmp_path, monkeypatch
 ):
@@ -221,6 +263,9 @@ def test_a_cache_of_mlx_lm_works_and_says_that_it_has_no_statistics(
     code, ours, err = command(generate, *arguments, "--density", 1)
     assert code == 0
     assert "no statistics beside the prompt cache" in err
+    code, _, err = command(generate, *arguments, "--save-prompt-cache", tmp_path / "a.safetensors")
+    assert code == 2
+    assert "does not tell what was said" in err
     _, dense, _ = command(generate, *arguments, "--dense")
     _, theirs, _ = command(sys.modules["mlx_lm.generate"].main, *arguments)
     assert answer(ours) == answer(dense) == answer(theirs)

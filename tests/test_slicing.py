@@ -1,10 +1,11 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 
 from glass_mlx.models import Rest, find_ffns
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.selection import Selection
-from glass_mlx.slicing import Evidence, Slicer, Slicing
+from glass_mlx.slicing import Evidence, Slicer, Slicing, slice_model
 from glass_mlx.statistics import MEAN
 from invariants import random_selection
 from test_prior import made_prior
@@ -67,6 +68,18 @@ def test_the_text_takes_over_from_the_prompt_when_there_is_enough(model):
         assert np.array_equal(scores, alone.text.scores("griffin")[path])
     ours, theirs = slicing.select(ffns, enough), slicing.select(ffns, alone)
     assert all(np.array_equal(kept, theirs.indices[path]) for path, kept in ours.indices.items())
+
+
+def test_slices_are_made_in_any_thread(model):
+    mx.eval(model.parameters())
+    selection = random_selection(model)
+
+    def logits():
+        return np.array(slice_model(model, selection, "requantize")(mx.array([[1, 2, 3]])))
+
+    here = logits()
+    with ThreadPoolExecutor(1) as other:
+        assert np.array_equal(other.submit(logits).result(), here)
 
 
 def test_stand_ins_are_means_drawn_towards_zero(model):

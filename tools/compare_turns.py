@@ -85,7 +85,7 @@ def compare(args: argparse.Namespace) -> dict[tuple[float, str], list[float]]:
         said = [*asked, {"role": "assistant", "content": tokenizer.decode(first.written)}]
         said.append({"role": "user", "content": _MORE})
         (second,) = continue_densely(model, tokenizer, [said], *sampling)
-        if len(second.written) <= 2 * DEFAULT_WARMUP:
+        if not first.written or len(second.written) <= 2 * DEFAULT_WARMUP:
             continue
         begun, answered = len(first.prompt), len(encode(tokenizer, said[:-1]))
         whole = second.prompt

@@ -63,7 +63,7 @@ class Parts:
         modules = dict(model.named_modules())
         self._model, self._ffns = model, [modules[path] for path in paths]
         heads = [m for m in modules.values() if is_linear(m) or hasattr(m, "as_linear")]
-        self._head = max(heads, key=lambda layer: layer.weight.shape[0])
+        self._head = max(heads, key=lambda layer: (layer.weight.shape[0], is_linear(layer)))
         self._cache, tokens = make_prompt_cache(model), mx.zeros((1, context), mx.uint32)
         mx.eval(model(tokens, cache=self._cache)[:, -1])
         kinds = (nn.Embedding, nn.QuantizedEmbedding)

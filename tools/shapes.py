@@ -59,6 +59,7 @@ def random_model(
         mode: of quantization, as in `mx.quantize`.
         lazy: make no weights before they are used.
     """
+    mx.random.seed(0)  # so that weights that are made anew are the same
     kind, *values = SHAPES[name]
     config = dict(zip(_NAMES, values, strict=True)) | {
         "model_type": kind,
