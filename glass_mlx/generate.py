@@ -279,9 +279,10 @@ def _new_tokens(
     messages: list[dict[str, str]],
     cache: PromptCache | None,
     args: argparse.Namespace,
+    template: dict[str, Any],
 ) -> list[int]:
     """The tokens that the model has not read yet, of all that was said."""
-    ignore, template = args.ignore_chat_template, _template_options(args)
+    ignore = args.ignore_chat_template
     if cache is None:
         return encode(tokenizer, messages, ignore, **template)
     if ignore or not tokenizer.has_chat_template:
@@ -325,8 +326,7 @@ def run(args: argparse.Namespace) -> None:
         check_name(args.save_prompt_cache)
         if args.dense:
             raise ValueError("--save-prompt-cache cannot be combined with --dense")
-    prompt = _read_prompt(args)
-    _template_options(args)
+    prompt, template = _read_prompt(args), _template_options(args)
     cache, metadata = _open_cache(args)
     density = args.density
     if density is None:
@@ -372,7 +372,7 @@ def run(args: argparse.Namespace) -> None:
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
     history, messages = json.loads(metadata.get("messages", "[]")), _messages(args, prompt)
-    tokens = _new_tokens(tokenizer, history, messages, cache, args)
+    tokens = _new_tokens(tokenizer, history, messages, cache, args, template)
     if cache is None and args.save_prompt_cache:
         cache = make_prompt_cache(model, args.max_kv_size)
     common = {

@@ -1,5 +1,8 @@
-"""Fixtures: the real built-in model, loaded once."""
+"""Fixtures: the real built-in model, loaded once, and commands run in this process."""
 
+import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from glass_mlx.checkpoints import builtin_gguf, load
@@ -24,3 +27,23 @@ def default_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
 def quantized_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
     """The built-in model with its 4-bit weights."""
     return load(dtype="float32")
+
+
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command's main with some arguments; return exit code, output and errors."""
+
+    def run(main: Callable[[], None], *arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["glass-mlx", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -1,8 +1,8 @@
 """The command, in this process and as users start it."""
 
-import io
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from glass_mlx.generate import main, setup_arg_parser
@@ -23,21 +23,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command with some arguments; return exit code, output and errors."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["glass-mlx", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def command(run_command):
+    return partial(run_command, main)
 
 
 def test_it_answers_and_prints_statistics(command, folder):

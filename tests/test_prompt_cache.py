@@ -194,54 +194,37 @@ def folder(tmp_path):
     return folder
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command with some arguments; return exit code, output and errors."""
-
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def answer(out):
     return out.split("\n")[1]
 
 
-def test_a_prompt_is_read_once_for_many_questions(command, folder, tmp_path):
+def test_a_prompt_is_read_once_for_many_questions(run_command, folder, tmp_path):
     file = tmp_path / "prompt.safetensors"
     arguments = ("--model", folder, "--prompt-cache-file", file)
-    code, out, _ = command(cache_prompt, *arguments, "--prompt", "丁七丄丈三")
+    code, out, _ = run_command(cache_prompt, *arguments, "--prompt", "丁七丄丈三")
     assert code == 0
     assert out.startswith(f"{file}: 6 tokens")
     before = file.read_bytes()
     for question in ("丙丄", "业"):
         options = ("-m", 9, "--density", 0.5, "--warmup", 1, "--refresh", 0)
-        code, ours, _ = command(
+        code, ours, _ = run_command(
             generate, "--prompt-cache-file", file, "--prompt", question, *options
         )
         assert code == 0
         whole = ("--model", folder, "--prompt", f"丁七丄丈三{question}")
-        _, theirs, _ = command(generate, *whole, *options)
+        _, theirs, _ = run_command(generate, *whole, *options)
         assert answer(ours) == answer(theirs)
         assert f"Prompt: {len(question) + 2} tokens" in ours
     assert file.read_bytes() == before
 
 
-def test_a_conversation_can_be_about_a_prompt_that_was_read(command, folder, tmp_path):
+def test_a_conversation_can_be_about_a_prompt_that_was_read(run_command, folder, tmp_path):
     file, talk = tmp_path / "prompt.safetensors", tmp_path / "talk.safetensors"
     arguments = ("--model", folder, "--prompt-cache-file", file)
-    command(cache_prompt, *arguments, "--prompt", "丁七丄丈三")
+    run_command(cache_prompt, *arguments, "--prompt", "丁七丄丈三")
     options = ("-m", 6, "--density", 1, "--save-prompt-cache", talk)
-    _, first, _ = command(generate, "--prompt-cache-file", file, "-p", "丙丄", *options)
-    code, second, _ = command(generate, "--prompt-cache-file", talk, "-p", "业", *options)
+    _, first, _ = run_command(generate, "--prompt-cache-file", file, "-p", "丙丄", *options)
+    code, second, _ = run_command(generate, "--prompt-cache-file", talk, "-p", "业", *options)
     assert code == 0
     cache, metadata = load_prompt_cache(talk, return_metadata=True)
     said = json.loads(metadata["messages"])
@@ -252,7 +235,7 @@ def test_a_conversation_can_be_about_a_prompt_that_was_read(command, folder, tmp
 
 
 def test_a_cache_of_mlx_lm_works_and_says_that_it_has_no_statistics(
-    command, folder, tmp_path, monkeypatch
+    run_command, folder, tmp_path, monkeypatch
 ):
     file = tmp_path / "prompt.safetensors"
     cache = make_prompt_cache(model := mlx_lm.load(str(folder))[0])
@@ -260,24 +243,26 @@ def test_a_cache_of_mlx_lm_works_and_says_that_it_has_no_statistics(
     about = {"model": str(folder), "tokenizer_config": "{}"}
     mlx_lm_cache.save_prompt_cache(str(file), cache, about)
     arguments = ("--prompt-cache-file", file, "-p", "丙丄", "-m", 8)
-    code, ours, err = command(generate, *arguments, "--density", 1)
+    code, ours, err = run_command(generate, *arguments, "--density", 1)
     assert code == 0
     assert "no statistics beside the prompt cache" in err
-    code, _, err = command(generate, *arguments, "--save-prompt-cache", tmp_path / "a.safetensors")
+    code, _, err = run_command(
+        generate, *arguments, "--save-prompt-cache", tmp_path / "a.safetensors"
+    )
     assert code == 2
     assert "does not tell what was said" in err
-    _, dense, _ = command(generate, *arguments, "--dense")
-    _, theirs, _ = command(sys.modules["mlx_lm.generate"].main, *arguments)
+    _, dense, _ = run_command(generate, *arguments, "--dense")
+    _, theirs, _ = run_command(sys.modules["mlx_lm.generate"].main, *arguments)
     assert answer(ours) == answer(dense) == answer(theirs)
 
 
 @pytest.mark.parametrize("bits", [(), ("--kv-bits", 8, "--kv-group-size", 32)])
-def test_a_conversation_is_saved_after_every_answer(command, folder, tmp_path, bits):
+def test_a_conversation_is_saved_after_every_answer(run_command, folder, tmp_path, bits):
     file = tmp_path / "talk.safetensors"
     options = ("-m", 6, "--density", 1, "--save-prompt-cache", file, *bits)
-    code, first, _ = command(generate, "--model", folder, "-p", "丁七", *options)
+    code, first, _ = run_command(generate, "--model", folder, "-p", "丁七", *options)
     assert code == 0
-    code, second, _ = command(generate, "--prompt-cache-file", file, "-p", "丄", *options)
+    code, second, _ = run_command(generate, "--prompt-cache-file", file, "-p", "丄", *options)
     assert code == 0
     cache, metadata = load_prompt_cache(file, return_metadata=True)
     said = json.loads(metadata["messages"])
@@ -286,14 +271,14 @@ def test_a_conversation_is_saved_after_every_answer(command, folder, tmp_path, b
     assert cache.tokens[:-6] == encode(tokenizer, said[:-1])
     assert cache.evidence.prompt.tokens == len(cache.tokens) - 12
     if not bits:
-        joined = [*command(generate, "--model", folder, "-p", "丁七", "-m", 6, "--density", 1)]
+        joined = [*run_command(generate, "--model", folder, "-p", "丁七", "-m", 6, "--density", 1)]
         assert answer(joined[1]) == answer(first)
         model, _ = mlx_lm.load(str(folder))
         whole = mlx_lm.stream_generate(model, tokenizer, encode(tokenizer, said[:-1]), 6)
         assert [r.token for r in whole] == cache.tokens[-6:]
 
 
-def test_what_the_template_takes_back_is_read_again(command, folder, tmp_path):
+def test_what_the_template_takes_back_is_read_again(run_command, folder, tmp_path):
     """As of models whose thinking is not shown again."""
     tokenizer = letter_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace(
@@ -302,8 +287,8 @@ def test_what_the_template_takes_back_is_read_again(command, folder, tmp_path):
     tokenizer.save_pretrained(folder)
     file = tmp_path / "talk.safetensors"
     options = ("-m", 6, "--density", 1, "--save-prompt-cache", file)
-    command(generate, "--model", folder, "-p", "丁七", *options)
-    code, _, _ = command(generate, "--prompt-cache-file", file, "-p", "丄", *options)
+    run_command(generate, "--model", folder, "-p", "丁七", *options)
+    code, _, _ = run_command(generate, "--prompt-cache-file", file, "-p", "丄", *options)
     cache = load_prompt_cache(file)
     assert code == 0
     assert cache.tokens[:-6] == tokenizer.encode("上丁七不下丐不上丄不下")
@@ -320,11 +305,11 @@ def test_what_the_template_takes_back_is_read_again(command, folder, tmp_path):
         (["--save-prompt-cache", "talk.safetensors", "--dense"], "combined with --dense"),
     ],
 )
-def test_bad_input_ends_with_one_sentence(command, folder, tmp_path, arguments, message):
+def test_bad_input_ends_with_one_sentence(run_command, folder, tmp_path, arguments, message):
     file = tmp_path / "talk.safetensors"
-    command(generate, "--model", folder, "-p", "丁", "-m", 2, "--save-prompt-cache", file)
+    run_command(generate, "--model", folder, "-p", "丁", "-m", 2, "--save-prompt-cache", file)
     arguments = [str(file) if value == "TALK" else value for value in arguments]
-    code, out, err = command(generate, *arguments)
+    code, out, err = run_command(generate, *arguments)
     assert (code, out) == (2, "")
     assert message.replace("TINY", str(folder)) in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("glass-mlx: error: ")
@@ -338,7 +323,7 @@ def test_bad_input_ends_with_one_sentence(command, folder, tmp_path, arguments, 
         (["--prompt", "丁", "--prompt-cache-file", "a.safetensors", "--model", "./b"], "no model"),
     ],
 )
-def test_bad_input_to_cache_prompt_ends_with_one_sentence(command, arguments, message):
-    code, out, err = command(cache_prompt, *arguments)
+def test_bad_input_to_cache_prompt_ends_with_one_sentence(run_command, arguments, message):
+    code, out, err = run_command(cache_prompt, *arguments)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
