@@ -11,30 +11,30 @@ from glass_mlx.blas import prefer_openblas
 
 prefer_openblas()  # must come before anything imports MLX
 
-from glass_mlx.checkpoints import load  # noqa: E402
-from glass_mlx.engine import (  # noqa: E402
-    GenerationResponse,
-    Report,
-    generate,
-    stream_generate,
-)
-from glass_mlx.lookup import NoPriorError, resolve_prior  # noqa: E402
-from glass_mlx.prior import GlobalPrior  # noqa: E402
+from glass_mlx.checkpoints.loading import load  # noqa: E402
+from glass_mlx.config import GlassConfig  # noqa: E402
+from glass_mlx.prior.file import GlobalPrior  # noqa: E402
+from glass_mlx.prior.lookup import NoPriorError  # noqa: E402
 from glass_mlx.prompt_cache import (  # noqa: E402
     PromptCache,
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
 )
+from glass_mlx.report import GenerationResponse, Report  # noqa: E402
 from glass_mlx.selection import Selection  # noqa: E402
+from glass_mlx.session import Session, resolve_prior  # noqa: E402
+from glass_mlx.streaming import generate, stream_generate  # noqa: E402
 
 __all__ = [
     "GenerationResponse",
+    "GlassConfig",
     "GlobalPrior",
     "NoPriorError",
     "PromptCache",
     "Report",
     "Selection",
+    "Session",
     "generate",
     "load",
     "load_prompt_cache",

@@ -1,4 +1,4 @@
-"""On Linux: put the system's OpenBLAS in front of the reference BLAS of MLX's CPU wheel."""
+"""Replace the reference BLAS of MLX's CPU wheel with the system's OpenBLAS on Linux."""
 
 import ctypes
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def prefer_openblas() -> None:
-    """Load the system's OpenBLAS, if there is one, so that MLX's float32 products use it.
+    """Load the system's OpenBLAS, if it is installed, so that MLX's float32 products use it.
 
-    MLX's CPU wheel is linked against a reference BLAS, on which a float32 product of matrices
-    is 30 to 80 times slower. A library that is loaded globally before `mlx.core` takes precedence.
-    On macOS MLX uses Accelerate or the GPU, and nothing is done.
+    MLX's CPU wheel is linked against a reference BLAS, which multiplies float32 matrices 30 to 80
+    times slower. A library that is loaded globally before `mlx.core` takes precedence.
+    On macOS MLX uses Accelerate or the GPU, and this function does nothing.
     """
     if sys.platform == "linux":
         with suppress(OSError):
@@ -19,6 +19,6 @@ def prefer_openblas() -> None:
 
 
 def has_openblas() -> bool:
-    """Whether OpenBLAS is in this process."""
+    """Return whether this process has loaded OpenBLAS."""
     maps = Path("/proc/self/maps")
     return maps.exists() and "libopenblas" in maps.read_text()

@@ -1,22 +1,18 @@
 """Read a prompt once and save it for many questions, with the statistics of its neurons.
 
-Takes the flags of `mlx_lm.cache_prompt`, and writes a file for it and for us.
+Takes the flags of `mlx_lm.cache_prompt`, and writes files for mlx-lm and for glass-mlx.
 """
 
 import argparse
-import json
 import sys
 
+from glass_mlx.arguments import add_load_arguments, load_options
 from glass_mlx.chat import encode_beginning
-from glass_mlx.checkpoints import DEFAULT_MODEL, add_load_arguments, load, load_options
-from glass_mlx.command import ending
-from glass_mlx.prompt_cache import (
-    check_name,
-    described,
-    make_prompt_cache,
-    read_prompt,
-    save_prompt_cache,
-)
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.checkpoints.loading import load
+from glass_mlx.conversation import Conversation
+from glass_mlx.errors import exit_on_error
+from glass_mlx.prompt_cache import check_name, make_prompt_cache, read_prompt
 
 import mlx.core as mx
 from mlx_lm.cache_prompt import setup_arg_parser as mlx_lm_arg_parser
@@ -24,7 +20,7 @@ from tqdm import tqdm
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """Set up and return the argument parser: mlx-lm's flags and those that say how to load."""
+    """Set up and return the argument parser: mlx-lm's flags, and how to load the model."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         parents=[mlx_lm_arg_parser()],
@@ -33,14 +29,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         help="The hub id, folder or GGUF file of the model. "
-        f"Default: the built-in {DEFAULT_MODEL}, fetched once.",
+        f"Default: the built-in {DEFAULT_MODEL}, downloaded once.",
     )
     add_load_arguments(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the prompt and save what came out.
+    """Read the prompt and save its cache.
 
     Raises:
         FileNotFoundError: if the model does not exist.
@@ -50,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    config = {} if args.eos_token is None else {"eos_token": args.eos_token}
-    model, tokenizer = load(args.model, **load_options(args, config))
+    tokenizer_config = {} if args.eos_token is None else {"eos_token": args.eos_token}
+    model, tokenizer = load(args.model, **load_options(args, tokenizer_config))
     tokens = encode_beginning(tokenizer, prompt)
     cache = make_prompt_cache(model, args.max_kv_size)
     with tqdm(total=len(tokens), unit="token", file=sys.stderr) as bar:
@@ -64,10 +60,9 @@ def run(args: argparse.Namespace) -> None:
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,
         )
-    about = described(args.model, config)
-    if tokenizer.has_chat_template:
-        about["messages"] = json.dumps([{"role": "user", "content": prompt}])
-    save_prompt_cache(file, cache, about)
+    messages = [{"role": "user", "content": prompt}] if tokenizer.has_chat_template else None
+    conversation = Conversation(cache, tokenizer_config=tokenizer_config)
+    conversation.save(file, args.model, messages)
     size = file.stat().st_size / 1e6
     print(f"{file}: {len(tokens)} tokens, {size:.1f} MB; peak {mx.get_peak_memory() / 1e9:.3f} GB")
 
@@ -75,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    with ending("cache_prompt"):
+    with exit_on_error("cache_prompt"):
         run(args)
 
 

@@ -1,94 +1,125 @@
-"""Token ids of what a user asks, inside the model's chat template if it has one."""
+"""Encode messages into token ids, with the model's chat template if it has one."""
 
 from typing import Any
 
-from glass_mlx.files import one_line
+from glass_mlx.errors import one_line
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Stands for a message to find its place in a template's text.
-_MARK = "<query>"
+# Replaces the user's message when its position in the template's text is looked up.
+_PLACEHOLDER = "<query>"
+
+Message = dict[str, str]
 
 
 def encode(
     tokenizer: TokenizerWrapper,
-    messages: list[dict[str, str]],
+    messages: list[Message],
     ignore_template: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Encode messages so that the model's answer comes next.
+    """Encode messages so that the model continues with its answer.
 
     Args:
         tokenizer: the model's tokenizer.
-        messages: each with `role` and `content`. A last one by the assistant is the beginning of
-            the answer.
-        ignore_template: do as if the model had no chat template. Without one the user's messages
-            are joined by line breaks.
-        options: for the chat template.
+        messages: a list of {"role", "content"}. If the last message is the assistant's, the model
+            continues it.
+        ignore_template: whether to ignore the chat template. Without a template the user's
+            messages are joined by line breaks.
+        **options: options of the chat template.
+
+    Returns:
+        Token ids.
 
     Raises:
-        ValueError: if the template refuses the messages.
+        ValueError: if the template rejects the messages.
     """
     if ignore_template or not tokenizer.has_chat_template:
-        return tokenizer.encode("\n".join(m["content"] for m in messages if m["role"] == "user"))
-    return tokenizer.encode(_in_template(tokenizer, messages, options), add_special_tokens=False)
+        text = "\n".join(m["content"] for m in messages if m["role"] == "user")
+        return list(tokenizer.encode(text))
+    return _encode_text(tokenizer, _apply_template(tokenizer, messages, options))
 
 
 def encode_rest(
     tokenizer: TokenizerWrapper,
-    messages: list[dict[str, str]],
+    messages: list[Message],
     ignore_template: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Encode the last user's message and what follows it, for a model that has read the rest.
+    """Encode the last user's message and what follows it, for a model with a prompt cache.
 
-    That is what mlx-lm does with a prompt cache: what was read ends within the user's message,
-    and the template's text up to there is not looked at.
+    This is what mlx-lm does with a prompt cache: the cached prompt ends within the user's message,
+    and the template's text before that message is cut off.
 
-    Args and errors as of `encode`.
+    Args:
+        tokenizer: see `encode`.
+        messages: see `encode`.
+        ignore_template: see `encode`.
+        **options: options of the chat template.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ValueError: if the template rejects the messages or leaves out the user's message.
     """
-    last = max(n for n, message in enumerate(messages) if message["role"] == "user")
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     if ignore_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(messages[last]["content"], add_special_tokens=False)
+        return _encode_text(tokenizer, messages[last]["content"])
     marked = [dict(message) for message in messages]
-    marked[last]["content"] = _MARK
-    before, found, _ = _in_template(tokenizer, marked, options).partition(_MARK)
-    if not found:
+    marked[last]["content"] = _PLACEHOLDER
+    marked_text = _apply_template(tokenizer, marked, options)
+    start = marked_text.find(_PLACEHOLDER)
+    if start < 0:
         raise ValueError("the model's chat template does not show the user's message")
-    text = _in_template(tokenizer, messages, options)[len(before) :]
-    return tokenizer.encode(text, add_special_tokens=False)
+    return _encode_text(tokenizer, _apply_template(tokenizer, messages, options)[start:])
 
 
 def encode_beginning(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
-    """Encode the beginning of a user's message, which `encode_rest` goes on with.
+    """Encode the beginning of a user's message, which `encode_rest` continues.
 
     Raises:
-        ValueError: if the model's chat template refuses it.
+        ValueError: if the model's chat template rejects the message.
     """
     if not tokenizer.has_chat_template:
-        return tokenizer.encode(prompt)
-    text = _in_template(tokenizer, [{"role": "user", "content": prompt}], {}, begun=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}]
+    return _encode_text(tokenizer, _apply_template(tokenizer, messages, {}, is_unfinished=True))
 
 
-def _in_template(
+def _encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Encode text that needs no further special tokens."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _apply_template(
     tokenizer: TokenizerWrapper,
-    messages: list[dict[str, str]],
+    messages: list[Message],
     options: dict[str, Any],
-    begun: bool | None = None,
+    is_unfinished: bool | None = None,
 ) -> str:
-    """The template's text, up to where the model goes on with the last message or answers it."""
-    if begun is None:
-        begun = messages[-1]["role"] == "assistant"
+    """Return the template's text up to the position where more text follows.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: see `encode`.
+        options: options of the chat template.
+        is_unfinished: whether the last message is continued instead of answered. Default: if it
+            is the assistant's.
+    """
+    if is_unfinished is None:
+        is_unfinished = messages[-1]["role"] == "assistant"
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=begun,
-            add_generation_prompt=not begun,
-            **options,
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                continue_final_message=is_unfinished,
+                add_generation_prompt=not is_unfinished,
+                **options,
+            )
         )
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise exceptions of any type
         raise ValueError(
-            f"the model's chat template does not take these messages ({one_line(error)})"
+            f"the model's chat template does not accept these messages ({one_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""Where this package keeps files, and how it writes them: whole or not at all."""
+"""The package's cache folder, atomic writes, lock files, and safetensors files with a digest."""
 
 import glob
 import hashlib
@@ -11,72 +11,68 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.errors import one_line
+
 import numpy as np
 import platformdirs
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-_METADATA = "glass"
+_METADATA_KEY = "glass"
 
 
 def cache_folder() -> Path:
-    """The folder for converted models and priors: $GLASS_MLX_CACHE or the user's cache."""
+    """Return the folder for converted models and priors.
+
+    $GLASS_MLX_CACHE overrides the user's cache folder.
+    """
     return Path(os.environ.get("GLASS_MLX_CACHE") or platformdirs.user_cache_dir("glass-mlx"))
 
 
 def sha256(file: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file's contents in hexadecimal."""
+    state = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name}.glass-"
+            state.update(block)
+    return state.hexdigest()
 
 
 @contextmanager
 def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
-    """Give a temporary file or folder beside `target`, which it becomes if all goes well.
+    """Yield a temporary file or folder beside `target`, and rename it to `target` on success.
 
-    Whatever happens, `target` is either as it was or complete.
+    After an error `target` is unchanged, so `target` is never incomplete.
 
     Args:
-        target: the file or folder to write. Its parents are created.
-        folder: whether it is a folder.
+        target: the file or folder to write. Missing parents are created.
+        folder: whether `target` is a folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=target.parent, prefix=_temporary_prefix(target)))
-    temporary = place / target.name
+    workspace = Path(tempfile.mkdtemp(dir=target.parent, prefix=_temporary_prefix(target)))
+    temporary = workspace / target.name
     try:
         if folder:
             temporary.mkdir()
         yield temporary
         if folder and target.exists():
-            target.rename(place / "old")
+            target.rename(workspace / "old")
         if not folder:
             temporary.chmod(0o644)  # some writers make files that only their owner can read
         temporary.replace(target)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 @contextmanager
 def locked(*targets: Path) -> Iterator[None]:
-    """Hold files for this process, by a lock file beside the first that is gone afterwards.
+    """Lock files for this process, and delete temporary files that killed writers left behind.
 
-    What writers of the files that were killed have left beside them is removed.
+    The lock file stands beside the first target and is deleted afterwards.
 
     Raises:
-        ValueError: if another process holds them.
+        ValueError: if another process holds the lock.
     """
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     file = targets[0].with_name(f"{targets[0].name}.lock")
@@ -87,48 +83,65 @@ def locked(*targets: Path) -> Iterator[None]:
         raise ValueError(f"another run is writing {targets[0]}; wait for it, or stop it") from error
     try:
         for target in targets:
-            for place in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*/"):
-                shutil.rmtree(place, ignore_errors=True)
+            for leftover in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*/"):
+                shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: filelock notices that a file is gone
+        # Delete the file before releasing the lock: filelock notices that a file was deleted.
+        file.unlink(missing_ok=True)
         lock.release()
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], kind: str, about: Any) -> None:
-    """Write a safetensors file that `read_tensors` can check, by way of a temporary one.
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name}.glass-"
 
-    Its metadata is one entry of JSON, so that the same contents are the same file: `format`,
-    `about`, and `digest` over everything else.
+
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, np.ndarray],
+    kind: str,
+    about: Any,
+    known_digest: str | None = None,
+) -> None:
+    """Write a safetensors file that `read_tensors` can check.
+
+    All metadata is one JSON entry with sorted keys, so equal contents give equal files. It holds
+    `format`, `about`, and `digest` over everything else. The file is replaced atomically.
 
     Args:
-        file: the file.
+        file: the file to write.
         tensors: its tensors.
         kind: the name of its format.
-        about: what it is, for JSON.
+        about: a description of its contents that JSON can hold.
+        known_digest: `digest(tensors, about)`, if the caller has it. Default: computed.
 
     Raises:
-        OSError: if it cannot be written, as when the disk is full.
+        OSError: if the file cannot be written, for example on a full disk.
     """
-    metadata = {"format": kind, "about": about, "digest": digest(tensors, about)}
+    metadata = {"format": kind, "about": about, "digest": known_digest or digest(tensors, about)}
+    text = json.dumps(metadata, sort_keys=True)
     with replacing(file) as temporary:
         try:
-            save_file(dict(tensors), temporary, {_METADATA: json.dumps(metadata, sort_keys=True)})
+            save_file(dict(tensors), temporary, {_METADATA_KEY: text})
         except SafetensorError as error:
             raise OSError(f"{file} cannot be written: {error}") from error
 
 
-def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any]:
-    """Read and check a file of `write_tensors`: its tensors, and what it is about.
+def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any, str]:
+    """Read a file of `write_tensors` and check it.
+
+    Returns:
+        The tensors, `about`, and their digest.
 
     Raises:
-        ValueError: if it is not complete, not of this kind, not finite or not as it was written.
+        ValueError: if the file is incomplete, has another format, has values that are not finite,
+            or was changed after it was written.
     """
     try:
         with safe_open(file, "numpy") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            text = (stored.metadata() or {}).get(_METADATA, "")
-    except Exception as error:  # a damaged header shows up in many ways
+            text = (stored.metadata() or {}).get(_METADATA_KEY, "")
+    except Exception as error:  # a damaged header causes exceptions of many types
         reason = one_line(error)
         raise ValueError(f"{file} is not a complete safetensors file ({reason})") from error
     try:
@@ -140,14 +153,14 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any]:
     for key, values in tensors.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{file} has values in {key} that are not finite")
-    about = metadata.get("about")
-    if digest(tensors, about) != metadata.get("digest"):
+    about, found_digest = metadata.get("about"), metadata.get("digest")
+    if digest(tensors, about) != found_digest:
         raise ValueError(f"{file} was changed after it was written")
-    return tensors, about
+    return tensors, about, found_digest
 
 
 def digest(tensors: Mapping[str, np.ndarray], about: Any) -> str:
-    """A hash of all that a file of tensors says."""
+    """Return a hash of a file's tensors and description."""
     state = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for key in sorted(tensors):
         state.update(f"{key} {tensors[key].dtype} {tensors[key].shape}".encode())

@@ -1,102 +1,159 @@
-"""A prompt cache that is kept from turn to turn, with the statistics of what was read into it.
+"""A prompt cache that continues from turn to turn, with the statistics of the tokens in it.
 
-The functions have the names of mlx-lm's, in whose places they can be used, and the files are
-mlx-lm's, too. Statistics are in a second file beside that, `NAME.glass.safetensors`.
+The functions have mlx-lm's names and can replace mlx-lm's. Files are mlx-lm's; the statistics are
+in a second file beside it, `NAME.glass.safetensors`.
 """
 
+import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.checkpoints import DEFAULT_MODEL
-from glass_mlx.files import digest, one_line, read_tensors, replacing, write_tensors
-from glass_mlx.models import with_taps
-from glass_mlx.slicing import FEW, Evidence
-from glass_mlx.statistics import NeuronStatistics
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.errors import one_line
+from glass_mlx.files import digest, read_tensors, replacing, write_tensors
+from glass_mlx.session import Session
+from glass_mlx.statistics import LocalStatistics, NeuronStatistics
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 FORMAT = "glass-statistics-1"
 _SUFFIX = ".safetensors"
 _DIGEST = "glass_statistics"
 
 
-class PromptCache(list):
-    """mlx-lm's prompt cache, a layer an entry, and what is known of the tokens in it.
+class PromptCache(list[Any]):
+    """mlx-lm's prompt cache, one entry per layer, and what is known of the tokens in it.
 
     Attributes:
-        evidence: what the dense model has seen of them; None for a cache of mlx-lm's.
-        tokens: their ids; of a cache of mlx-lm's only those that came later.
-        intact: whether it is known what is in it; not after an error in the midst of reading.
+        statistics: what the dense model showed when it read them; None for a cache from mlx-lm.
+        tokens: their ids; of a cache from mlx-lm only those that were added later.
+        intact: whether its contents are known. They are not after an error in the middle of a
+            generation.
     """
 
     def __init__(
-        self, layers: Iterable[Any], evidence: Evidence | None, tokens: Iterable[int] = ()
+        self,
+        layers: Iterable[Any],
+        statistics: LocalStatistics | None,
+        tokens: Iterable[int] = (),
     ) -> None:
         super().__init__(layers)
-        self.evidence, self.tokens, self.intact = evidence, list(tokens), True
+        self.statistics, self.tokens, self.intact = statistics, list(tokens), True
+
+    def begin(self, widths: Mapping[str, int]) -> LocalStatistics:
+        """Begin to read tokens into the cache. It is not intact until `add` names them.
+
+        Args:
+            widths: the number of neurons of each FFN of the model, by path.
+
+        Returns:
+            The statistics to add the tokens to.
+
+        Raises:
+            ValueError: if the cache is not intact, or belongs to another model.
+        """
+        if not self.intact:
+            raise ValueError("the prompt cache was left in the middle of a step; begin a new one")
+        if self.statistics is None:
+            self.statistics = LocalStatistics.empty(widths)
+        if self.statistics.prompt.widths != widths:
+            raise ValueError("the statistics of the prompt cache are of another model")
+        self.intact = False
+        return self.statistics
 
     def add(self, tokens: Iterable[int]) -> None:
-        """Note tokens that were read into it."""
+        """Record the tokens that were read into the cache."""
         self.tokens += tokens
         self.intact = True
 
     def trim(self, count: int) -> None:
-        """Take back the last tokens. The statistics still count them.
+        """Remove the last tokens. The statistics still count them.
 
         Raises:
-            ValueError: if a layer's cache cannot go back.
+            ValueError: if the cache of a layer cannot be trimmed.
         """
         if not mlx_lm_cache.can_trim_prompt_cache(self):
             raise ValueError(
-                "what was said before is not the same tokens any more in the chat template, and "
-                "this model's prompt cache cannot go back; begin a new one"
+                "the chat template no longer gives the same tokens for the earlier messages, and "
+                "this model's prompt cache cannot be trimmed; begin a new one"
             )
         mlx_lm_cache.trim_prompt_cache(self, count)
         del self.tokens[len(self.tokens) - count :]
 
 
-def make_prompt_cache(model: nn.Module, max_kv_size: int | None = None) -> PromptCache:
+class CacheSnapshot:
+    """A state of a prompt cache to go back to.
+
+    Plain key-value caches are trimmed. All others are copied here, because they may lose earlier
+    contents (rotating windows, recurrent states).
+
+    Args:
+        cache: the cache, one entry per layer. Going back replaces entries.
+    """
+
+    def __init__(self, cache: list[Any]) -> None:
+        self._cache = cache
+        self._copies = {
+            n: copy.deepcopy(layer)
+            for n, layer in enumerate(cache)
+            if type(layer) not in (KVCache, QuantizedKVCache)
+        }
+
+    def rewind(self, tokens: int) -> None:
+        """Go back by a number of tokens, to the state of the snapshot. Call this once."""
+        for n, layer in enumerate(self._cache):
+            if n in self._copies:
+                self._cache[n] = self._copies[n]
+            else:
+                layer.trim(tokens)
+
+
+def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None) -> PromptCache:
     """Make an empty prompt cache, as `mlx_lm.models.cache.make_prompt_cache` does.
 
-    Give it to `stream_generate` as `prompt_cache`, turn for turn, each time with what is new.
+    Pass it to `stream_generate` as `prompt_cache`, in every turn with the new tokens only.
 
     Raises:
         ValueError: if the model cannot be sliced.
     """
-    return PromptCache(mlx_lm_cache.make_prompt_cache(model, max_kv_size), Evidence.of(model))
+    session = Session.of(model)
+    layers = mlx_lm_cache.make_prompt_cache(session.model, max_kv_size)
+    return PromptCache(layers, session.empty_statistics())
 
 
 def read_prompt(
-    model: nn.Module,
+    model: nn.Module | Session,
     tokens: list[int],
     cache: PromptCache,
     progress: Callable[[int, int], None],
     **kwargs: Any,
 ) -> None:
-    """Read tokens into a prompt cache and generate nothing yet.
+    """Read tokens into a prompt cache, and generate nothing.
 
     Args:
         model: the model that the cache was made for.
-        tokens: what to read.
+        tokens: the token ids to read.
         cache: a new cache, which changes.
         progress: called with the number of tokens read, and of all.
         **kwargs: for `mlx_lm.generate.generate_step`.
     """
-    seen, cache.intact = cache.evidence.prompt, False
+    session = Session.of(model)
+    statistics = cache.begin(session.widths)
 
     def evaluate(done: int, total: int) -> None:
-        mx.eval(seen.sums)
+        mx.eval(statistics.prompt.sums)
         progress(done, total)
 
-    # It samples a token that it does not read.
+    # With no tokens to generate, mlx-lm's loop samples one token that the model does not read.
     steps = generate_step(
         mx.array(tokens, mx.uint32),
-        with_taps(model, seen.update, few=FEW),
+        session.observed_on_prompt(statistics),
         max_tokens=0,
         prompt_cache=cache,
         prompt_progress_callback=evaluate,
@@ -104,20 +161,23 @@ def read_prompt(
     )
     for _ in steps:
         pass
-    mx.eval(seen.sums)
+    mx.eval(statistics.prompt.sums)
     cache.add(tokens)
 
 
-def _beside(file: Path) -> Path:
-    """Where the statistics of a prompt cache are."""
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def _statistics_file(file: Path) -> Path:
+    """Return the file beside a prompt cache that holds its statistics."""
     return file.with_suffix(f".glass{_SUFFIX}")
 
 
 def check_name(file_name: str | Path) -> Path:
-    """The path of a file that a prompt cache can be saved to.
+    """Return the path of a file that a prompt cache can be saved to.
 
     Raises:
-        ValueError: if mlx-lm could not load it under this name.
+        ValueError: if mlx-lm could not load a file of this name.
     """
     file = Path(file_name)
     if file.suffix != _SUFFIX:
@@ -125,8 +185,8 @@ def check_name(file_name: str | Path) -> Path:
     return file
 
 
-def described(model: str | None, tokenizer_config: dict[str, Any]) -> dict[str, str]:
-    """The metadata by which mlx-lm's commands know which model a prompt cache is of."""
+def cache_metadata(model: str | None, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata that tells mlx-lm's commands which model a prompt cache belongs to."""
     return {
         "model": model or DEFAULT_MODEL,
         "tokenizer_config": json.dumps(tokenizer_config),
@@ -141,15 +201,15 @@ def save_prompt_cache(
     Args:
         file_name: the file, which ends in .safetensors.
         cache: the cache.
-        metadata: what else to keep in the file.
+        metadata: further entries for the file.
 
     Raises:
         OSError: if a file cannot be written.
-        ValueError: for a file of another name.
+        ValueError: if the file has another ending.
     """
-    file, about, tensors = check_name(file_name), {}, {}
-    if cache.evidence is not None:
-        parts = {"prompt": cache.evidence.prompt, "text": cache.evidence.text}
+    file, about, tensors, statistics_digest = check_name(file_name), {}, {}, ""
+    if cache.statistics is not None:
+        parts = {"prompt": cache.statistics.prompt, "text": cache.statistics.text}
         about = {
             "tokens": cache.tokens,
             "dtypes": {name: str(part.dtype).split(".")[-1] for name, part in parts.items()},
@@ -159,58 +219,61 @@ def save_prompt_cache(
             for name, part in parts.items()
             for key, values in part.state().items()
         }
-        metadata = (metadata or {}) | {_DIGEST: digest(tensors, about)}
+        statistics_digest = digest(tensors, about)
+        metadata = (metadata or {}) | {_DIGEST: statistics_digest}
     with replacing(file) as temporary:
         try:
             mlx_lm_cache.save_prompt_cache(str(temporary), cache, metadata)
         except RuntimeError as error:
             raise OSError(f"{file} cannot be written: {one_line(error)}") from error
         if tensors:
-            write_tensors(_beside(file), tensors, FORMAT, about)
+            write_tensors(_statistics_file(file), tensors, FORMAT, about, statistics_digest)
 
 
 def load_prompt_cache(
     file_name: str | Path, return_metadata: bool = False
 ) -> PromptCache | tuple[PromptCache, dict[str, str]]:
-    """Load a prompt cache that was saved by `save_prompt_cache`, or by mlx-lm.
+    """Load a prompt cache that `save_prompt_cache` or mlx-lm saved.
 
     Args:
         file_name: the file.
-        return_metadata: whether to return what else was kept in it, too.
+        return_metadata: whether to return the file's other entries as well.
 
     Raises:
-        FileNotFoundError: if it does not exist.
-        ValueError: if it is not a whole one, or its statistics are missing or of another cache.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not complete, or its statistics are missing or belong to another
+            cache.
     """
     file = Path(file_name)
     if not file.is_file():
         raise FileNotFoundError(f"there is no prompt cache at {file}")
     try:
         layers, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
-        wanted = dict(metadata).get(_DIGEST)
-    except Exception as error:  # of whatever kind, for a file that is something else
+        statistics_digest = dict(metadata).get(_DIGEST)
+    except Exception as error:  # of any kind, for a file that is something else
         raise ValueError(f"{file} is not a prompt cache ({one_line(error)})") from error
     if not layers:
         raise ValueError(f"{file} is not a prompt cache (it has no layers)")
     cache = PromptCache(layers, None)
-    if wanted is not None:
-        cache.evidence, cache.tokens = _load_statistics(_beside(file), wanted)
+    if statistics_digest is not None:
+        statistics_file = _statistics_file(file)
+        cache.statistics, cache.tokens = _load_statistics(statistics_file, statistics_digest)
     return (cache, metadata) if return_metadata else cache
 
 
-def _load_statistics(file: Path, wanted: str) -> tuple[Evidence, list[int]]:
-    """Read what is beside a prompt cache, if it is what was saved with it."""
+def _load_statistics(file: Path, expected_digest: str) -> tuple[LocalStatistics, list[int]]:
+    """Read the statistics beside a prompt cache, if they were saved together with it."""
     if not file.is_file():
         raise ValueError(f"the statistics of the prompt cache are missing: {file}")
-    tensors, about = read_tensors(file, FORMAT)
-    if digest(tensors, about) != wanted:
+    tensors, about, stored_digest = read_tensors(file, FORMAT)
+    if stored_digest != expected_digest:
         raise ValueError(f"{file} does not belong to this prompt cache; save both again")
-    parts: dict[str, dict[str, Any]] = {"prompt": {}, "text": {}}
-    for key, values in tensors.items():
-        name, _, key = key.partition(".")
-        parts[name][key] = values
+    states: dict[str, dict[str, Any]] = {"prompt": {}, "text": {}}
+    for name, values in tensors.items():
+        part, _, key = name.partition(".")
+        states[part][key] = values
     restored = {
-        name: NeuronStatistics.restored(state, getattr(mx, about["dtypes"][name]))
-        for name, state in parts.items()
+        part: NeuronStatistics.restored(state, getattr(mx, about["dtypes"][part]))
+        for part, state in states.items()
     }
-    return Evidence(**restored), about["tokens"]
+    return LocalStatistics(**restored), about["tokens"]

@@ -1,7 +1,13 @@
-"""Which neurons of each FFN are kept."""
+"""How many neurons each FFN keeps, and which: from local statistics and the prior."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from glass_mlx.config import GlassConfig, check_density
+from glass_mlx.prior.density_curve import expected_density
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.ranking import fuse, ranks
+from glass_mlx.statistics import LocalStatistics
 
 import numpy as np
 
@@ -24,12 +30,12 @@ class Selection:
         return sum(map(len, self.indices.values())) / sum(self.widths.values())
 
 
-def budget(width: int, density: float, multiple: int = 1) -> int:
-    """Choose how many neurons an FFN keeps.
+def neurons_to_keep(width: int, density: float, multiple: int = 1) -> int:
+    """Compute how many neurons an FFN keeps.
 
     Args:
         width: the FFN's number of neurons m.
-        density: the share asked for, in (0, 1].
+        density: the share to keep, in (0, 1].
         multiple: what the number is rounded to, unless all neurons are kept.
 
     Returns:
@@ -38,63 +44,118 @@ def budget(width: int, density: float, multiple: int = 1) -> int:
     Raises:
         ValueError: if `density` is outside (0, 1].
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"the density must be above 0 and at most 1, not {density}")
+    check_density(density)
     kept = multiple * max(1, round(density * width / multiple))
     return width if density == 1 else min(kept, width)
 
 
 def densities(
-    widths: Mapping[str, int], density: float, whole: Collection[str]
+    widths: Mapping[str, int], density: float, kept_dense: Collection[str]
 ) -> dict[str, float]:
-    """Share out a density: some FFNs stay whole, the others have the same share of their neurons.
+    """Distribute a density over FFNs: some stay dense, and the others share what is left equally.
 
     Args:
         widths: the number of neurons m of each FFN.
         density: the share of all neurons to keep, in (0, 1].
-        whole: the FFNs to keep whole. If that left less than half of `density` for the others, all
-            FFNs get `density`.
+        kept_dense: the FFNs that keep all their neurons. If that left less than half of `density`
+            for the others, all FFNs get `density`.
 
     Returns:
         The density of each FFN.
     """
-    share = sum(widths[path] for path in whole) / sum(widths.values())
+    share = sum(widths[path] for path in kept_dense) / sum(widths.values())
     rest = (density - share) / (1 - share) if share < 1 else 0.0
     if rest < density / 2:
         return dict.fromkeys(widths, density)
-    return {path: 1.0 if path in whole else rest for path in widths}
+    return {path: 1.0 if path in kept_dense else rest for path in widths}
 
 
 def select(
     scores: Mapping[str, np.ndarray],
     density: float,
     multiples: Mapping[str, int],
-    whole: Collection[str] = (),
+    kept_dense: Collection[str] = (),
 ) -> Selection:
     """Keep the neurons with the largest scores.
 
     Args:
         scores: (m,) importance of each neuron, by FFN.
-        density: the share asked for, in (0, 1].
-        multiples: what each FFN's number of kept neurons is rounded to, see `budget`.
-        whole: FFNs that keep all their neurons, at the others' expense, see `densities`.
+        density: the share to keep, in (0, 1].
+        multiples: what each FFN's number of kept neurons is rounded to; see `neurons_to_keep`.
+        kept_dense: FFNs that keep all their neurons at the others' expense; see `densities`.
 
     Returns:
-        The selection; of equal scores the neuron that stands first is kept.
+        The selection. Among equal scores the first neuron is kept.
     """
     widths = {path: len(values) for path, values in scores.items()}
     indices = {}
-    for path, share in densities(widths, density, whole).items():
-        kept = budget(widths[path], share, multiples[path])
+    for path, share in densities(widths, density, kept_dense).items():
+        kept = neurons_to_keep(widths[path], share, multiples[path])
         order = np.argsort(-scores[path], kind="stable")
         indices[path] = np.sort(order[:kept]).astype(np.int32)
     return Selection(indices, widths)
 
 
 def jaccard(a: Selection, b: Selection) -> dict[str, float]:
-    """Size of the intersection over size of the union of two selections, by FFN."""
+    """Return the Jaccard index of two selections by FFN: intersection over union."""
     return {
         path: len(both := np.intersect1d(kept, b.indices[path]))
         / (len(kept) + len(b.indices[path]) - len(both))
         for path, kept in a.indices.items()
     }
+
+
+class Selector:
+    """Chooses the neurons to keep from local statistics and a prior.
+
+    Args:
+        config: how neurons are ranked and how many are kept.
+        multiples: what each FFN's number of kept neurons is rounded to, by the FFN's path.
+        prior: the model's prior, or None to select by the local statistics alone.
+
+    Attributes:
+        config: the same, with a number for the density "auto".
+        density: the share of neurons to keep.
+        prior: the same.
+
+    Raises:
+        ValueError: if the prior does not have the statistic that the configuration names, or no
+            density curve for the density "auto".
+    """
+
+    def __init__(
+        self, config: GlassConfig, multiples: Mapping[str, int], prior: GlobalPrior | None
+    ) -> None:
+        if prior is not None and config.prior_statistic not in prior.scores:
+            raise ValueError(
+                f"the prior {prior.source} has no statistic {config.prior_statistic!r}; it has "
+                f"{', '.join(prior.scores)}"
+            )
+        if isinstance(config.density, str):
+            assert config.max_kl is not None
+            self.density = expected_density(prior, config.max_kl)
+        else:
+            self.density = config.density
+        self.config, self.prior = replace(config, density=self.density, max_kl=None), prior
+        self._multiples = multiples
+        self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
+
+    def prior_weight(self, local: LocalStatistics) -> float:
+        """Return the λ in use: 1 if only one token was read, and 0 without a prior."""
+        if self.prior is None:
+            return 0.0
+        return 1.0 if local.basis.tokens == 1 else self.config.prior_weight
+
+    def fuse(self, local: LocalStatistics) -> dict[str, np.ndarray]:
+        """Return the fused scores (m,) of each FFN's neurons."""
+        scores = local.basis.scores(self.config.statistic)
+        local_ranks = {path: ranks(values) for path, values in scores.items()}
+        if self.prior is None:
+            return local_ranks
+        prior_ranks = self.prior.ranks(self.config.prior_statistic)
+        weight = self.prior_weight(local)
+        return {path: fuse(own, prior_ranks[path], weight) for path, own in local_ranks.items()}
+
+    def select(self, local: LocalStatistics) -> Selection:
+        """Choose the neurons to keep."""
+        return select(self.fuse(local), self.density, self._multiples, self._kept_dense)

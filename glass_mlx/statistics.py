@@ -1,35 +1,37 @@
-"""How active each neuron of each FFN was: running sums over tokens, and over sequences."""
+"""How active the neurons of each FFN are: running sums over tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
-# Below this a token's hidden vector counts as zero and adds nothing.
-_TINY = 1e-30
+# A token whose hidden vector has a smaller norm counts as zero and adds nothing.
+_MIN_NORM = 1e-30
+
+# Once this many generated tokens were read densely, they rank neurons instead of the prompt.
+MIN_GENERATED_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Hidden vectors of some tokens.
+    """Hidden vectors of some tokens of S sequences.
 
     Attributes:
-        hidden: (S, T, m), of S sequences.
+        hidden: (S, T, m) hidden vectors.
         squares: (S, T, m) float32, their squares.
-        counted: (S, T) float32, 1 for tokens that count and 0 for those that do not.
-        weight: (S, T) float32, that over the norm.
+        mask: (S, T) float32, 1 for tokens that count and 0 for the others.
+        weight: (S, T) float32, the mask divided by the norm of the hidden vector.
     """
 
     hidden: mx.array
     squares: mx.array
-    counted: mx.array
+    mask: mx.array
     weight: mx.array
 
 
-# Hidden vectors of half precision are read once, not converted first.
+# Compiled, so that hidden vectors in half precision are read once and not converted first.
 @partial(mx.compile, shapeless=True)
 def _squares(hidden: mx.array) -> mx.array:
     return mx.square(hidden.astype(mx.float32))
@@ -49,23 +51,29 @@ def _griffin_sum(chunk: _Chunk) -> mx.array:
 
 
 def _mean_sum(chunk: _Chunk) -> mx.array:
-    return chunk.counted[:, None] @ chunk.hidden.astype(mx.float32)
+    return chunk.mask[:, None] @ chunk.hidden.astype(mx.float32)
 
 
-# What a chunk adds to sums (S, 1, m), and what these become when divided by the tokens.
-STATISTICS = {
-    "activation": (_activation_sum, lambda mean: mean),
+def _identity(mean: np.ndarray) -> np.ndarray:
+    return mean
+
+
+# For each statistic, what a chunk adds to its sums (S, 1, m), and a function of the mean over
+# tokens that gives the scores.
+_Statistic = tuple[Callable[[_Chunk], mx.array], Callable[[np.ndarray], np.ndarray]]
+STATISTICS: dict[str, _Statistic] = {
+    "activation": (_activation_sum, _identity),
     "griffin": (_griffin_sum, np.sqrt),
 }
 
-# The plain mean of hidden vectors, which does not rank neurons but stands in for dropped ones.
+# The plain mean of hidden vectors. It does not rank neurons but replaces the dropped ones.
 MEAN = "mean"
-_SUMS = STATISTICS | {MEAN: (_mean_sum, lambda mean: mean)}
+_SUMS = STATISTICS | {MEAN: (_mean_sum, _identity)}
 
-# What a state has beside the sums of the statistics.
+# Entries of a state besides the sums of the statistics.
 _OUTPUTS, _TOKENS = "outputs", "tokens"
 
-# What a prior can be measured by: these, and what takes a backward pass (`impact`).
+# The statistics of a prior: those above, and one that takes a backward pass (`prior.impact`).
 IMPACT = "impact"
 PRIOR_STATISTICS = (*STATISTICS, IMPACT)
 
@@ -80,16 +88,16 @@ class NeuronStatistics:
       (arXiv 2404.01365) and does not grow with the number of tokens
     - "mean" (`MEAN`): mean_t h_tj
 
-    Sums are float32 and lazy. The hidden vectors that `update` returns depend on them, so that
-    they are computed with the layer and no hidden vector outlives it; where nothing uses the
-    layer's output, evaluate `sums`.
+    Sums are float32 and lazy. The hidden vectors that `update` returns depend on them, so they are
+    computed together with the layer and no hidden vector outlives it. If nothing uses the layer's
+    output, evaluate `sums`.
 
-    Of an FFN's outputs, the mean over the tokens can be had, too (`update_outputs`).
+    `update_outputs` adds the mean of the FFNs' outputs.
 
     Args:
         widths: the number of neurons m of each FFN, by its path in the model.
         names: which statistics to keep, keys of `STATISTICS` or `MEAN`.
-        sequences: how many sequences S a batch has, for `sequence_scores`.
+        sequences: the number of sequences S in a batch, for `sequence_scores`.
 
     Raises:
         ValueError: for an unknown statistic.
@@ -115,7 +123,7 @@ class NeuronStatistics:
         self._tokens = {path: np.zeros(sequences) for path in widths}
 
     def copy(self) -> "NeuronStatistics":
-        """Return what has been seen so far, which later updates do not change."""
+        """Return a copy that later updates do not change."""
         other = NeuronStatistics({}, self.names, self._sequences)
         other.sums = {path: dict(sums) for path, sums in self.sums.items()}
         other._tokens, other.dtype = dict(self._tokens), self.dtype
@@ -127,17 +135,17 @@ class NeuronStatistics:
 
         Args:
             path: the FFN.
-            hidden: (..., m) hidden vectors of its tokens, sequence after sequence.
-            mask: (...), 1 for tokens that count and 0 for those that do not. Default: all count.
+            hidden: (..., m) hidden vectors of its tokens, one sequence after the other.
+            mask: (...), 1 for tokens that count and 0 for the others. Default: all count.
 
         Returns:
-            The hidden vectors as they were given, depending on the FFN's sums.
+            The same hidden vectors, made to depend on the FFN's sums.
         """
         self.dtype = hidden.dtype
         values = hidden.reshape(self._sequences, -1, hidden.shape[-1])
         squares = _squares(values)
         norm = mx.sqrt(squares.sum(-1))
-        weight = mx.where(norm > _TINY, 1 / mx.maximum(norm, _TINY), 0)
+        weight = mx.where(norm > _MIN_NORM, 1 / mx.maximum(norm, _MIN_NORM), 0)
         counted = mx.ones_like(weight)
         if mask is None:
             self._tokens[path] = self._tokens[path] + values.shape[1]
@@ -160,7 +168,7 @@ class NeuronStatistics:
         return mx.depends(outputs, [self.outputs[path]])
 
     def mean_outputs(self) -> dict[str, mx.array]:
-        """The mean (out,) float32 of the outputs of each FFN whose outputs were shown."""
+        """Return the mean output (out,) float32 of each FFN whose outputs were added."""
         return {path: total / self._tokens[path].sum() for path, total in self.outputs.items()}
 
     @property
@@ -170,7 +178,7 @@ class NeuronStatistics:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens seen, by the FFN that saw most."""
+        """The number of tokens added, for the FFN with the most."""
         return max(int(count.sum()) for count in self._tokens.values())
 
     def scores(self, name: str) -> dict[str, np.ndarray]:
@@ -181,14 +189,14 @@ class NeuronStatistics:
         }
 
     def sequence_scores(self, name: str) -> dict[str, np.ndarray]:
-        """Return one statistic of every FFN for each sequence by itself, (S, m) float32."""
+        """Return one statistic of every FFN separately for each sequence, (S, m) float32."""
         return {
             path: self._finished(name, np.array(sums[name]), self._tokens[path][:, None])
             for path, sums in self.sums.items()
         }
 
     def state(self) -> dict[str, np.ndarray]:
-        """The sums and counts, as named arrays that `restored` takes."""
+        """Return the sums and counts as named arrays, for `restored`."""
         arrays = {
             f"{path}.{name}": np.array(total)
             for path, sums in self.sums.items()
@@ -199,7 +207,7 @@ class NeuronStatistics:
 
     @staticmethod
     def restored(state: Mapping[str, np.ndarray], dtype: mx.Dtype) -> "NeuronStatistics":
-        """The statistics that a `state` was taken of, of hidden vectors of a type."""
+        """Return the statistics that a `state` describes, of hidden vectors of a dtype."""
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, values in state.items():
             path, _, name = key.rpartition(".")
@@ -221,69 +229,46 @@ class NeuronStatistics:
         return _SUMS[name][1](sums / np.maximum(tokens, 1)).astype(np.float32)
 
 
-class SequenceMoments:
-    """Mean and spread over sequences of per-neuron scores, for two halves of the sequences.
-
-    Sequences go to the halves in turn, so that the halves say how far the mean can be trusted.
-
-    Args:
-        widths: the number of neurons m of each FFN, by its path in the model.
-        names: the statistics that are kept.
+@dataclass(frozen=True)
+class LocalStatistics:
+    """What the dense model shows in one generation or conversation.
 
     Attributes:
-        sums: by statistic and FFN, (2, 2, m) float64: for each half the sum of the scores and of
-            their squares.
-        sequences: (2,) int64, the number of sequences in each half.
-        tokens: the number of tokens in all of them.
+        prompt: statistics of the prompt.
+        text: statistics of the generated tokens that the dense model has read.
     """
 
-    def __init__(self, widths: Mapping[str, int], names: tuple[str, ...]) -> None:
-        self.sums = {
-            name: {path: np.zeros((2, 2, m)) for path, m in widths.items()} for name in names
-        }
-        self.sequences = np.zeros(2, np.int64)
-        self.tokens = 0
+    prompt: NeuronStatistics
+    text: NeuronStatistics
 
-    def add(self, scores: Mapping[str, Mapping[str, np.ndarray]], tokens: int) -> None:
-        """Add a batch: scores (S, m) by statistic and FFN, and the tokens they are from."""
-        first = int(self.sequences.sum()) % 2
-        for name, sums in self.sums.items():
-            for path, total in sums.items():
-                values = scores[name][path].astype(np.float64)
-                for half in (0, 1):
-                    mine = values[half ^ first :: 2]
-                    total[half] += mine.sum(0), np.square(mine).sum(0)
-        count = len(values)
-        self.sequences += [(count + 1 - (half ^ first)) // 2 for half in (0, 1)]
-        self.tokens += tokens
+    @staticmethod
+    def empty(widths: Mapping[str, int], names: Iterable[str] = STATISTICS) -> "LocalStatistics":
+        """Return statistics without any tokens.
 
-    def mean(self, name: str, path: str, half: Literal[0, 1] | None = None) -> np.ndarray:
-        """The mean score of each neuron, (m,) float64, over all sequences or those of a half."""
-        return self._moments(name, path, half)[0]
+        Args:
+            widths: the number of neurons of each FFN, by its path.
+            names: which statistics to keep, keys of `STATISTICS`.
+        """
+        names = tuple(names)
+        return LocalStatistics(
+            NeuronStatistics(widths, names), NeuronStatistics(widths, (*names, MEAN))
+        )
 
-    def variance(self, name: str, path: str) -> np.ndarray:
-        """The variance over sequences of the score of each neuron, (m,) float64."""
-        mean, square = self._moments(name, path, None)
-        return np.maximum(square - mean**2, 0)
+    def copy(self) -> "LocalStatistics":
+        """Return a copy that later updates do not change."""
+        return LocalStatistics(self.prompt.copy(), self.text.copy())
 
-    def _moments(self, name: str, path: str, half: int | None) -> np.ndarray:
-        sums = self.sums[name][path]
-        if half is None:
-            return sums.sum(0) / max(self.sequences.sum(), 1)
-        return sums[half] / max(self.sequences[half], 1)
+    @property
+    def arrays(self) -> list[object]:
+        """All sums, for `mx.eval`: prefill does not compute those of the last FFN."""
+        return [self.prompt.sums, self.text.sums, self.text.outputs]
 
-    def state(self) -> dict[str, np.ndarray]:
-        """The sums and counts, as named arrays that `restore` takes back."""
-        sums = {
-            f"{path}.{name}": total
-            for name, totals in self.sums.items()
-            for path, total in totals.items()
-        }
-        return sums | {"sequences": self.sequences, "tokens": np.array([self.tokens])}
+    @property
+    def has_enough_text(self) -> bool:
+        """Whether there are enough generated tokens to rank neurons by them alone."""
+        return self.text.tokens >= MIN_GENERATED_TOKENS
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a `state` of the same FFNs and statistics."""
-        for name, totals in self.sums.items():
-            for path in totals:
-                totals[path] = state[f"{path}.{name}"].copy()
-        self.sequences, self.tokens = state["sequences"].copy(), int(state["tokens"][0])
+    @property
+    def basis(self) -> NeuronStatistics:
+        """The statistics that rank the neurons: of the text if there is enough, or the prompt."""
+        return self.text if self.has_enough_text else self.prompt

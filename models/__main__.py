@@ -1,30 +1,33 @@
-"""List the architectures of mlx-lm and what of them can be sliced."""
+"""List mlx-lm's architectures and whether they can be sliced."""
 
 import argparse
 import json
 from dataclasses import asdict
 from importlib.metadata import version
 
-from tqdm import tqdm
+from glass_mlx.models.architectures import Architecture, names, survey
+from glass_mlx.reporting.tables import markdown_table
 
-from .architectures import Architecture, names, survey
+from tqdm import tqdm
 
 
 def table(architectures: list[Architecture]) -> str:
-    """A Markdown table, and how many architectures can be sliced."""
-    lines = ["| architecture | FFN | sites | supported |", "| :--- | :--- | ---: | :--- |"]
-    for a in architectures:
-        verdict = "yes" if a.supported else f"no: {a.reason}"
-        lines.append(f"| {a.architecture} | {a.ffn or '-'} | {a.sites} | {verdict} |")
+    """Format a Markdown table, and the number of architectures that can be sliced."""
+    rows = [
+        [a.architecture, a.ffn or "-", str(a.sites), "yes" if a.supported else f"no: {a.reason}"]
+        for a in architectures
+    ]
+    columns = ["architecture", "FFN", "sites", "supported"]
+    left = ("architecture", "FFN", "supported")
     supported = sum(a.supported for a in architectures)
-    found = f"mlx-lm {version('mlx-lm')}: {supported} of {len(architectures)} can be sliced"
-    return "\n".join([*lines, "", found])
+    count = f"mlx-lm {version('mlx-lm')}: {supported} of {len(architectures)} can be sliced"
+    return "\n".join([markdown_table(columns, rows, left, padded=False), "", count])
 
 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m glass_mlx.models", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="a JSON list of objects")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
     args = parser.parse_args()
     bar = tqdm(survey(), total=len(names()), unit="model", leave=False, dynamic_ncols=True)
     architectures = list(bar)

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture of mlx-lm, and what can be sliced in each."""
+"""Tiny random models of all of mlx-lm's architectures, and which of their FFNs can be sliced."""
 
 import contextlib
 import importlib
@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from . import find_ffns, has_experts
+from . import find_ffns, has_experts, named_arrays
 
 _LAYERS = 4
 _ROPE = {"type": "default", "rope_type": "default", "rope_theta": 10000.0}
@@ -38,7 +38,8 @@ _KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# What the architectures' configurations have in common; each takes what it knows.
+# Values that the architectures' configurations have in common. Each architecture takes those that
+# it has.
 COMMON: dict[str, Any] = {
     # sizes
     "vocab_size": 256,
@@ -149,7 +150,8 @@ _LONGCAT = {
     "mla_scale_kv_lora": True,
 }
 
-# What is particular to an architecture. A text_config that is a name stands for that one's.
+# Values that differ from the common ones. If a text_config is a name, it is the configuration of
+# the architecture with that name.
 PARTICULAR: dict[str, dict[str, Any]] = {
     "afm7": {"hidden_dim": 64, "hidden_dim_scale_factor": 2.0, "num_kv_reuse_layers": 1},
     "apertus": {"post_norm": False, "qk_norm": True},
@@ -385,14 +387,14 @@ PARTICULAR: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What can be sliced in an architecture.
+    """Whether an architecture can be sliced.
 
     Attributes:
-        architecture: its name, that of mlx-lm's module.
-        ffn: how its FFNs are written, and whether there are routed experts.
-        sites: how many FFNs its tiny model of four layers has that can be sliced.
+        architecture: the name of mlx-lm's module.
+        ffn: the form of its FFNs, and whether it has routed experts.
+        sites: the number of FFNs in its tiny model of four layers that can be sliced.
         supported: whether it can be sliced.
-        reason: why not, or "".
+        reason: the reason why not, or "".
     """
 
     architecture: str
@@ -403,7 +405,7 @@ class Architecture:
 
 
 def names() -> list[str]:
-    """The names of all architectures of the mlx-lm that is installed."""
+    """List the names of all architectures of the installed mlx-lm."""
     modules = sorted(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
     return [name for name in modules if _defines_model(name)]
 
@@ -417,16 +419,16 @@ def _defines_model(name: str) -> bool:
 
 
 def _module(name: str) -> Any:
-    """mlx-lm's module of an architecture; ImportError if it needs a package that is missing."""
+    """Import mlx-lm's module of an architecture; raise ImportError if a package is missing."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
             return importlib.import_module(f"mlx_lm.models.{name}")
     except SystemExit as error:
-        raise ImportError(said.getvalue().strip()) from error
+        raise ImportError(output.getvalue().strip()) from error
 
 
 def configuration(name: str) -> dict[str, Any]:
-    """The configuration of an architecture's tiny model."""
+    """Return the configuration of an architecture's tiny model."""
     config = COMMON | PARTICULAR.get(name, {}) | {"model_type": name}
     text = config.get("text_config")
     if isinstance(text, str):
@@ -437,12 +439,12 @@ def configuration(name: str) -> dict[str, Any]:
 
 
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """A random float32 model of an architecture.
+    """Build a random float32 model of an architecture.
 
     Args:
         name: the architecture.
         seed: of the weights.
-        changes: values that differ from `configuration`.
+        changes: values that replace those of `configuration`.
 
     Raises:
         ImportError: if it needs a package that is not installed.
@@ -450,8 +452,8 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     module = _module(name)
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(configuration(name) | changes))
-    # Matrices that begin as zero would hide what the rest of the model computes.
-    zero = [(path, a) for path, a in tree_flatten(model.parameters()) if a.ndim > 1 and not a.any()]
+    # Matrices that are initialised to zero would hide what the rest of the model computes.
+    zero = [(path, a) for path, a in named_arrays(model) if a.ndim > 1 and not a.any()]
     model.update(tree_unflatten([(path, 0.1 * mx.random.normal(a.shape)) for path, a in zero]))
     model.eval()
     mx.eval(model.parameters())
@@ -459,11 +461,11 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 
 def survey() -> Iterator[Architecture]:
-    """Say of every architecture what can be sliced, by a tiny model of it."""
+    """Yield for every architecture whether a tiny model of it can be sliced."""
     for name in names():
         try:
             model = tiny_model(name)
-        except Exception as error:  # an architecture can fail in its own way
+        except Exception as error:  # every architecture fails in its own way
             reason = " ".join(str(error).split())
             yield Architecture(name, "", 0, False, f"no tiny model of it can be made: {reason}")
             continue

@@ -1,7 +1,6 @@
-"""Smaller copies of linear layers: some of the outputs, or some of the inputs."""
+"""Slices of linear layers: some of their outputs, or some of their inputs."""
 
 import copy
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,23 +12,23 @@ Linear = nn.Linear | nn.QuantizedLinear
 
 
 def is_linear(module: object) -> bool:
-    """Whether this is a layer that can be sliced here; subclasses may compute something else."""
+    """Tell whether a module can be sliced here. Subclasses may compute something else."""
     return type(module) in (nn.Linear, nn.QuantizedLinear)
 
 
-def outputs(layer: Linear) -> int:
-    """The number of output features."""
-    return layer.weight.shape[0]
+def outputs(layer: nn.Module) -> int:
+    """Return the number of output features."""
+    return int(layer.weight.shape[0])
 
 
-def inputs(layer: Linear) -> int:
-    """The number of input features."""
-    columns = layer.weight.shape[1]
+def inputs(layer: nn.Module) -> int:
+    """Return the number of input features."""
+    columns = int(layer.weight.shape[1])
     return columns * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else columns
 
 
 def check_indices(indices: np.ndarray, size: int) -> None:
-    """Refuse indices that MLX, which does not check bounds, would read garbage for.
+    """Check indices on the host, because MLX does not check bounds.
 
     Raises:
         ValueError: unless `indices` is a non-empty, strictly increasing integer vector in
@@ -41,64 +40,8 @@ def check_indices(indices: np.ndarray, size: int) -> None:
         raise ValueError(f"neuron indices must be strictly increasing and within 0..{size - 1}")
 
 
-def _with(layer: Linear, **arrays: mx.array | None) -> Linear:
-    """A shallow copy of a layer with other arrays, and without those that are None."""
-    layer = copy.copy(layer)
-    for name, array in arrays.items():
-        if array is None:
-            layer.pop(name, None)
-        else:
-            setattr(layer, name, array)
-    return layer
-
-
-def take_outputs(layer: Linear, indices: np.ndarray) -> Linear:
-    """Keep some outputs. Exact in every quantization mode, since a row's groups stay whole.
-
-    Args:
-        layer: weights (out, in).
-        indices: (k,) outputs to keep, checked by `check_indices`.
-
-    Returns:
-        A layer of the same kind with weights (k, in).
-    """
-    check_indices(indices, outputs(layer))
-    rows = mx.array(indices)
-    return _with(layer, **{name: layer[name][rows] for name in _per_output(layer)})
-
-
-def _per_output(layer: nn.Module) -> list[str]:
-    """The names of a layer's arrays, all of which have a row an output."""
-    names = ("weight", "scales", "biases", "bias")
-    return [name for name in names if layer.get(name) is not None]
-
-
-def put_outputs(layer: Linear, into: Linear, places: np.ndarray, indices: np.ndarray) -> None:
-    """Put some outputs of a layer in the places of others in a slice of it, which changes.
-
-    Args:
-        layer: weights (out, in).
-        into: what `take_outputs` made of it.
-        places: (n,) outputs of the slice.
-        indices: (n,) outputs of the layer.
-    """
-    where, rows = mx.array(places), mx.array(indices)
-    for name in _per_output(layer):
-        array = into[name]
-        wide = _widest(array)
-        moved = array.view(wide)
-        moved[where] = layer[name].view(wide)[rows]
-        into[name] = moved.view(array.dtype)
-
-
-def _widest(array: mx.array) -> mx.Dtype:
-    """The type to move an array's rows as: MLX's CPU build moves them element by element."""
-    fits = mx.default_device() == mx.cpu and array.ndim == 2 and array[0].nbytes % 8 == 0
-    return mx.uint64 if fits else array.dtype
-
-
 def dense_weight(layer: nn.Module, rows: slice = slice(None)) -> mx.array:
-    """The float weights of a layer as they are held, or some rows of them."""
+    """Return a layer's weights, or some of their rows, as floats."""
     if "scales" not in layer:
         return layer.weight[rows]
     biases = layer.get("biases")
@@ -112,12 +55,76 @@ def dense_weight(layer: nn.Module, rows: slice = slice(None)) -> mx.array:
     )
 
 
+def _with_arrays(layer: nn.Module, **arrays: mx.array | None) -> nn.Module:
+    """Copy a layer, replace some of its arrays, and drop those that are None."""
+    layer = copy.copy(layer)
+    for name, array in arrays.items():
+        if array is None:
+            layer.pop(name, None)
+        else:
+            setattr(layer, name, array)
+    return layer
+
+
+# --- Outputs: rows of the weights -----------------------------------------------------------------
+
+
+def take_outputs(layer: nn.Module, indices: np.ndarray) -> nn.Module:
+    """Keep some outputs. This is exact in every quantization mode: rows keep their groups.
+
+    Args:
+        layer: weights (out, in).
+        indices: (k,) outputs to keep, checked by `check_indices`.
+
+    Returns:
+        A layer of the same kind with weights (k, in).
+    """
+    check_indices(indices, outputs(layer))
+    rows = mx.array(indices)
+    return _with_arrays(layer, **{name: layer[name][rows] for name in _arrays_by_output(layer)})
+
+
+def put_outputs(
+    layer: nn.Module, sliced: nn.Module, places: np.ndarray, indices: np.ndarray
+) -> None:
+    """Overwrite some outputs of a slice, in place, with other outputs of its layer.
+
+    Args:
+        layer: weights (out, in).
+        sliced: a result of `take_outputs`, which changes.
+        places: (n,) outputs of the slice to overwrite.
+        indices: (n,) outputs of the layer to copy there.
+    """
+    destinations, sources = mx.array(places), mx.array(indices)
+    for name in _arrays_by_output(layer):
+        array = sliced[name]
+        wide = _widest_dtype(array)
+        moved = array.view(wide)
+        moved[destinations] = layer[name].view(wide)[sources]
+        sliced[name] = moved.view(array.dtype)
+
+
+def _arrays_by_output(layer: nn.Module) -> list[str]:
+    """Name the arrays of a layer. Each has one row per output."""
+    names = ("weight", "scales", "biases", "bias")
+    return [name for name in names if layer.get(name) is not None]
+
+
+def _widest_dtype(array: mx.array) -> mx.Dtype:
+    """Choose the dtype to move rows as, because MLX's CPU backend moves element by element."""
+    fits = mx.default_device() == mx.cpu and array.ndim == 2 and array[0].nbytes % 8 == 0
+    return mx.uint64 if fits else array.dtype
+
+
+# --- Inputs: columns of the weights ---------------------------------------------------------------
+
+
 class ScatteredLinear(nn.Module):
-    """A linear layer that is given some of its inputs; the others count as zero."""
+    """A whole quantized layer that receives only some of its inputs; the others are zero."""
 
     def __init__(self, layer: nn.QuantizedLinear, indices: np.ndarray) -> None:
         super().__init__()
-        self.layer = _with(layer, bias=None)
+        self.layer = _with_arrays(layer, bias=None)
         if "bias" in layer:
             self.bias = layer.bias
         self._indices, self._inputs = mx.array(indices), inputs(layer)
@@ -130,23 +137,10 @@ class ScatteredLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-def _columns(weight: mx.array, indices: np.ndarray) -> mx.array:
-    """Columns of (out, in), contiguous; on a CPU 18 times faster than indexing with an array."""
-    every_row = mx.broadcast_to(mx.array(indices)[None], (weight.shape[0], len(indices)))
-    return mx.take_along_axis(weight, every_row, axis=1)
+class NeuronMajorLinear(nn.Module):
+    """A transposed copy of a quantized layer: one row per input, quantized along the outputs.
 
-
-def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray) -> nn.QuantizedLinear:
-    columns = _columns(dense_weight(layer), indices)
-    weight, scales, *biases = mx.quantize(columns, layer.group_size, layer.bits, layer.mode)
-    biases = biases[0] if biases else None
-    return _with(layer, weight=weight, scales=scales, biases=biases)
-
-
-class NeuronMajor(nn.Module):
-    """A quantized layer held the other way round: a row an input, quantized along its outputs.
-
-    Rows can then be taken exactly, which takes no time; but the matrix is quantized once more.
+    Rows can be sliced exactly and at once. The price is a second rounding of the weights.
     """
 
     def __init__(self, layer: nn.QuantizedLinear) -> None:
@@ -177,138 +171,139 @@ class NeuronMajor(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-# By the identity of a layer: its weight, and the same the other way round. Made once, not by slice.
-_turned: dict[int, tuple[mx.array, NeuronMajor]] = {}
+def _columns(weight: mx.array, indices: np.ndarray) -> mx.array:
+    """Copy columns of (out, in). On a CPU this is 18 times faster than indexing with an array."""
+    every_row = mx.broadcast_to(mx.array(indices)[None], (weight.shape[0], len(indices)))
+    return mx.take_along_axis(weight, every_row, axis=1)
 
 
-def _turn(layer: nn.QuantizedLinear) -> NeuronMajor:
-    weight, turned = _turned.get(id(layer), (None, None))
-    if weight is not layer.weight:
-        turned = NeuronMajor(layer)
-        mx.eval(turned.parameters())
-        _turned[id(layer)] = layer.weight, turned
-        weakref.finalize(layer, _turned.pop, id(layer), None)
-    return turned
+def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray) -> nn.Module:
+    if len(indices) % layer.group_size:
+        raise ValueError(
+            f"{len(indices)} inputs cannot be quantized in groups of {layer.group_size}"
+        )
+    columns = _columns(dense_weight(layer), indices)
+    weight, scales, *biases = mx.quantize(columns, layer.group_size, layer.bits, layer.mode)
+    return _with_arrays(layer, weight=weight, scales=scales, biases=biases[0] if biases else None)
 
 
-def release(layer: Linear, fresh: Linear) -> None:
-    """Let go of a layer's arrays, and of what was made of them, for the same ones not loaded."""
-    _turned.pop(id(layer), None)
-    layer.update(fresh.parameters())
+NEURON_MAJOR = "neuron-major"
 
-
-def _neuron_major(layer: nn.QuantizedLinear, indices: np.ndarray) -> NeuronMajor:
-    return _with(take_outputs(_turn(layer), indices), bias=layer.get("bias"))
-
-
-# How a quantized layer gives up some of its inputs. Groups of inputs share a scale, so columns
-# cannot be taken as they are; docs/results.md has the comparison behind the choice.
+# How a quantized layer gives up some of its inputs. Columns share the scales of their groups, so
+# they cannot be copied as they are; docs/results.md compares the policies.
 DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]] = {
-    "neuron-major": _neuron_major,
+    NEURON_MAJOR: lambda layer, indices: take_transposed(layer, indices, NeuronMajorLinear(layer)),
     "requantize": _requantized,
     "scatter": ScatteredLinear,
 }
 
 
 def default_down_policy() -> str:
-    """The policy that is best where MLX computes.
+    """Return the policy that suits the device that MLX computes on.
 
-    On a CPU the neuron-major product is 3.5 times as fast as the other one, and its slices are
-    rows. On Metal the other one has the tuned kernels (qmv_fast), and quantizing is fast, too.
+    On a CPU the neuron-major product is 3.5 times as fast as the usual one, and its slices are
+    rows. On Metal the usual one has the tuned kernels (qmv_fast), and quantizing is fast.
     """
-    return "neuron-major" if mx.default_device() == mx.cpu else "requantize"
+    return NEURON_MAJOR if mx.default_device() == mx.cpu else "requantize"
 
 
-def input_multiple(layer: Linear) -> int:
-    """What a number of inputs to keep should be rounded to.
+def input_multiple(layer: nn.Module) -> int:
+    """Return the multiple to round the number of kept inputs to.
 
     Metal's fast matrix-vector kernels read quantized rows in blocks of 512 inputs (256 from 6 bits
-    on); where that is too coarse for the layer, whole groups are still needed.
+    on). If a block is too coarse for the layer, its inputs still come in whole groups.
     """
     if not isinstance(layer, nn.QuantizedLinear):
         return 32
     block = 512 if layer.bits < 6 else 256
-    return block if inputs(layer) >= 16 * block else layer.group_size
+    return block if inputs(layer) >= 16 * block else int(layer.group_size)
 
 
-class Rest(NamedTuple):
-    """What the inputs that a slice does not have are taken to be, for every token.
-
-    Attributes:
-        inputs: (in,) values for all inputs, in the type that the model computes in.
-        output: (out,) what the layer, without its bias, gives for these. Default: computed.
-    """
-
-    inputs: mx.array
-    output: mx.array | None = None
-
-
-def fill(layer: Linear, sliced: nn.Module, kept: np.ndarray, rest: Rest) -> None:
-    """Give a slice of a layer, made by `take_inputs`, the bias that stands for the other inputs.
-
-    Args:
-        layer: weights (out, in).
-        sliced: the slice, which changes.
-        kept: (k,) the inputs that it has, in the order of their places.
-        rest: what the others are taken to be.
-    """
-    own = layer.get("bias")
-    bare = _with(sliced, bias=None)
-    output = _with(layer, bias=None)(rest.inputs[None])[0] if rest.output is None else rest.output
-    others = output - bare(rest.inputs[mx.array(kept)][None])[0]
-    sliced.bias = others if own is None else others + own
-
-
-def take_inputs(layer: Linear, indices: np.ndarray, policy: str = "requantize") -> nn.Module:
+def take_inputs(layer: nn.Module, indices: np.ndarray, policy: str = "requantize") -> nn.Module:
     """Keep some inputs.
 
     Args:
         layer: weights (out, in).
         indices: (k,) inputs to keep, checked by `check_indices`.
-        policy: for quantized layers, a key of `DOWN_POLICIES`. "requantize" quantizes the kept
-            columns again in the layer's own format: fewest bytes, a small error. "neuron-major"
-            takes them from a copy of the whole layer that is quantized along its outputs, made
-            once: as few bytes, as small an error, slices in no time, but memory for the copy.
-            "scatter" keeps the whole layer and places the k inputs among zeros: exact, and no
-            bytes are saved.
+        policy: a key of `DOWN_POLICIES`, for quantized layers. "requantize" quantizes the kept
+            columns again in the layer's own format: the fewest bytes, with a small error.
+            "neuron-major" takes rows of a copy of the layer that is quantized along the outputs:
+            as few bytes and as small an error (see `take_transposed` for making the copy once).
+            "scatter" keeps the whole layer and puts the k inputs among zeros: exact, but no bytes
+            are saved.
 
     Returns:
         A layer that maps (..., k) to (..., out).
 
     Raises:
         ValueError: for indices out of range, an unknown policy, with "requantize" a k that is not
-            a multiple of the layer's group size, with "neuron-major" such a number of outputs.
+            a multiple of the layer's group size, with "neuron-major" an output size that is not.
     """
     check_indices(indices, inputs(layer))
     if policy not in DOWN_POLICIES:
         raise ValueError(f"down policy {policy!r} is not one of {', '.join(DOWN_POLICIES)}")
     if isinstance(layer, nn.QuantizedLinear):
-        if policy == "requantize" and len(indices) % layer.group_size:
-            raise ValueError(
-                f"{len(indices)} inputs cannot be quantized in groups of {layer.group_size}"
-            )
         return DOWN_POLICIES[policy](layer, indices)
-    return _with(layer, weight=_columns(layer.weight, indices))
+    return _with_arrays(layer, weight=_columns(layer.weight, indices))
 
 
-def put_inputs(layer: Linear, into: nn.Module, places: np.ndarray, indices: np.ndarray) -> bool:
-    """Put some inputs of a layer in the places of others in a slice of it, which changes.
+def take_transposed(
+    layer: nn.QuantizedLinear, indices: np.ndarray, transposed: NeuronMajorLinear
+) -> nn.Module:
+    """Keep some inputs of a layer by copying rows of its transposed copy."""
+    return _with_arrays(take_outputs(transposed, indices), bias=layer.get("bias"))
+
+
+def put_inputs(
+    layer: nn.Module, sliced: nn.Module, places: np.ndarray, indices: np.ndarray
+) -> bool:
+    """Overwrite some inputs of a slice, in place, with other inputs of its layer.
 
     Args:
         layer: weights (out, in).
-        into: what `take_inputs` made of it.
-        places: (n,) inputs of the slice.
-        indices: (n,) inputs of the layer.
+        sliced: a result of `take_inputs`, which changes.
+        places: (n,) inputs of the slice to overwrite.
+        indices: (n,) inputs of the layer to copy there.
 
     Returns:
-        Whether that can be done; not where inputs share scales.
+        Whether this is possible. It is not if inputs share scales.
     """
-    if isinstance(into, NeuronMajor):
-        put_outputs(_turn(layer), into, places, indices)
-    elif type(into) is nn.Linear:
-        where = mx.broadcast_to(mx.array(places)[None], (outputs(layer), len(places)))
-        columns = _columns(layer.weight, indices)
-        into.weight = mx.put_along_axis(into.weight, where, columns, axis=1)
-    else:
+    if type(sliced) is not nn.Linear:
         return False
+    where = mx.broadcast_to(mx.array(places)[None], (outputs(layer), len(places)))
+    sliced.weight = mx.put_along_axis(sliced.weight, where, _columns(layer.weight, indices), axis=1)
     return True
+
+
+# --- Mean compensation ----------------------------------------------------------------------------
+
+
+class MeanCompensation(NamedTuple):
+    """Constants that replace the inputs that a slice dropped.
+
+    Attributes:
+        inputs: (in,) values of all inputs, in the dtype that the model computes in.
+        output: (out,) the layer's output for these inputs, without its bias. Default: computed.
+    """
+
+    inputs: mx.array
+    output: mx.array | None = None
+
+
+def add_mean_compensation(
+    layer: nn.Module, sliced: nn.Module, kept: np.ndarray, means: MeanCompensation
+) -> None:
+    """Add the dropped inputs' constant output to the bias of a slice.
+
+    Args:
+        layer: weights (out, in).
+        sliced: a result of `take_inputs`, which changes.
+        kept: (k,) the inputs in the slice, in the order of their places.
+        means: the values that replace the dropped inputs.
+    """
+    bias, sliced_without_bias = layer.get("bias"), _with_arrays(sliced, bias=None)
+    output = means.output
+    if output is None:
+        output = _with_arrays(layer, bias=None)(means.inputs[None])[0]
+    dropped = output - sliced_without_bias(means.inputs[mx.array(kept)][None])[0]
+    sliced.bias = dropped if bias is None else dropped + bias

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from glass_mlx.checkpoints import builtin_gguf, load
+from glass_mlx.checkpoints.builtin import builtin_gguf
+from glass_mlx.checkpoints.loading import load
 
 import mlx.nn as nn
 import pytest

@@ -4,14 +4,15 @@ import sys
 from dataclasses import replace
 
 from glass_mlx import load
-from glass_mlx.export import main, narrowed
-from glass_mlx.fidelity import continue_densely, read_prompts
-from glass_mlx.models import find_ffns
+from glass_mlx.checkpoints.sliced import narrowed
+from glass_mlx.config import GlassConfig
+from glass_mlx.export import main
+from glass_mlx.fidelity.prompts import WritingSettings, continue_all, read_prompts
 from glass_mlx.models.architectures import configuration, tiny_model
-from glass_mlx.prior import FILE_NAME
-from glass_mlx.slicing import Evidence, Slicing, slice_model
-from test_checkpoints import save_tiny_folder
-from test_prior import made_prior
+from glass_mlx.prior.file import FILE_NAME
+from glass_mlx.session import Session
+from glass_mlx.slicing import slice_model
+from helpers import made_prior, save_tiny_folder
 
 import mlx.core as mx
 import mlx_lm
@@ -49,8 +50,9 @@ def test_stock_mlx_lm_computes_what_the_sliced_model_does(
     folder = made_folder(tmp_path, architecture, **quantization)
     exported, _ = run(monkeypatch, tmp_path, "--density", 0.5)
     dense, _ = load(str(folder))
-    slicing = Slicing(density=0.5, mix=1.0, prior=made_prior(dense))
-    selection = slicing.select(find_ffns(dense), Evidence.of(dense))
+    session, config = Session(dense), GlassConfig(density=0.5, prior_weight=1.0)
+    selector = session.selector(config, made_prior(dense))
+    selection = selector.select(session.empty_statistics())
     assert mx.array_equal(exported(TOKENS), slice_model(dense, selection, "requantize")(TOKENS))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["intermediate_size"] == 64
@@ -77,7 +79,9 @@ def test_prompts_are_answered_and_the_answers_count(tmp_path, monkeypatch):
     options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12, "--no-prior"]
     exported, _ = run(monkeypatch, tmp_path, *options, "--density", 0.5)
     dense, tokenizer = load(str(folder))
-    texts = continue_densely(dense, tokenizer, read_prompts(tmp_path / "prompts.txt"), 12, 0.7, 0)
+    texts = continue_all(
+        dense, tokenizer, read_prompts(tmp_path / "prompts.txt"), WritingSettings(12, 0.7, 0)
+    )
     hidden = []
     down = dense.layers[0].mlp.down_proj
     for text in texts:
@@ -163,11 +167,12 @@ def test_prior_and_answers_are_fused(tmp_path, monkeypatch):
     folder = made_folder(tmp_path)
     prior = made_prior(load(str(folder))[0])
     options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12]
-    one, _ = run(monkeypatch, tmp_path, *options, "--mix", "1")
+    one, _ = run(monkeypatch, tmp_path, *options, "--prior-weight", "1")
     about = json.loads((tmp_path / "out" / "config.json").read_text())["glass"]
-    assert (about["prompts"], about["mix"], about["prior"]) == (2, 1.0, FILE_NAME)
-    slicing = Slicing(density=0.5, mix=1.0, prior=replace(prior, about={}))
+    assert (about["prompts"], about["prior_weight"], about["prior"]) == (2, 1.0, FILE_NAME)
     dense, _ = load(str(folder))
-    selection = slicing.select(find_ffns(dense), Evidence.of(dense))
+    session, config = Session(dense), GlassConfig(density=0.5, prior_weight=1.0)
+    selector = session.selector(config, replace(prior, about={}))
+    selection = selector.select(session.empty_statistics())
     sliced = slice_model(dense, selection, "requantize")
     assert mx.array_equal(one(TOKENS), sliced(TOKENS))

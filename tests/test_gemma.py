@@ -1,23 +1,22 @@
 """A real model of another family than the built-in one: GeGLU, windows, tied and scaled embeddings.
 
-It is under the Gemma terms of use, so that it is fetched by hand, with tools/fetch_gemma.py.
+The Gemma terms of use apply to it, so it is fetched by hand, with tools/research/fetch_gemma.py.
 """
 
-from fetch_gemma import gemma_gguf
 from glass_mlx import load, stream_generate
 from glass_mlx.models import find_ffns
-from invariants import check_invariants, check_statistics
-from test_prior import made_prior
+from helpers import check_invariants, check_statistics, made_prior
 
 import mlx.core as mx
 import mlx_lm
 import pytest
+from fetch_gemma import gemma_gguf
 
 
 @pytest.fixture(scope="module")
 def gemma():
     if not gemma_gguf().is_file():
-        pytest.skip("Gemma 3 270M is not here; python tools/fetch_gemma.py fetches it")
+        pytest.skip("Gemma 3 270M is not here; python tools/research/fetch_gemma.py fetches it")
     return load(str(gemma_gguf()), dtype="float32", dequantize=True)
 
 
@@ -35,10 +34,10 @@ def test_generation(gemma):
     prompt, options = "The capital of France is", {"max_tokens": 24}
     dense = [r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, **options)]
     options |= {"prior": made_prior(model), "warmup": 4, "refresh": 8}
-    # As many neurons as there are, with the text read again, and a real slice.
-    ours = list(stream_generate(model, tokenizer, prompt, density=0.9999, **options))
-    assert [r.token for r in ours] == dense
-    assert "France" in "".join(r.text for r in ours)
+    # First all neurons, with the text read again, and then a real slice.
+    responses = list(stream_generate(model, tokenizer, prompt, density=0.9999, **options))
+    assert [r.token for r in responses] == dense
+    assert "France" in "".join(r.text for r in responses)
     *_, last = stream_generate(model, tokenizer, prompt, density=0.5, **options)
     assert last.glass.density_got == 0.5
     assert last.glass.selections == 3

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from glass_mlx.generate import main, setup_arg_parser
 from glass_mlx.models.architectures import tiny_model
-from test_checkpoints import save_tiny_folder
-from test_gguf import write_gguf
-from test_prior import made_prior
+from helpers import made_prior, save_tiny_folder, write_gguf
 
 import pytest
 from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
@@ -83,7 +81,7 @@ def test_it_takes_every_flag_of_mlx_lm():
     [
         (["--density", "0"], "the density must be above 0 and at most 1, not 0.0"),
         (["--density", "2"], "the density must be above 0"),
-        (["--mix", "-1"], "the mix λ must be between 0 and 1"),
+        (["--prior-weight", "-1"], "the prior weight λ must be between 0 and 1"),
         (["--max-tokens", "0"], "must not be zero"),
         (["--prior", "missing.safetensors"], "there is no prior at missing.safetensors"),
         (["--prompt", ""], "the prompt is empty"),

@@ -47,9 +47,9 @@ def test_the_wheel_works_outside_the_clone(built, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
     subprocess.run([*install, str(tmp_path), str(wheel)], check=True, capture_output=True)
     code = (
-        "import glass_mlx.models, glass_mlx.prior as p\n"
+        "import glass_mlx.models, glass_mlx.prior.file as p\n"
         "print(glass_mlx.__file__)\n"
-        "print([p.GlobalPrior.load(f).about['model'] for f in p.stored_in(p.packaged_priors())])"
+        "print([p.GlobalPrior.load(f).about['model'] for f in p.prior_files(p.packaged_priors())])"
     )
     environment = os.environ | {
         "PYTHONPATH": str(tmp_path),

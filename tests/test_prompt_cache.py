@@ -8,15 +8,15 @@ from glass_mlx.cache_prompt import main as cache_prompt
 from glass_mlx.chat import encode, encode_beginning, encode_rest
 from glass_mlx.generate import main as generate
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.prompt_cache import read_prompt
-from invariants import CHAT_TEMPLATE, chat_tokenizer, letter_tokenizer
-from test_checkpoints import save_tiny_folder
-from test_prior import made_prior
+from glass_mlx.prompt_cache import CacheSnapshot, read_prompt
+from helpers import CHAT_TEMPLATE, chat_tokenizer, letter_tokenizer, made_prior, save_tiny_folder
 
+import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
 FIRST, SECOND = [1, 7, 3, 200, 9, 54, 21], [8, 31, 77, 5]
@@ -39,7 +39,7 @@ def turn(model, tokenizer, prompt, cache, n=13, **options):
 
 
 def equal(a, b):
-    """Whether two pieces of evidence are the same."""
+    """Whether two local statistics are the same."""
     for one, two in ((a.prompt, b.prompt), (a.text, b.text)):
         one, two = one.state(), two.state()
         assert one.keys() == two.keys()
@@ -60,9 +60,9 @@ def test_a_second_turn_goes_on_with_what_is_new(model, tokenizer):
 
 def test_it_selects_from_all_it_has_seen(model, tokenizer):
     """With all neurons kept, reading in turns is reading at once."""
-    cache, options = make_prompt_cache(model), {"warmup": 1, "refresh": 0, "mix": 0.0}
+    cache, options = make_prompt_cache(model), {"warmup": 1, "refresh": 0, "prior_weight": 0.0}
     read_prompt(model, FIRST, cache, lambda done, total: None)
-    assert cache.evidence.prompt.tokens == len(FIRST)
+    assert cache.statistics.prompt.tokens == len(FIRST)
     later = turn(model, tokenizer, SECOND, cache, **options)[-1].glass.selection
     once = turn(model, tokenizer, FIRST + SECOND, None, **options)[-1].glass.selection
     new = turn(model, tokenizer, SECOND, None, **options)[-1].glass.selection
@@ -89,11 +89,13 @@ def test_a_saved_conversation_goes_on_as_one_in_memory(model, tokenizer, tmp_pat
     loaded, metadata = load_prompt_cache(file, return_metadata=True)
     assert metadata["model"] == "tiny"
     assert loaded.tokens == cache.tokens
-    assert equal(loaded.evidence, cache.evidence)
-    assert loaded.evidence.text.mean_outputs().keys() == cache.evidence.text.mean_outputs().keys()
+    assert equal(loaded.statistics, cache.statistics)
+    assert (
+        loaded.statistics.text.mean_outputs().keys() == cache.statistics.text.mean_outputs().keys()
+    )
     ours, theirs = (turn(model, tokenizer, SECOND, c) for c in (loaded, cache))
     assert [r.token for r in ours] == [r.token for r in theirs]
-    assert equal(loaded.evidence, cache.evidence)
+    assert equal(loaded.statistics, cache.statistics)
 
 
 def test_mlx_lm_reads_our_file_and_we_read_its(model, tokenizer, tmp_path):
@@ -104,11 +106,11 @@ def test_mlx_lm_reads_our_file_and_we_read_its(model, tokenizer, tmp_path):
     assert [layer.offset for layer in theirs] == [layer.offset for layer in cache]
     mlx_lm_cache.save_prompt_cache(file, theirs)
     ours = load_prompt_cache(file)
-    assert ours.evidence is None
+    assert ours.statistics is None
     turn(model, tokenizer, SECOND, ours)
-    assert ours.evidence.prompt.tokens == len(SECOND)
+    assert ours.statistics.prompt.tokens == len(SECOND)
     save_prompt_cache(file, ours)
-    assert equal(load_prompt_cache(file).evidence, ours.evidence)
+    assert equal(load_prompt_cache(file).statistics, ours.statistics)
 
 
 def test_files_that_do_not_belong_together_are_refused(model, tokenizer, tmp_path):
@@ -231,7 +233,7 @@ def test_a_conversation_can_be_about_a_prompt_that_was_read(run_command, folder,
     assert [m["content"] for m in said] == ["丁七丄丈三丙丄", answer(first), "业", answer(second)]
     asked = encode(chat_tokenizer(), said[:-1])
     assert cache.tokens[: len(asked)] == asked
-    assert cache.evidence.prompt.tokens <= len(asked) - len(answer(first))  # none was read twice
+    assert cache.statistics.prompt.tokens <= len(asked) - len(answer(first))  # none was read twice
 
 
 def test_a_cache_of_mlx_lm_works_and_says_that_it_has_no_statistics(
@@ -269,7 +271,7 @@ def test_a_conversation_is_saved_after_every_answer(run_command, folder, tmp_pat
     assert [m["content"] for m in said] == ["丁七", answer(first), "丄", answer(second)]
     tokenizer = chat_tokenizer()
     assert cache.tokens[:-6] == encode(tokenizer, said[:-1])
-    assert cache.evidence.prompt.tokens == len(cache.tokens) - 12
+    assert cache.statistics.prompt.tokens == len(cache.tokens) - 12
     if not bits:
         joined = [*run_command(generate, "--model", folder, "-p", "丁七", "-m", 6, "--density", 1)]
         assert answer(joined[1]) == answer(first)
@@ -327,3 +329,29 @@ def test_bad_input_to_cache_prompt_ends_with_one_sentence(run_command, arguments
     code, out, err = run_command(cache_prompt, *arguments)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])  # gemma3's windows are of 8 tokens
+@pytest.mark.parametrize("fed", [1, 5, 20])
+def test_going_back_is_as_if_the_tokens_had_not_been_read(kind, fed):
+    model, tokens = tiny_model(kind), mx.array([[1, 7, 3, 200, 9, 54, 21, 8, 8, 31, 4, 6]])
+    cache = mlx_lm_cache.make_prompt_cache(model)
+    model(tokens, cache=cache)
+    snapshot = CacheSnapshot(cache)
+    for n in range(fed):
+        mx.eval(model(mx.array([[n]]), cache=cache))
+    snapshot.rewind(fed)
+    again = model(tokens[:, :5], cache=cache)
+
+    fresh = mlx_lm_cache.make_prompt_cache(model)
+    model(tokens, cache=fresh)
+    assert mx.allclose(again, model(tokens[:, :5], cache=fresh), rtol=1e-4, atol=1e-5)
+
+
+def test_recurrent_states_are_copied():
+    cache = [KVCache(), ArraysCache(1)]
+    cache[1][0] = mx.array([1.0])
+    snapshot = CacheSnapshot(cache)
+    cache[1][0] = cache[1][0] + 1
+    snapshot.rewind(0)
+    assert cache[1][0].item() == 1.0

@@ -15,20 +15,22 @@ def test_equal_scores_rank_by_position():
 
 
 @pytest.mark.parametrize("m", range(1, 8))
-@pytest.mark.parametrize("mix", [0.0, 0.3, 0.5, 1.0])
-def test_fused_order_is_the_map_ranking(m, mix):
+@pytest.mark.parametrize("prior_weight", [0.0, 0.3, 0.5, 1.0])
+def test_fused_order_is_the_map_ranking(m, prior_weight):
     """Against all permutations, under a Mallows model with squared Spearman distance."""
     generator = np.random.default_rng(m)
     local, prior = (generator.permutation(m) + 1 for _ in range(2))
     candidates = np.array(list(permutations(range(1, m + 1))))
 
     def cost(r):
-        return (1 - mix) * ((r - local) ** 2).sum(-1) + mix * ((r - prior) ** 2).sum(-1)
+        return (1 - prior_weight) * ((r - local) ** 2).sum(-1) + prior_weight * (
+            (r - prior) ** 2
+        ).sum(-1)
 
-    assert cost(ranks(fuse(local, prior, mix))) == pytest.approx(cost(candidates).min())
+    assert cost(ranks(fuse(local, prior, prior_weight))) == pytest.approx(cost(candidates).min())
 
 
-@pytest.mark.parametrize("mix", [-0.1, 1.1, float("nan")])
-def test_a_mix_outside_0_1_is_refused(mix):
+@pytest.mark.parametrize("prior_weight", [-0.1, 1.1, float("nan")])
+def test_a_prior_weight_outside_0_1_is_refused(prior_weight):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        fuse(np.array([1]), np.array([1]), mix)
+        fuse(np.array([1]), np.array([1]), prior_weight)

@@ -1,4 +1,4 @@
-from glass_mlx.selection import budget, densities, jaccard, select
+from glass_mlx.selection import densities, jaccard, neurons_to_keep, select
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ import pytest
     ],
 )
 def test_budget_rounds_to_multiples_and_stays_within_the_width(width, density, multiple, kept):
-    assert budget(width, density, multiple) == kept
+    assert neurons_to_keep(width, density, multiple) == kept
 
 
 @pytest.mark.parametrize("density", [0, -1, 1.01, 2, float("nan")])
 def test_a_density_outside_0_1_is_refused(density):
     with pytest.raises(ValueError, match="density"):
-        budget(10, density)
+        neurons_to_keep(10, density)
 
 
 def test_the_largest_scores_are_kept_in_order_and_ties_go_to_the_first():

@@ -1,4 +1,4 @@
-from glass_mlx.statistics import NeuronStatistics, SequenceMoments
+from glass_mlx.statistics import NeuronStatistics
 
 import mlx.core as mx
 import numpy as np
@@ -64,35 +64,6 @@ def test_sequences_of_a_batch_have_scores_of_their_own():
                 batch.sequence_scores(name)["f"][row], alone.scores(name)["f"], rtol=1e-5
             )
     assert batch.tokens == 5
-
-
-@pytest.mark.parametrize("batches", [(7,), (3, 4), (1, 2, 1, 3)])
-def test_moments_over_sequences_do_not_depend_on_batches(batches):
-    scores = hidden(7, 5)
-    moments = SequenceMoments({"f": 5}, ("activation",))
-    first = 0
-    for size in batches:
-        moments.add({"activation": {"f": scores[first : first + size]}}, 10 * size)
-        first += size
-    np.testing.assert_allclose(moments.mean("activation", "f"), scores.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(moments.variance("activation", "f"), scores.var(0), rtol=1e-4)
-    for half in (0, 1):
-        np.testing.assert_allclose(
-            moments.mean("activation", "f", half), scores[half::2].mean(0), rtol=1e-5
-        )
-    assert (moments.sequences.tolist(), moments.tokens) == ([4, 3], 70)
-
-
-def test_moments_go_on_where_they_were():
-    a, b = (SequenceMoments({"f": 5}, ("activation",)) for _ in range(2))
-    a.add({"activation": {"f": hidden(3, 5)}}, 3)
-    b.restore(a.state())
-    for moments in (a, b):
-        moments.add({"activation": {"f": hidden(4, 5, seed=1)}}, 4)
-    for half in (None, 0, 1):
-        one, two = (m.mean("activation", "f", half) for m in (a, b))
-        assert np.array_equal(one, two)
-    assert a.tokens == b.tokens == 7
 
 
 def test_an_unknown_statistic_is_refused():

@@ -1,0 +1,179 @@
+"""Measure the global prior of a model and write it to a file, or show or publish a prior."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.checkpoints.loading import advice, load, model_name
+from glass_mlx.errors import exit_on_error
+from glass_mlx.prior.display import describe, draw
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.hub import locate, publish
+from glass_mlx.prior.measuring import CalibrationSettings, build
+from glass_mlx.prior.stability import overall_stability
+from glass_mlx.prior.texts import Recipe
+from glass_mlx.statistics import PRIOR_STATISTICS
+
+import mlx.core as mx
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Set up and return the argument parser."""
+    defaults = CalibrationSettings()
+    parser = argparse.ArgumentParser(
+        description="Measure the global prior of a model and write it to a file, or show a prior."
+    )
+    parser.add_argument(
+        "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--output",
+        type=Path,
+        help="the file to write. The same command continues an interrupted run",
+    )
+    action.add_argument(
+        "--show", metavar="FILE", help="describe and draw a prior (a file or hub:user/repo)"
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="the PNG that --show draws. Default: FILE's name with .png"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="USER/REPO", help="publish the prior there, with a model card"
+    )
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--recipe",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RECIPE",
+        help="texts to measure on, each with an optional =WEIGHT: bos (written by the model from "
+        "the beginning-of-sequence token), chat (through its chat template) or corpus:FILE (text, "
+        "or JSONL with messages, prompt and completion, or text). Default: bos and chat, or bos "
+        "alone if the model has no chat template",
+    )
+    group.add_argument(
+        "--statistic",
+        nargs="+",
+        action="extend",
+        choices=PRIOR_STATISTICS,
+        help=f"what to measure; impact takes a backward pass ({' '.join(defaults.statistics)})",
+    )
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--tokens", type=int, default=defaults.tokens, help="tokens to measure (%(default)s)"
+    )
+    amount.add_argument("--sequences", type=int, help="sequences to measure, instead of tokens")
+    group.add_argument(
+        "--until-stable",
+        type=float,
+        metavar="X",
+        help="stop earlier, when the neurons that two halves of the data keep at density 0.5 reach "
+        "a Jaccard index of X",
+    )
+    group.add_argument(
+        "--length", type=int, default=defaults.length, help="tokens a sequence (%(default)s)"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=defaults.batch_size,
+        help="sequences written at once (%(default)s)",
+    )
+    group.add_argument(
+        "--temp",
+        type=float,
+        default=defaults.temperature,
+        help="sampling temperature (%(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
+    group.add_argument(
+        "--corpus-field",
+        default=defaults.corpus_field,
+        help="the field of a JSONL corpus that holds the text (%(default)s)",
+    )
+    group.add_argument(
+        "--curve-texts",
+        type=int,
+        default=defaults.curve_texts,
+        help="texts to measure KL by density on, for --density auto; 0 for none (%(default)s)",
+    )
+    add_load_arguments(parser)
+    add_adapter_arguments(parser)
+    return parser
+
+
+def _settings(args: argparse.Namespace) -> CalibrationSettings:
+    """Turn parsed flags into settings; raise ValueError for a bad value."""
+    return CalibrationSettings(
+        recipes=tuple(map(Recipe.parse, args.recipe)),
+        statistics=tuple(dict.fromkeys(args.statistic or CalibrationSettings.statistics)),
+        tokens=args.tokens,
+        sequences=args.sequences,
+        length=args.length,
+        batch_size=args.batch_size,
+        temperature=args.temp,
+        seed=args.seed,
+        until_stable=args.until_stable,
+        corpus_field=args.corpus_field,
+        curve_texts=args.curve_texts,
+    )
+
+
+def _build(args: argparse.Namespace) -> GlobalPrior:
+    """Measure a prior into `args.output` and print a summary."""
+    settings = _settings(args)
+    model, tokenizer = load(args.model, lazy=True, **load_options(args))
+    if hint := advice(model):
+        print(hint, file=sys.stderr)
+    start = time.perf_counter()
+    prior = build(model, tokenizer, args.output, settings, model_name(args.model))
+    about = prior.about
+    stability = f"{overall_stability(about['stability']):.3f}" if about["stability"] else "unknown"
+    print(
+        f"Wrote {args.output}: {about['tokens']} tokens in {about['sequences']} sequences, "
+        f"{time.perf_counter() - start:.1f} s, stability {stability}\n"
+        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB"
+    )
+    return prior
+
+
+def _draw(prior: GlobalPrior, picture: Path) -> None:
+    """Draw a prior and print the name of the picture."""
+    draw(prior, picture)
+    print(f"\npicture     {picture}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure or show a prior, and publish it if asked to.
+
+    Raises:
+        OSError: if a file does not exist or cannot be written.
+        ValueError: for a bad value, a model that cannot be used, or a damaged prior.
+    """
+    if args.show:
+        file = locate(args.show)
+        prior = GlobalPrior.load(file)
+        print(describe(prior))
+    else:
+        file, prior = args.output, _build(args)
+    if args.push_to_hub:
+        print(f"Published at {publish(prior, file, args.push_to_hub)}")
+    if args.show:  # last, because a missing matplotlib is an error
+        _draw(prior, args.picture or Path(f"{file.stem}.png"))
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence and exit code 2."""
+    args = setup_arg_parser().parse_args()
+    interrupted = "\nInterrupted; the same command continues after the last whole batch"
+    with exit_on_error("build_priors", interrupted):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Writing a sliced model as an ordinary checkpoint, which stock mlx-lm loads and runs."""
+
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.errors import one_line
+from glass_mlx.files import replacing
+from glass_mlx.models import find_ffns, named_arrays
+from glass_mlx.prior.lookup import model_folder
+from glass_mlx.selection import Selection
+from glass_mlx.slicing import slice_model
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model, save
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def write_sliced_checkpoint(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    config: dict[str, Any],
+    selection: Selection,
+    output: Path,
+    about: dict[str, Any],
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Write a sliced model as a checkpoint.
+
+    Args:
+        model: the dense model, loaded from a folder.
+        tokenizer: its tokenizer.
+        config: its configuration.
+        selection: the neurons to keep, the same number in every FFN.
+        output: the folder to write, which must not exist.
+        about: a description of the selection, for the configuration's entry "glass".
+        trust_remote_code: whether code in the model's folder may run.
+
+    Returns:
+        The sliced model.
+
+    Raises:
+        OSError: if the checkpoint cannot be written.
+        ValueError: if `output` exists, or no configuration describes such a model.
+    """
+    if output.exists():
+        raise ValueError(f"there is something at {output}; name a folder that does not exist yet")
+    folder = model_folder(tokenizer)
+    if folder is None:
+        raise ValueError("the model was not loaded from a folder with its files")
+    path = next(iter(selection.indices))
+    width, kept = selection.widths[path], len(selection.indices[path])
+    config = narrowed(model, config, width, kept) | {"glass": about}
+    sliced = slice_model(model, selection, "requantize")
+    with replacing(output, folder=True) as temporary:
+        save(temporary, folder, sliced, tokenizer, config, donate_model=False)
+        (temporary / "README.md").write_text(_model_card(about), encoding="utf-8")
+        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+        try:
+            load_model(temporary, lazy=True, **options)
+        except Exception as error:  # mlx-lm can refuse a checkpoint in any way
+            raise ValueError(
+                f"mlx-lm does not load the sliced checkpoint: {one_line(error)}"
+            ) from error
+    return sliced
+
+
+def narrowed(model: nn.Module, config: dict[str, Any], width: int, kept: int) -> dict[str, Any]:
+    """Find the configuration of a model whose FFNs have fewer neurons, and nothing else changed.
+
+    Every value that may be the width is tried by building the model, so no list of names is needed.
+
+    Args:
+        model: the model.
+        config: its configuration.
+        width: the number of neurons of each of its FFNs.
+        kept: the number of neurons after slicing.
+
+    Raises:
+        ValueError: if there is no such configuration.
+    """
+    original = _build(model, config)
+    expected = None if original is None else (_shapes(original)[0], {kept})
+    for candidate in _with_width(config, width, kept):
+        built = _build(model, candidate)
+        try:
+            if built is not None and _shapes(built) == expected:
+                return candidate
+        except ValueError:  # nothing in this model can be sliced
+            continue
+    raise ValueError(
+        f"models of type {config.get('model_type')} have no configuration with {kept} instead of "
+        f"{width} neurons in all feed-forward networks; this one cannot be exported"
+    )
+
+
+def _build(model: nn.Module, config: dict[str, Any]) -> nn.Module | None:
+    """Build a model of the same class from a configuration, without computing its weights."""
+    try:
+        architecture: Any = sys.modules[type(model).__module__]
+        arguments = architecture.ModelArgs.from_dict(copy.deepcopy(config))
+        kind: Any = type(model)
+        return kind(arguments)
+    except Exception:  # every architecture rejects configurations in its own way
+        return None
+
+
+def _with_width(config: dict[str, Any], width: int, kept: int) -> Iterator[dict[str, Any]]:
+    """Yield configurations in which one value that may be the width is smaller."""
+    smaller = {width: kept, 2 * width: 2 * kept}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            for inner in _with_width(value, width, kept):
+                yield config | {key: inner}
+        elif isinstance(value, int) and value in smaller:
+            yield config | {key: smaller[value]}
+    yield config | {"intermediate_size": kept}
+
+
+def _shapes(model: nn.Module) -> tuple[Shapes, set[int]]:
+    """Return the shapes of all arrays outside the FFNs' projections, and the FFNs' widths."""
+    ffns = find_ffns(model)
+    projections = tuple(f"{ffn.path}.{name}." for ffn in ffns for name in ffn.layers)
+    others = {
+        path: array.shape for path, array in named_arrays(model) if not path.startswith(projections)
+    }
+    return others, {ffn.width for ffn in ffns}
+
+
+def _model_card(about: dict[str, Any]) -> str:
+    head = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx", "---"]
+    facts = [f"- {key}: {value}" for key, value in about.items()]
+    title = f"# {about['model']} with {about['density']:.2f} of its feed-forward neurons"
+    return "\n".join([*head, title, "", "Made with glass-mlx.", "", *facts, ""])

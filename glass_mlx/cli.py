@@ -1,0 +1,49 @@
+"""One entry point for all commands: `glass-mlx COMMAND`, as `mlx_lm COMMAND`."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "generate": ("glass_mlx.generate", "answer a prompt"),
+    "cache_prompt": ("glass_mlx.cache_prompt", "read a prompt once for many questions"),
+    "calibrate": ("glass_mlx.calibrate", "measure a model's prior, show one or publish one"),
+    "export": ("glass_mlx.export", "save a sliced model as a checkpoint for stock mlx-lm"),
+    "fidelity": ("glass_mlx.fidelity.__main__", "measure how close sliced models stay to dense"),
+    "latency": ("glass_mlx.latency.__main__", "measure how fast a model decodes"),
+    "models": ("glass_mlx.models.__main__", "list the architectures that can be sliced"),
+}
+
+
+def usage() -> str:
+    """Return the list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: glass-mlx COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "glass-mlx COMMAND --help lists a command's flags.",
+        ]
+    )
+
+
+def main() -> None:
+    """Run a command by its name; an unknown name ends with one sentence and exit code 2."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "-h", "--help"):
+        print(usage())
+        sys.exit(0 if name else 2)
+    if name not in COMMANDS:
+        print(
+            f"glass-mlx: error: {name!r} is not a command; commands are {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    del sys.argv[1]
+    importlib.import_module(COMMANDS[name][0]).main()
+
+
+if __name__ == "__main__":
+    main()

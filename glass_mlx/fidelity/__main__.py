@@ -1,0 +1,232 @@
+"""Measure how close sliced models stay to the dense one, by method and density.
+
+The dense model continues the prompts; its continuations are kept on disk for later runs. Every
+method is then scored on these continuations token by token. The dense model reads the prompt. The
+FFNs are sliced from the first generated token on or, in some methods, after a dense warm-up, with
+later renewals. With --json, a run that was interrupted continues from where it stopped.
+docs/results.md explains the methods and has results.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from glass_mlx import Session, load
+from glass_mlx.arguments import add_load_arguments
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.checkpoints.loading import model_name
+from glass_mlx.config import check_density
+from glass_mlx.errors import exit_on_error
+from glass_mlx.fidelity.ablations import ABLATIONS, format_ablation
+from glass_mlx.fidelity.evaluation import (
+    Outcomes,
+    cached_continuations,
+    evaluate,
+    evaluation_digest,
+)
+from glass_mlx.fidelity.methods import METHODS, UNFUSED_METHODS, Evaluation, choose_methods
+from glass_mlx.fidelity.plots import plot
+from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
+from glass_mlx.fidelity.report import BASELINE, format_table, summarize
+from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
+from glass_mlx.files import locked, replacing
+from glass_mlx.prior.lookup import model_folder
+from glass_mlx.ranking import check_prior_weight
+from glass_mlx.reporting.machine import made_with
+from glass_mlx.reporting.plotting import require_matplotlib
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
+
+PROMPTS = Path(__file__).with_name("test_prompts.txt")
+
+# The number of texts of a task, unless --limit sets it.
+_TASK_TEXTS = 16
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Set up and return the argument parser."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=PROMPTS,
+        help="a text file with one prompt per line, or JSONL with prompt or messages (%(default)s)",
+    )
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        help="score exact answers to questions of this kind instead of continuations of prompts",
+    )
+    parser.add_argument(
+        "--ablation",
+        choices=ABLATIONS,
+        help="print one of these tables instead. rankings: how well the beginning of a text and "
+        "the prior rank the neurons of the remainder; margins: how clear the cut between kept and "
+        "dropped neurons is; evidence: KL by the number of tokens before and after the selection",
+    )
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--tokens", type=int, default=256, help="generated tokens per prompt")
+    parser.add_argument("--temp", type=float, default=0.7, help="sampling temperature")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts continued at once")
+    parser.add_argument("--prior", help="Default: found in the same way as by glass_mlx.generate")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        default=["dense", "prompt-only", "prior-only", "glass", "default", "oracle"],
+        help=f"some of {', '.join(METHODS)} (%(default)s)",
+    )
+    parser.add_argument(
+        "--prior-weight",
+        type=float,
+        nargs="+",
+        default=[],
+        help="values of λ for --prior-weight-methods",
+    )
+    parser.add_argument(
+        "--prior-weight-methods",
+        nargs="+",
+        choices=[name for name in METHODS if name not in UNFUSED_METHODS],
+        metavar="METHOD",
+        default=["glass"],
+        help="methods to score with every λ of --prior-weight as well (%(default)s)",
+    )
+    parser.add_argument("--json", type=Path, help="write one JSON line per method and density")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--plots", type=Path, help="draw plots into this folder")
+    add_load_arguments(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for the first value that is out of range, before anything is loaded."""
+    for density in args.density:
+        check_density(density)
+    for prior_weight in args.prior_weight:
+        check_prior_weight(prior_weight)
+    for name, value, least in (
+        ("--tokens", args.tokens, 2),
+        ("--batch-size", args.batch_size, 1),
+        ("--limit", 1 if args.limit is None else args.limit, 1),
+        ("--seed", args.seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    if args.ablation and (args.json or args.markdown or args.plots or len(args.density) > 1):
+        raise ValueError("--ablation prints one table, at one density, and writes no files")
+    if args.plots:
+        require_matplotlib()
+    if args.task is None:
+        read_prompts(args.prompts)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model, score the methods, and print and write the results.
+
+    Raises:
+        FileNotFoundError: if the model, the prior or the prompts do not exist.
+        ValueError: for a bad value, or a model, prior or prompts that cannot be used.
+    """
+    # 1) The model, its prior, the methods and the texts.
+    check(args)
+    model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
+    session = Session.of(model)
+    prior = session.find_prior(args.prior, model_folder(tokenizer), model_name(args.model))
+    methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
+    evaluation = Evaluation(session, prior, methods, args.density, args.seed)
+    samples = make_samples(session, tokenizer, args)
+    if args.ablation:
+        texts = (sample.text for sample in tqdm(samples, unit="prompt"))
+        print(format_ablation(ABLATIONS[args.ablation](session, prior, texts, args.density[0])))
+        return
+
+    # 2) Outcomes of every method, density and text.
+    about = made_with() | {
+        "model": model_name(args.model),
+        "seed": args.seed,
+        "temperature": args.temp,
+        "dtype": args.dtype,
+        "dequantize": args.dequantize,
+        "prior": prior.about,
+        "what": args.task or args.prompts.name,
+    }
+    digest = evaluation_digest(evaluation, samples, about)
+    partial = args.json.with_name(f"{args.json.name}.partial") if args.json else None
+    with locked(partial) if partial else nullcontext():
+        outcomes = evaluate(evaluation, samples, digest, partial)
+
+    # 3) Tables, files and plots.
+    write_results(make_rows(outcomes, args.seed, about), args)
+    if partial:
+        partial.unlink()
+
+
+def make_samples(
+    session: Session, tokenizer: TokenizerWrapper, args: argparse.Namespace
+) -> list[Sample]:
+    """Write the texts to score: those of a task, or continuations of prompts.
+
+    Raises:
+        ValueError: if no text has tokens to score.
+    """
+    if args.task:
+        samples = [*write_task(args.task, tokenizer, args.limit or _TASK_TEXTS, args.seed)]
+    else:
+        prompts = read_prompts(args.prompts)[: args.limit]
+        settings = WritingSettings(args.tokens, args.temp, args.seed, args.batch_size)
+        load_options = (args.dtype, args.dequantize)
+        texts = cached_continuations(session, tokenizer, prompts, settings, load_options)
+        samples = [Sample(text, []) for text in texts]
+    samples = [sample for sample in samples if len(sample.text.written) > 1]
+    if not samples:
+        raise ValueError("the model ends every text at once; there is nothing to score")
+    return samples
+
+
+def make_rows(outcomes: Outcomes, seed: int, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make a row of figures for each method and density, sorted by density.
+
+    Args:
+        outcomes: the outcomes of all texts.
+        seed: the seed of the resampling.
+        about: the conditions, which are added to every row.
+    """
+    rows = []
+    for (method, density), results in sorted(outcomes.items(), key=lambda item: item[0][1]):
+        baseline = outcomes.get((BASELINE, density)) if method != BASELINE else None
+        figures = summarize(results, baseline, seed)
+        rows.append({"method": method, "density": density} | figures | about)
+    return rows
+
+
+def write_results(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print the table, and write the files that the flags name."""
+    print(format_table(rows, markdown=False))
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if args.markdown:
+        with replacing(args.markdown) as temporary:
+            temporary.write_text(format_table(rows, markdown=True) + "\n")
+    if args.plots:
+        for file in plot(rows, args.plots):
+            print(f"Wrote {file}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence and exit code 2."""
+    args = setup_arg_parser().parse_args()
+    with exit_on_error("evaluate_fidelity"):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

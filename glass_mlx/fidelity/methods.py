@@ -1,0 +1,164 @@
+"""The methods to compare, and the scores of each of them on a text."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from glass_mlx.config import GlassConfig
+from glass_mlx.fidelity.report import Outcome
+from glass_mlx.fidelity.scoring import DenseReading, Scores, score
+from glass_mlx.fidelity.tasks import Sample
+from glass_mlx.models import FFN
+from glass_mlx.models.linear import dense_weight
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.schedule import all_selection_points
+from glass_mlx.selection import Selection, select
+from glass_mlx.session import Session
+
+import mlx.core as mx
+import numpy as np
+
+Options = dict[str, Any]
+
+# The method without slicing.
+DENSE = "dense"
+
+# Static methods select once, after the prompt. The paper's methods are static, rank by mean
+# activations, and keep the same share in every FFN.
+_STATIC: Options = {"warmup": 1, "refresh": 0}
+_MEANS: Options = {"statistic": "activation", "prior_statistic": "activation"}
+_PAPER: Options = _STATIC | _MEANS | {"prior_weight": 0.5, "uniform": True}
+
+# Options of `GlassConfig` by method.
+METHODS: dict[str, Options] = {
+    DENSE: {},
+    "random": _PAPER,
+    "magnitude": _PAPER,
+    "prompt-only": _PAPER | {"prior_weight": 0.0},
+    "prompt-only-griffin": _PAPER | {"prior_weight": 0.0, "statistic": "griffin"},
+    "prior-only": _PAPER | {"prior_weight": 1.0},
+    "glass": _PAPER,
+    "glass-impact": _PAPER | {"prior_statistic": "impact"},
+    "glass-griffin": _PAPER | {"prior_statistic": "griffin"},
+    "static": _STATIC,
+    "warmup": {"refresh": 0},
+    "refresh": {"warmup": 1},
+    "uniform": {"uniform": True},
+    "default": {},
+    "oracle": _PAPER,
+    "oracle-griffin": _PAPER | {"statistic": "griffin"},
+}
+
+# Methods that do not fuse two rankings, so that the prior weight does not matter.
+UNFUSED_METHODS = (DENSE, "random", "magnitude", "oracle", "oracle-griffin")
+
+
+def choose_methods(
+    names: Iterable[str], prior_weights: Sequence[float], weighted_names: Iterable[str]
+) -> dict[str, Options]:
+    """Return the options of some methods, by the name of each row.
+
+    Args:
+        names: keys of `METHODS`.
+        prior_weights: values of λ.
+        weighted_names: methods to add once for every λ.
+    """
+    methods = {name: METHODS[name] for name in names}
+    for name in weighted_names:
+        for weight in prior_weights:
+            methods[f"{name} λ {weight:g}"] = METHODS[name] | {"prior_weight": weight}
+    return methods
+
+
+class Evaluation:
+    """Scores methods on texts.
+
+    Args:
+        session: the dense model's session.
+        prior: its prior.
+        methods: options of `GlassConfig`, by the name of the method.
+        densities: the densities to score every method at.
+        seed: the seed of random selections.
+
+    Attributes:
+        session: the same.
+        prior: the same.
+        densities: the same.
+        configs: the configuration of each method, with the default density.
+
+    Raises:
+        ValueError: if a configuration is not valid, or the prior lacks one of its statistics.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prior: GlobalPrior,
+        methods: Mapping[str, Options],
+        densities: Sequence[float],
+        seed: int,
+    ) -> None:
+        self.session, self.prior, self.densities, self._seed = session, prior, densities, seed
+        self.configs = {name: GlassConfig(**options) for name, options in methods.items()}
+        self._selectors = {
+            (name, density): session.selector(replace(config, density=density), prior)
+            for name, config in self.configs.items()
+            for density in densities
+        }
+        self._magnitudes = weight_magnitudes(session.ffns) if "magnitude" in methods else {}
+
+    def score(self, sample: Sample, number: int) -> dict[tuple[str, float], Outcome]:
+        """Score every method at every density on one text.
+
+        Args:
+            sample: the text.
+            number: its number, which the random selection depends on.
+        """
+        sliced = [config for name, config in self.configs.items() if name != DENSE]
+        points = all_selection_points(sliced, len(sample.text.written))
+        reading = DenseReading(self.session, sample.text, points)
+        outcomes = {}
+        for density in self.densities:
+            oracle = self._select(reading.oracle.scores("activation"), density)
+            for name in self.configs:
+                scores = self._score_method(name, density, reading, number)
+                outcomes[name, density] = Outcome.of(scores, oracle, sample.answers)
+        return outcomes
+
+    def _score_method(
+        self, name: str, density: float, reading: DenseReading, number: int
+    ) -> Scores:
+        if name == DENSE:
+            return Scores.exact(reading)
+        selector = self._selectors[name, density]
+        ranking = self._own_ranking(name, selector.config.statistic, reading, number)
+        if ranking is None:
+            return score(reading, selector)
+        selection = self._select(ranking, density)
+        return score(reading, selector, lambda local: selection)
+
+    def _own_ranking(
+        self, name: str, statistic: str, reading: DenseReading, number: int
+    ) -> Mapping[str, np.ndarray] | None:
+        """Return the scores of neurons in methods that ignore local statistics and the prior."""
+        if name == "random":
+            rng = np.random.default_rng([self._seed, number])
+            return {path: rng.random(width) for path, width in self.session.widths.items()}
+        if name == "magnitude":
+            return self._magnitudes
+        if name.startswith("oracle"):
+            return reading.oracle.scores(statistic)
+        return None
+
+    def _select(self, scores: Mapping[str, np.ndarray], density: float) -> Selection:
+        return select(scores, density, self.session.multiples)
+
+
+def weight_magnitudes(ffns: Iterable[FFN]) -> dict[str, np.ndarray]:
+    """Return the product of the norms of each neuron's weights, (m,) float32 by FFN path."""
+    scores = {}
+    for ffn in ffns:
+        norms = [mx.linalg.norm(dense_weight(layer), axis=1) for layer in ffn.expand.values()]
+        norms.append(mx.linalg.norm(dense_weight(ffn.contract[1]), axis=0))
+        scores[ffn.path] = np.array(mx.stack(norms).astype(mx.float32).prod(axis=0))
+    return scores

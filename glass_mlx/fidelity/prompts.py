@@ -1,0 +1,132 @@
+"""Prompts, and what the dense model writes after them."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.chat import encode
+from glass_mlx.prior.texts import Writer, stop_sequences
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, and the text that follows it.
+
+    Attributes:
+        prompt: the prompt's token ids, with the chat template.
+        written: the token ids that the dense model wrote.
+    """
+
+    prompt: list[int]
+    written: list[int]
+
+
+@dataclass(frozen=True)
+class WritingSettings:
+    """How the dense model continues prompts.
+
+    Attributes:
+        tokens: how many tokens to write at most after each prompt.
+        temperature: of sampling.
+        seed: the same seed and batch size give the same texts.
+        batch_size: prompts continued at once. Default: all.
+    """
+
+    tokens: int
+    temperature: float
+    seed: int
+    batch_size: int | None = None
+
+
+def read_prompts(file: Path) -> list[Messages]:
+    """Read prompts: a text file with one per line, or JSONL with `prompt` or `messages`.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if a line cannot be read, or there are no prompts.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there are no prompts at {file}")
+    prompts = []
+    try:
+        for n, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                is_json = file.suffix == ".jsonl"
+                prompts.append(_messages_of(line, n) if is_json else _user_message(line))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the prompts {file} cannot be read: {error}") from error
+    if not prompts:
+        raise ValueError(f"there are no prompts in {file}")
+    return prompts
+
+
+def _user_message(prompt: str) -> Messages:
+    return [{"role": "user", "content": prompt}]
+
+
+def _messages_of(line: str, n: int) -> Messages:
+    """Return the messages of a JSON line, whose number is for the error."""
+    record = json.loads(line)
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        return _user_message(record["prompt"])
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(f"line {n} has neither a prompt nor messages with role and content")
+    return messages
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+    )
+
+
+def continue_prompts(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Messages],
+    settings: WritingSettings,
+    done: int = 0,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[list[Continuation]]:
+    """Have the dense model continue prompts, a batch at a time.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
+        settings: how the model writes.
+        done: how many prompts were continued before, in whole batches; these are skipped.
+        progress: called with the number of tokens of every step.
+
+    Yields:
+        The continuations of a batch.
+    """
+    size = settings.batch_size or max(len(prompts), 1)
+    write = Writer(model, settings.temperature, [settings.seed], progress)
+    for start in range(done, len(prompts), size):
+        encoded = [encode(tokenizer, messages) for messages in prompts[start : start + size]]
+        lengths = [settings.tokens] * len(encoded)
+        written = write(encoded, lengths, stop_sequences(tokenizer), start // size)
+        yield [Continuation(*pair) for pair in zip(encoded, written, strict=True)]
+
+
+def continue_all(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Messages],
+    settings: WritingSettings,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Continuation]:
+    """Have the dense model continue all prompts; see `continue_prompts`."""
+    batches = continue_prompts(model, tokenizer, prompts, settings, progress=progress)
+    return [text for batch in batches for text in batch]

@@ -1,0 +1,185 @@
+"""Scoring a sliced model on the dense model's text, as the GLASS paper does.
+
+The dense model writes a continuation of a prompt. The sliced model is scored on it token by token,
+after the dense model has read the prompt. Tokens that the engine computes densely count as exact.
+Where the engine reads the text again, the sliced model continues from the dense model's cache.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from glass_mlx.fidelity.prompts import Continuation
+from glass_mlx.models import with_taps
+from glass_mlx.schedule import sliced_stretches
+from glass_mlx.selection import Selection, Selector
+from glass_mlx.session import Session
+from glass_mlx.slicing import mean_compensation
+from glass_mlx.statistics import LocalStatistics
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+# Chooses the neurons to keep from what the dense model has read.
+Select = Callable[[LocalStatistics], Selection]
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The dense model's state at one point of a continuation."""
+
+    cache: list[Any]
+    statistics: LocalStatistics
+
+
+class DenseReading:
+    """A continuation as the dense model reads it: the reference that others are scored against.
+
+    Args:
+        model: the dense model, or a session of it.
+        text: the continuation, with at least two written tokens.
+        points: after how many generated tokens neurons may be selected; see
+            `schedule.all_selection_points`.
+
+    Attributes:
+        session: what is known of the model.
+        tokens: T, the number of scored tokens: all written tokens except the first.
+        following: (T,) the ids of these tokens.
+        oracle: statistics of the whole continuation, which a selection cannot know.
+        dense: (T, vocabulary) the dense model's log-probabilities of the scored tokens.
+    """
+
+    def __init__(
+        self, model: nn.Module | Session, text: Continuation, points: Sequence[int] = (1,)
+    ) -> None:
+        self.session = session = Session.of(model)
+        self._written, self.tokens = text.written, len(text.written) - 1
+        self.following = mx.array(text.written[1:])
+
+        # 1) Read the prompt.
+        statistics, cache = session.empty_statistics(), make_prompt_cache(session.model)
+        reader = with_taps(session.model, statistics.prompt.update, ffns=session.ffns)
+        reader(mx.array(text.prompt)[None], cache=cache)
+        mx.eval([layer.state for layer in cache], statistics.prompt.sums)
+        self._checkpoints = {0: _Checkpoint(copy.deepcopy(cache), statistics.copy())}
+
+        # 2) Read the text, and keep a checkpoint at every point. After n tokens the last one is
+        #    not read yet: the cache has the prompt and n - 1 more.
+        stops = sorted({min(n - 1, self.tokens) for n in points} | {0, self.tokens})
+        reader = session.observed_on_text(statistics)
+        logits: list[mx.array] = []
+        for start, stop in pairwise(stops):
+            part = mx.array(self._written[start:stop])[None]
+            logits.append(reader(part, cache=cache)[0].astype(mx.float32))
+            text_statistics = statistics.text
+            mx.eval(
+                logits,
+                [layer.state for layer in cache],
+                text_statistics.sums,
+                text_statistics.outputs,
+            )
+            if stop < self.tokens:
+                self._checkpoints[stop] = _Checkpoint(copy.deepcopy(cache), statistics.copy())
+        self.oracle = statistics.text
+        self.dense = _log_probabilities(mx.concatenate(logits))
+
+    def statistics(self, generated: int = 1) -> LocalStatistics:
+        """Return the local statistics after a number of generated tokens, the last one unread."""
+        return self._checkpoints[generated - 1].statistics
+
+    def negative_log_likelihood(self, logprobs: mx.array, start: int = 0) -> mx.array:
+        """Return -log p (n,) of the written tokens, in nats.
+
+        Args:
+            logprobs: (n, vocabulary) log-probabilities of scored tokens.
+            start: the number of the first of them.
+        """
+        following = self.following[start : start + len(logprobs), None]
+        return -mx.take_along_axis(logprobs, following, axis=-1).squeeze(-1)
+
+    def follow(self, model: nn.Module, start: int = 0, stop: int | None = None) -> mx.array:
+        """Return another model's log-probabilities (n, vocabulary) of scored tokens.
+
+        Args:
+            model: the model. It continues from the dense model's cache at `start`.
+            start: the first scored token, one less than a point.
+            stop: the scored token to stop before. Default: the end.
+        """
+        cache = copy.deepcopy(self._checkpoints[start].cache)
+        given = mx.array(self._written[start : self.tokens if stop is None else stop])
+        return _log_probabilities(model(given[None], cache=cache)[0].astype(mx.float32))
+
+
+def _log_probabilities(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def divergence(p: mx.array, q: mx.array) -> mx.array:
+    """Return KL(p || q), (T,) nats per token, of log-probabilities (T, vocabulary)."""
+    return (mx.exp(p) * (p - q)).sum(-1)
+
+
+@dataclass
+class Scores:
+    """How a sliced model did on one continuation of T scored tokens.
+
+    Attributes:
+        kl: (T,) KL divergence from the dense model, nats.
+        nll: (T,) -log p of the written tokens, nats.
+        agrees: (T,) whether the most likely token is the dense model's.
+        right: (T,) whether the most likely token is the written one.
+        dense: (T,) whether the token is computed densely.
+        reread: how many tokens are read again.
+        selections: the kept neurons, by the number of generated tokens at their selection.
+    """
+
+    kl: np.ndarray
+    nll: np.ndarray
+    agrees: np.ndarray
+    right: np.ndarray
+    dense: np.ndarray
+    reread: int = 0
+    selections: dict[int, Selection] = field(default_factory=dict)
+
+    @staticmethod
+    def exact(reading: DenseReading) -> "Scores":
+        """Return the dense model's own scores."""
+        return Scores(
+            kl=np.zeros(reading.tokens),
+            nll=np.array(reading.negative_log_likelihood(reading.dense)),
+            agrees=np.ones(reading.tokens, bool),
+            right=np.array(mx.argmax(reading.dense, axis=-1) == reading.following),
+            dense=np.ones(reading.tokens, bool),
+        )
+
+
+def score(reading: DenseReading, selector: Selector, select: Select | None = None) -> Scores:
+    """Score a way of slicing on a continuation, as the engine would generate it.
+
+    Args:
+        reading: the continuation, read with the points of the selector's configuration.
+        selector: what is sliced, and when.
+        select: what chooses the neurons. Default: the selector.
+    """
+    config, scores = selector.config, Scores.exact(reading)
+    sliced = reading.session.sliced_model(config.down_policy)
+    for start, stop in sliced_stretches(config, reading.tokens + 1):
+        statistics = reading.statistics(start)
+        selection = (select or selector.select)(statistics)
+        sliced.update(selection, mean_compensation(statistics))
+        part = slice(start - 1, stop - 1)
+        logprobs = reading.follow(sliced.model, part.start, part.stop)
+        dense_logprobs = reading.dense[part]
+        top = mx.argmax(logprobs, axis=-1)
+        scores.kl[part] = divergence(dense_logprobs, logprobs)
+        scores.nll[part] = reading.negative_log_likelihood(logprobs, part.start)
+        scores.agrees[part] = top == mx.argmax(dense_logprobs, axis=-1)
+        scores.right[part] = top == reading.following[part]
+        scores.dense[part] = False
+        scores.reread += stop - start if stop <= reading.tokens else 0
+        scores.selections[start] = sliced.selection
+    return scores

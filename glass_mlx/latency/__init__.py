@@ -1,0 +1,1 @@
+"""How fast a model decodes, dense and sliced; `python -m glass_mlx.latency` measures it."""

@@ -1,0 +1,139 @@
+"""Measure how fast a model decodes, dense and sliced, alternating in one process.
+
+There is one row per method, density and prompt length. The methods are mlx-lm itself (dense),
+GRIFFIN's (one selection by the prompt alone), GLASS with one selection in our engine (glass), the
+same with the dense weights released (released), and the default, which reads the text again and
+renews the selection. The ceiling is what the bytes allow: the weights that dense decoding reads for
+a token, divided by those that sliced decoding reads.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.checkpoints.loading import advice
+from glass_mlx.errors import exit_on_error
+from glass_mlx.files import replacing
+from glass_mlx.latency.loading import add_model_arguments, load_model, load_prior, model_title
+from glass_mlx.latency.measuring import (
+    DENSE,
+    METHODS,
+    Settings,
+    measure,
+    summarize,
+    time_slicing,
+)
+from glass_mlx.latency.report import format_report, plot
+from glass_mlx.models import named_arrays
+from glass_mlx.reporting.machine import (
+    busy_warning,
+    describe_machine,
+    made_with,
+    slowdown_warning,
+)
+from glass_mlx.reporting.plotting import require_matplotlib
+from glass_mlx.session import Session
+
+import mlx.core as mx
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """Set up and return the argument parser."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[name for name in METHODS if name != DENSE],
+        default=["griffin", "glass", "default"],
+        help="what to compare with dense mlx-lm (%(default)s)",
+    )
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[64])
+    parser.add_argument("--generation-tokens", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument("--json", type=Path, help="write one JSON line per row to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--plot", type=Path, help="draw tokens/s and ceiling by density")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and print and write the results.
+
+    Raises:
+        FileNotFoundError: if the model does not exist.
+        ValueError: for a bad value, or a model that cannot be used.
+    """
+    if args.repetitions < 2 or args.generation_tokens < 4 or min(args.prompt_tokens) < 2:
+        raise ValueError("at least 2 repetitions, 4 generated and 2 prompt tokens are needed")
+    if args.plot:
+        require_matplotlib()
+    settings = Settings(
+        densities=args.density,
+        methods=args.methods,
+        prompt_tokens=args.prompt_tokens,
+        generation_tokens=args.generation_tokens,
+        repetitions=args.repetitions,
+        seed=args.seed,
+        down_policy=args.down_policy,
+    )
+    warnings = [busy_warning()]
+    model, tokenizer = load_model(args)
+    prior = load_prior(model, args)
+    load_peak = mx.get_peak_memory()
+    warnings.append(advice(model))
+    session = Session.of(model)
+    runs = measure(session, tokenizer, prior, settings, lambda: load_model(args, lazy=True)[0])
+    warnings += [
+        slowdown_warning([run.decode_tps for run in done])
+        for (method, *_), done in runs.items()
+        if method == DENSE
+    ]
+    session = Session.of(model)  # another one, if weights were released
+    slicing_times = {
+        density: time_slicing(session, prior, density, args.down_policy)
+        for density in args.density
+        if density < 1
+    }
+    about = made_with() | {
+        "model": model_title(args),
+        "size_gb": sum(array.nbytes for _, array in named_arrays(model)) / 1e9,
+        "load_peak_gb": load_peak / 1e9,
+        "machine": describe_machine(),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "warnings": [warning for warning in warnings if warning],
+    }
+    write_results(about, summarize(session.weight_bytes, runs, slicing_times), args)
+
+
+def write_results(
+    about: dict[str, Any], rows: list[dict[str, Any]], args: argparse.Namespace
+) -> None:
+    """Print the tables, and write the files that the flags name."""
+    text = format_report(about, rows)
+    print(text)
+    for warning in about["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text("".join(json.dumps(about | row) + "\n" for row in rows))
+    if args.markdown:
+        with replacing(args.markdown) as temporary:
+            temporary.write_text(text + "\n")
+    if args.plot:
+        plot(about, rows, args.plot)
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence and exit code 2."""
+    args = setup_arg_parser().parse_args()
+    with exit_on_error("measure_latency"):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The model to measure: its command-line flags, its weights and its prior."""
+
+import argparse
+
+from glass_mlx.arguments import add_load_arguments
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.checkpoints.loading import DTYPES, load, model_name
+from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
+from glass_mlx.models import default_down_policy
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.lookup import NoPriorError
+from glass_mlx.session import Session
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose the model; see `load_model`."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
+    )
+    source.add_argument(
+        "--shape", choices=SHAPES, help="use random weights in the sizes of this model instead"
+    )
+    parser.add_argument(
+        "--down-policy",
+        default=default_down_policy(),
+        help="how to slice a quantized down projection (%(default)s)",
+    )
+    group = parser.add_argument_group("random weights")
+    group.add_argument("--bits", type=int, help="quantize to this many bits. Default: floats")
+    group.add_argument(
+        "--group-size", type=int, default=64, help="weights per quantization group (%(default)s)"
+    )
+    group.add_argument("--mode", default="affine", help="quantization mode (%(default)s)")
+    add_load_arguments(parser)
+
+
+def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load the model, with a tokenizer that has no end-of-text token.
+
+    Args:
+        args: the values of the flags of `add_model_arguments`.
+        lazy: load each weight when it is first used.
+    """
+    if args.shape:
+        dtype = args.dtype or DTYPES[0]
+        model = random_model(args.shape, dtype, args.bits, args.group_size, args.mode, lazy)
+        return model, numbers_tokenizer(SHAPES[args.shape].vocab_size)
+    model, tokenizer = load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize)
+    tokenizer.eos_token_ids = []
+    return model, tokenizer
+
+
+def load_prior(model: nn.Module, args: argparse.Namespace) -> GlobalPrior:
+    """Load the model's prior, or build a random one: speed does not depend on what is kept."""
+    try:
+        return random_prior(model) if args.shape else Session.of(model).find_prior()
+    except NoPriorError:
+        return random_prior(model)
+
+
+def model_title(args: argparse.Namespace) -> str:
+    """Return the name of the model for records, such as "llama-3.2-1b (random) 4 bits"."""
+    if not args.shape:
+        return model_name(args.model)
+    return f"{args.shape} (random){'' if args.bits is None else f' {args.bits} bits'}"

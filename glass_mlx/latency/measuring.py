@@ -1,0 +1,314 @@
+"""Timing generations, dense and sliced, alternating in one process."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import mean, median, stdev
+from typing import Any
+
+from glass_mlx.config import GlassConfig
+from glass_mlx.models.linear import outputs
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.report import Report
+from glass_mlx.selection import Selection
+from glass_mlx.session import Session
+from glass_mlx.slicing import mean_compensation
+from glass_mlx.statistics import LocalStatistics
+from glass_mlx.streaming import stream_generate
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
+
+DENSE = "dense"
+
+# Options of `stream_generate` by method; None for mlx-lm itself.
+_SELECT_ONCE = {"warmup": 1, "refresh": 0}
+METHODS: dict[str, dict[str, Any] | None] = {
+    DENSE: None,
+    "griffin": _SELECT_ONCE | {"prior_weight": 0.0, "prior": False},
+    "glass": _SELECT_ONCE,
+    "released": _SELECT_ONCE,
+    "default": {"warmup": GlassConfig.warmup, "refresh": GlassConfig.refresh},
+}
+
+# The share of the neurons that changes in the renewal whose time is measured.
+_CHANGED_SHARE = 0.1
+
+# Prompts are random tokens below this id, which are not special in any vocabulary.
+_MAX_TOKEN_ID = 10_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed.
+
+    Attributes:
+        densities: of the sliced methods.
+        methods: the sliced methods, keys of `METHODS`.
+        prompt_tokens: lengths of the prompts.
+        generation_tokens: number of generated tokens.
+        repetitions: how often each generation is timed.
+        seed: of the random prompts.
+        down_policy: how quantized down projections are sliced.
+    """
+
+    densities: list[float]
+    methods: list[str]
+    prompt_tokens: list[int]
+    generation_tokens: int
+    repetitions: int
+    seed: int
+    down_policy: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed generation.
+
+    Attributes:
+        times: when each token came, in seconds from the start.
+        prefill_peak: the most bytes in use up to the first token.
+        decode_peak: the most bytes in use after it.
+        held: bytes in use at the last token.
+        report: on the slicing, if there was any.
+    """
+
+    times: list[float]
+    prefill_peak: int
+    decode_peak: int
+    held: int
+    report: Report | None
+
+    @property
+    def decode_tps(self) -> float:
+        """Tokens per second after the second token, which a first selection delays."""
+        return (len(self.times) - 2) / (self.times[-1] - self.times[1])
+
+    @property
+    def total_tps(self) -> float:
+        """Tokens per second after the first token, including selections and readings."""
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
+# A method, a density and a number of prompt tokens.
+Mode = tuple[str, float, int]
+
+
+def list_modes(settings: Settings) -> list[Mode]:
+    """List everything that is compared. Each prompt length starts with dense mlx-lm."""
+    return [
+        mode
+        for length in settings.prompt_tokens
+        for mode in [
+            (DENSE, 1.0, length),
+            *(
+                (name, density, length)
+                for density in settings.densities
+                for name in settings.methods
+            ),
+        ]
+    ]
+
+
+def time_run(responses: Iterable[Any]) -> Run:
+    """Run a generation and time it."""
+    mx.reset_peak_memory()
+    start, times = time.perf_counter(), []
+    report, prefill_peak, held = None, 0, 0
+    for response in responses:
+        report = getattr(response, "glass", None)
+        times.append(time.perf_counter() - start)
+        held = mx.get_active_memory()
+        if len(times) == 1:
+            prefill_peak = mx.get_peak_memory()
+            mx.reset_peak_memory()
+    return Run(times, prefill_peak, mx.get_peak_memory(), held, report)
+
+
+def measure(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior,
+    settings: Settings,
+    reload: Callable[[], nn.Module],
+) -> dict[Mode, list[Run]]:
+    """Time every mode repeatedly, after one round to warm up.
+
+    Args:
+        session: what is known of the model.
+        tokenizer: its tokenizer, without an end-of-sequence token.
+        prior: its prior.
+        settings: what is timed.
+        reload: loads the model once more; see `stream_generate`.
+
+    Returns:
+        The runs of each mode.
+    """
+    generator = np.random.default_rng(settings.seed)
+    vocabulary = min(tokenizer.vocab_size, _MAX_TOKEN_ID)
+    runs: dict[Mode, list[Run]] = {mode: [] for mode in list_modes(settings)}
+    rounds = settings.repetitions + 1
+    with tqdm(total=len(runs) * rounds, unit="run", file=sys.stderr) as bar:
+        for repetition in range(rounds):
+            prompts = {
+                n: generator.integers(0, vocabulary, n).tolist() for n in settings.prompt_tokens
+            }
+            # Every other round runs backwards, so that a run does not always follow the same one.
+            order = list(runs.items())[:: -1 if repetition % 2 else 1]
+            for (method, density, length), done in order:
+                common = (tokenizer, prompts[length], settings.generation_tokens)
+                bar.set_description(f"{method} {density:g}")
+                if (changes := METHODS[method]) is None:
+                    run = time_run(mlx_lm.stream_generate(session.model, *common))
+                else:
+                    options: dict[str, Any] = {"density": density, "prior": prior} | changes
+                    options["down_policy"] = settings.down_policy
+                    options["reload"] = reload if method == "released" else None
+                    run = time_run(stream_generate(Session.of(session.model), *common, **options))
+                    mx.eval(session.model.parameters())  # loads what was released
+                if repetition:
+                    done.append(run)
+                bar.update()
+    return runs
+
+
+def time_slicing(
+    session: Session, prior: GlobalPrior, density: float, down_policy: str
+) -> tuple[float, float]:
+    """Time a first selection with its slices, and a renewal that changes a tenth, in seconds."""
+    generator = np.random.default_rng(0)
+    selector = session.selector(GlassConfig(density=density, down_policy=down_policy), prior)
+    local = _random_statistics(session, generator)
+    firsts, renewals = [], []
+    for _ in range(4):
+        sliced, start = session.sliced_model(down_policy), time.perf_counter()
+        selection = selector.select(local)
+        sliced.update(selection, mean_compensation(local))
+        firsts.append(time.perf_counter() - start)
+
+        start = time.perf_counter()
+        selector.select(local)
+        selecting = time.perf_counter() - start
+        changed = _change_neurons(selection, generator)
+        start = time.perf_counter()
+        sliced.update(changed, mean_compensation(local))
+        renewals.append(selecting + time.perf_counter() - start)
+    return median(firsts[1:]), median(renewals[1:])
+
+
+def _random_statistics(session: Session, generator: np.random.Generator) -> LocalStatistics:
+    """Return the statistics of random hidden vectors, and outputs of zero."""
+    local = session.empty_statistics()
+    for part in (local.prompt, local.text):
+        for ffn in session.ffns:
+            part.update(ffn.path, mx.array(generator.normal(size=(1, 16, ffn.width))))
+        mx.eval(part.sums)
+    for ffn in session.ffns:
+        local.text.update_outputs(ffn.path, mx.zeros((1, 16, outputs(ffn.contract[1]))))
+    mx.eval(local.text.outputs)
+    return local
+
+
+def _change_neurons(selection: Selection, generator: np.random.Generator) -> Selection:
+    """Replace some of the neurons of a selection by random others."""
+    changed = {}
+    for path, kept in selection.indices.items():
+        others = np.setdiff1d(np.arange(selection.widths[path]), kept)
+        count = min(round(_CHANGED_SHARE * len(kept)), len(others))
+        dropped = generator.choice(len(kept), count, replace=False)
+        added = generator.choice(others, count, replace=False)
+        changed[path] = np.sort([*np.delete(kept, dropped), *added]).astype(np.int32)
+    return Selection(changed, selection.widths)
+
+
+def break_even(dense: list[Run], runs: list[Run]) -> int | None:
+    """Return the number of tokens from which on sliced runs stay ahead of dense ones, if any."""
+    sliced_times, dense_times = (
+        np.median([run.times for run in group], axis=0) for group in (runs, dense)
+    )
+    behind = np.flatnonzero(sliced_times >= dense_times)
+    tokens = int(behind[-1]) + 2 if len(behind) else 1
+    return tokens if tokens <= len(sliced_times) else None
+
+
+def summarize(
+    dense_bytes: int,
+    runs: dict[Mode, list[Run]],
+    slicing_times: dict[float, tuple[float, float]],
+) -> list[dict[str, Any]]:
+    """Average the runs of each mode, and compare them with dense runs on the same prompts.
+
+    Args:
+        dense_bytes: bytes of weights that the dense model reads for one token.
+        runs: the runs of each mode.
+        slicing_times: the results of `time_slicing` by density.
+    """
+    rows = []
+    for (method, density, length), done in runs.items():
+        dense = runs[DENSE, 1.0, length]
+        report = done[0].report
+        times = slicing_times.get(density, (0.0, 0.0)) if report else (0.0, 0.0)
+        rows.append(
+            {"method": method, "density": density, "prompt_tokens": length}
+            | _speed_figures(done, dense, length, dense_bytes)
+            | _cost_figures(done, dense, times)
+        )
+    return rows
+
+
+def _speed_figures(
+    done: list[Run], dense: list[Run], prompt_tokens: int, dense_bytes: int
+) -> dict[str, Any]:
+    report = done[0].report
+    read = report.sliced_bytes if report else dense_bytes
+    speeds = [run.decode_tps for run in done]
+    total = mean(run.total_tps for run in done)
+    # With renewals, the speed includes everything that they take.
+    is_renewed = report is not None and report.selections > 1
+    speed = total if is_renewed else mean(speeds)
+    speedup = speed / mean(run.decode_tps for run in dense)
+    ceiling = dense_bytes / read
+    first_token, dense_first_token = (
+        median(run.times[0] for run in group) for group in (done, dense)
+    )
+    return {
+        "density_got": report.density_got if report else 1.0,
+        "generation_tokens": len(done[0].times),
+        "repetitions": len(done),
+        "first_token_s": first_token,
+        "second_token_s": median(r.times[1] - r.times[0] for r in done),
+        "prefill_tps": prompt_tokens / first_token,
+        "prefill_ratio": first_token / dense_first_token,
+        "decode_tps": mean(speeds),
+        "decode_sd": stdev(speeds),
+        "total_tps": total,
+        "speedup": speedup,
+        "ceiling": ceiling,
+        "ceiling_ratio": speedup / ceiling,
+        "bytes_per_token": read,
+        "gb_per_second": read * mean(speeds) / 1e9,
+    }
+
+
+def _cost_figures(
+    done: list[Run], dense: list[Run], slicing_times: tuple[float, float]
+) -> dict[str, Any]:
+    report = done[0].report
+    dense_tps = mean(run.decode_tps for run in dense)
+    first, renewal = slicing_times
+    return {
+        "select_s": report.select_time if report else 0.0,
+        "slice_s": report.slice_time if report else 0.0,
+        "reread_s": report.reread_time if report else 0.0,
+        "first_slicing_steps": first * dense_tps,
+        "renewal_steps": renewal * dense_tps,
+        "break_even": break_even(dense, done) if report else None,
+        "prefill_peak_gb": max(run.prefill_peak for run in done) / 1e9,
+        "decode_peak_gb": max(run.decode_peak for run in done) / 1e9,
+        "held_gb": done[-1].held / 1e9,
+    }

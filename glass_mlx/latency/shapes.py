@@ -1,0 +1,99 @@
+"""Models of real sizes with random weights, to measure speed without downloading a model.
+
+Speed and memory do not depend on the values of the weights. The sizes are those of the published
+configurations.
+"""
+
+from dataclasses import dataclass
+
+from glass_mlx.models import named_arrays
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.session import Session
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import gemma3_text, llama, qwen3
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+_MODULES = {"llama": llama, "qwen3": qwen3, "gemma3_text": gemma3_text}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The architecture and sizes of a model, under the names of its configuration file."""
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+
+# Architecture, layers, hidden size, neurons, heads, key-value heads, their size, tokens, tied.
+SHAPES = {
+    "smollm2-135m": Shape("llama", 30, 576, 1536, 9, 3, 64, 49152, True),
+    "llama-3.2-1b": Shape("llama", 16, 2048, 8192, 32, 8, 64, 128256, True),
+    "llama-3.2-3b": Shape("llama", 28, 3072, 8192, 24, 8, 128, 128256, True),
+    "llama-3.1-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, False),
+    "mistral-7b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 32768, False),
+    "qwen3-0.6b": Shape("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, True),
+    "qwen3-4b": Shape("qwen3", 36, 2560, 9728, 32, 8, 128, 151936, True),
+    "qwen3-8b": Shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, False),
+    "gemma-3-1b": Shape("gemma3_text", 26, 1152, 6912, 4, 1, 256, 262144, True),
+    "gemma-3-4b": Shape("gemma3_text", 34, 2560, 10240, 8, 4, 256, 262144, True),
+}
+
+
+def random_model(
+    name: str, dtype: str, bits: int | None, group_size: int, mode: str, lazy: bool = False
+) -> nn.Module:
+    """Build a model with random weights, the same in every call.
+
+    Args:
+        name: a key of `SHAPES`.
+        dtype: "float16", "bfloat16" or "float32".
+        bits: bits of quantized weights; None for floats.
+        group_size: the number of weights per quantization group.
+        mode: the quantization mode; see `mx.quantize`.
+        lazy: compute each weight when it is first used.
+    """
+    mx.random.seed(0)
+    shape = SHAPES[name]
+    config = vars(shape) | {
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+    }
+    module = _MODULES[shape.model_type]
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.set_dtype(getattr(mx, dtype))
+    if bits is not None:
+        nn.quantize(model, group_size, bits, mode=mode)
+    for _, array in () if lazy else named_arrays(model):
+        mx.eval(array)  # one at a time, to hold few intermediate arrays
+    model.eval()
+    return model
+
+
+def random_prior(model: nn.Module) -> GlobalPrior:
+    """Build a prior with random scores."""
+    session, generator = Session.of(model), np.random.default_rng(0)
+    scores = {
+        path: generator.random(width, dtype=np.float32) for path, width in session.widths.items()
+    }
+    return GlobalPrior({"griffin": scores}, session.fingerprint, {})
+
+
+def numbers_tokenizer(size: int) -> TokenizerWrapper:
+    """Build a tokenizer whose tokens are the numbers below a size, without an end-of-text token."""
+    vocabulary = {str(n): n for n in range(size)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="0"))
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=words))

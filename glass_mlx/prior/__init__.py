@@ -1,0 +1,1 @@
+"""Global priors: measured once for each model, stored in one file, and checked when loaded."""

@@ -1,0 +1,116 @@
+"""Describe a prior in words and in a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.models import layer_order
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.stability import Stability
+from glass_mlx.reporting.plotting import new_figure, save_figure
+
+import numpy as np
+
+# The width of a picture in samples of each layer's neurons, and the smallest ratio in its colors.
+_COLUMNS = 512
+_MIN_RATIO = 1e-3
+
+
+def describe(prior: GlobalPrior) -> str:
+    """Describe a prior: its model, recipes, tokens and statistics, and its stability by layer.
+
+    The stability compares two priors, each measured on half of the sequences, by Spearman's rank
+    correlation and by the Jaccard index of the neurons that they keep at some densities.
+    """
+    about = prior.about
+    settings = [f"{key} {value}" for key, value in about.get("settings", {}).items()]
+    versions = [f"{package} {version}" for package, version in about.get("versions", {}).items()]
+    lines = [
+        f"model       {about.get('model', '?')} ({about.get('model_type', '?')})",
+        *(f"recipe      {_describe_recipe(recipe)}" for recipe in about.get("recipes", [])),
+        f"settings    {', '.join(settings)}",
+        f"tokens      {about.get('tokens', '?')}",
+        f"statistics  {', '.join(prior.scores)}",
+        f"made with   {', '.join(versions)}"
+        f" on {about.get('machine', '?')}, {about.get('dtype', '?')}",
+    ]
+    if curve := about.get("curve"):
+        pairs = zip(curve["densities"], curve["kl"], strict=True)
+        points = ", ".join(f"{kl:.3f} at {density:g}" for density, kl in pairs)
+        lines.append(
+            f"KL          {points} (nats a token, {curve['tokens']} tokens written by the model)"
+        )
+    if prior.kept_dense:
+        lines.append(f"kept dense  {', '.join(prior.kept_dense)}")
+    for statistic, measures in about.get("stability", {}).items():
+        lines += ["", f"stability of {statistic}", *_stability_table(prior, measures)]
+    return "\n".join(lines)
+
+
+def _describe_recipe(recipe: dict[str, Any]) -> str:
+    """Describe one kind of text that a prior was measured on, in one line."""
+    name = recipe.get("recipe", "?")
+    file = f" {recipe['file']}" if "file" in recipe else ""
+    return (
+        f"{name}{file}, weight {recipe.get('weight', 1)}: "
+        f"{recipe.get('tokens', 0)} tokens in {recipe.get('sequences', 0)} sequences"
+    )
+
+
+def _stability_table(prior: GlobalPrior, measures: Stability) -> list[str]:
+    """Return the lines of a table with one row a layer and one column a measure."""
+    paths = sorted(next(iter(prior.scores.values())), key=layer_order)
+    rows = [[measure.get(path, float("nan")) for measure in measures.values()] for path in paths]
+    width = max(map(len, paths))
+    table = [f"{'':{width}}" + "".join(f"{name:>15}" for name in measures)]
+    for path, row in zip([*paths, "mean"], [*rows, np.mean(rows, axis=0)], strict=True):
+        table.append(f"{path:{width}}" + "".join(f"{value:15.3f}" for value in row))
+    return table
+
+
+def stability_lines(stability: dict[str, Stability]) -> list[str]:
+    """Return one line a measure, for progress: its mean, and its hundredths layer by layer."""
+    return [
+        f"{statistic:10} {name:12} {np.mean([*measure.values()]):.3f}  by layer "
+        + " ".join(f"{100 * value:3.0f}" for value in measure.values())
+        for statistic, measures in stability.items()
+        for name, measure in measures.items()
+    ]
+
+
+def draw(prior: GlobalPrior, file: Path) -> None:
+    """Draw a prior's scores by layer and neuron rank into a PNG.
+
+    Every layer is a row. Its neurons are sorted by score, with the most important on the left. The
+    color is the score divided by the largest score of the layer.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+    """
+    figure = new_figure(7, 1 + 2.6 * len(prior.scores))
+    from matplotlib.colors import LogNorm
+
+    panels = figure.subplots(len(prior.scores), squeeze=False)[:, 0]
+    for panel, (statistic, scores) in zip(panels, prior.scores.items(), strict=True):
+        rows = [_sorted_ratios(scores[path]) for path in sorted(scores, key=layer_order)]
+        image = panel.imshow(
+            np.maximum(rows, 1e-6),
+            aspect="auto",
+            extent=(0, 1, len(rows) - 0.5, -0.5),
+            interpolation="nearest",
+            norm=LogNorm(_MIN_RATIO, 1),
+        )
+        panel.set(title=statistic, ylabel="layer", xlabel="neuron rank / number of neurons")
+        figure.colorbar(image, ax=panel, label="score / largest score of the layer")
+    figure.suptitle(
+        f"Prior of {prior.about.get('model', '?')}: {prior.about.get('tokens', '?')} tokens"
+    )
+    save_figure(figure, file)
+
+
+def _sorted_ratios(scores: np.ndarray) -> np.ndarray:
+    """Sort a layer's scores (m,), divide by the largest, and sample `_COLUMNS` of them."""
+    ratios = np.sort(scores)[::-1] / max(scores.max(), np.finfo(np.float32).tiny)
+    sampled: np.ndarray = np.interp(
+        np.linspace(0, 1, _COLUMNS), np.linspace(0, 1, len(ratios)), ratios
+    )
+    return sampled

@@ -1,0 +1,83 @@
+"""Priors on the Hugging Face hub: fetch one that the user names, and publish one."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from glass_mlx.errors import one_line
+from glass_mlx.prior.display import describe
+from glass_mlx.prior.file import FILE_NAME, GlobalPrior
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+
+PREFIX = "hub:"
+
+
+def locate(prior: str | Path) -> Path:
+    """Return the file of a prior, and fetch `hub:user/repo` into the hub's cache.
+
+    `hub:user/repo@revision` names a branch, tag or commit. Anything else is the path of a file.
+
+    Raises:
+        ValueError: if the repository or its file cannot be fetched.
+    """
+    if not str(prior).startswith(PREFIX):
+        return Path(prior).expanduser()
+    repository, _, revision = str(prior).removeprefix(PREFIX).partition("@")
+    try:
+        return Path(hf_hub_download(repository, FILE_NAME, revision=revision or None))
+    except Exception as error:  # from the hub, its cache, the network or the repository's name
+        raise ValueError(
+            f"{FILE_NAME} cannot be fetched from {prior}: {one_line(error)}"
+        ) from error
+
+
+def model_card(prior: GlobalPrior, repository: str) -> ModelCard:
+    """Return a model card that describes a prior, how it was measured and how to use it."""
+    model = str(prior.about.get("model", ""))
+    data = ModelCardData(
+        base_model=model if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) else None,
+        library_name="mlx",
+        tags=["glass-mlx"],
+    )
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# GLASS prior of {model or 'a model'}\n\n"
+        "How important each feed-forward neuron of the model is in general. glass-mlx uses it to "
+        "decode with only a part of the neurons (GLASS, "
+        "[arXiv 2508.14302](https://arxiv.org/abs/2508.14302)):\n\n"
+        f"    python -m glass_mlx.generate --model {model or 'MODEL'} "
+        f"--prior {PREFIX}{repository}\n\n"
+        "## How it was measured\n\n"
+        f"```\n{describe(prior)}\n```\n"
+    )
+
+
+def publish(prior: GlobalPrior, file: Path, repository: str) -> str:
+    """Upload a prior and its model card to a repository, and create the repository if needed.
+
+    Args:
+        prior: the prior, for the model card.
+        file: the file of the prior.
+        repository: `user/repo`.
+
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        ValueError: if the upload fails.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / FILE_NAME).write_bytes(file.read_bytes())
+            model_card(prior, repository).save(Path(folder) / "README.md")
+            api = HfApi()
+            url = api.create_repo(repository, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message="Add a GLASS prior"
+            )
+    except Exception as error:  # from the hub, the network or the repository's name
+        raise ValueError(
+            f"{file} cannot be published to {repository}: {one_line(error)}"
+        ) from error
+    return str(url)

@@ -1,0 +1,148 @@
+"""How much each neuron matters to the loss of the next token: one backward pass a sequence."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+from glass_mlx.models import FFN, Observer, tap, with_modules, with_taps
+from glass_mlx.session import Session
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# By FFN, (m,) zeros whose gradient is the sum of the neurons' impact.
+Totals = dict[str, mx.array]
+
+
+@mx.custom_function
+def _pass_through(hidden: mx.array, mask: mx.array, total: mx.array) -> mx.array:
+    """Return hidden vectors (..., m); the "gradient" of `total` (m,) is the sum of the impact."""
+    return hidden
+
+
+@_pass_through.vjp
+def _pass_through_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _output: mx.array
+) -> tuple[mx.array, ...]:
+    hidden, mask, total = primals
+    impact = mx.abs(hidden.astype(mx.float32) * cotangent.astype(mx.float32))
+    impact = (mask.reshape(1, -1) @ impact.reshape(-1, impact.shape[-1])).reshape(total.shape)
+    # The gradient depends on the impact, so that the impact is computed at once and holds nothing.
+    return mx.depends(cotangent, impact), mx.zeros_like(mask), impact
+
+
+def _layer_path(path: str) -> str:
+    """Return the path of a module's decoder layer, a member of a list, or "" if there is none."""
+    names = path.split(".")
+    numbers = [n for n, name in enumerate(names) if name.isdigit()]
+    return ".".join(names[: numbers[0] + 1]) if numbers else ""
+
+
+@cache
+def _recomputing_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of a layer's class, so that the model still recognizes the layer."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mx.checkpoint(self._run)(self._totals, args, kwargs)
+
+    return type(f"Recomputing{layer_class.__name__}", (layer_class,), {"__call__": call})
+
+
+def _recomputing_layer(
+    layer: nn.Module, totals: Totals, observe: Callable[[Totals], nn.Module]
+) -> nn.Module:
+    """Copy a layer so that it keeps only its inputs and is computed again in the backward pass.
+
+    Args:
+        layer: the layer.
+        totals: what gradients are needed for. A recomputed function returns gradients for its
+            arguments alone, so that the totals must be among them.
+        observe: returns the layer to run, given the totals.
+    """
+    layer = copy.copy(layer)
+    layer.__class__ = _recomputing_class(type(layer))
+    layer._totals = totals
+    layer._run = lambda totals, args, kwargs: observe(totals)(*args, **kwargs)
+    return layer
+
+
+def _observed_model(model: nn.Module, ffns: list[FFN], totals: Totals, mask: mx.array) -> nn.Module:
+    """Return a model in which the gradient of an FFN's total is the sum of the neurons' impact."""
+
+    def observer(totals: Totals) -> Observer:
+        return lambda path, hidden: cast(mx.array, _pass_through(hidden, mask, totals[path]))
+
+    layers: dict[str, list[FFN]] = {}
+    for ffn in ffns:
+        layers.setdefault(_layer_path(ffn.path), []).append(ffn)
+    if "" in layers:  # no list of layers, so that nothing can be recomputed layer by layer
+        return with_taps(model, observer(totals))
+    modules = dict(model.named_modules())
+    replacements: dict[str, dict[str, nn.Module]] = {}
+    for layer_path, members in layers.items():
+
+        def observe(
+            totals: Totals, layer_path: str = layer_path, members: list[FFN] = members
+        ) -> nn.Module:
+            taps = {f.path[len(layer_path) + 1 :]: tap(f, observer(totals)) for f in members}
+            return with_modules(modules[layer_path], taps)
+
+        layer_totals = {ffn.path: totals[ffn.path] for ffn in members}
+        parent, _, name = layer_path.rpartition(".")
+        replacements.setdefault(parent, {})[name] = _recomputing_layer(
+            modules[layer_path], layer_totals, observe
+        )
+    return with_modules(model, replacements)
+
+
+@contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode, in which mlx-lm's models use only differentiable code."""
+    modules = [module for module in model.modules() if not module.training]
+    model.train()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._training = False
+
+
+def measure_impact(
+    model: nn.Module | Session, tokens: list[int], mask: list[int]
+) -> dict[str, mx.array]:
+    """Measure the impact of each neuron on one sequence (I-GLASS, arXiv 2508.14302).
+
+    The impact of neuron j is mean_t |h_tj * dL/dh_tj|, the first-order change of the loss if the
+    neuron were zero (Taylor). L is the sum of the cross-entropy of the next tokens, so that the
+    contribution of a token does not depend on the length of the sequence. The paper does not fix
+    these constants.
+
+    Layers are computed again in the backward pass. For T tokens, the memory beside the model is
+    each layer's input (T, hidden size), everything that one layer computes, and four arrays of the
+    size of the logits (T, vocabulary) in float32.
+
+    Args:
+        model: the dense model, or a session of it. It is in training mode during the call.
+        tokens: T token ids.
+        mask: T flags, 1 for tokens that count. The last token never counts: no loss follows it.
+
+    Returns:
+        (m,) float32 scores of each FFN, evaluated.
+    """
+    session = Session.of(model)
+    dense, ffns = session.model, session.ffns
+    mask = [*mask[:-1], 0]
+    ids, token_weights = mx.array(tokens)[None], mx.array(mask, mx.float32)
+
+    def loss(totals: Totals) -> mx.array:
+        logits = _observed_model(dense, ffns, totals, token_weights)(ids)[0, :-1]
+        return nn.losses.cross_entropy(logits.astype(mx.float32), ids[0, 1:], reduction="sum")
+
+    totals = {ffn.path: mx.zeros((ffn.width,), mx.float32) for ffn in ffns}
+    with _training_mode(dense):
+        sums = mx.grad(loss)(totals)
+        scores = {path: total / max(sum(mask), 1) for path, total in sums.items()}
+        mx.eval(scores)
+    return scores

@@ -1,0 +1,395 @@
+"""Measure a model's global prior on text that the model writes itself, or on a corpus.
+
+Sequences are written batch by batch (`texts`), and then read densely to measure the neurons of the
+FFNs. Each sequence gives one score for each neuron and statistic; the prior holds their mean and
+spread. The memory beside the model does not grow with the number of tokens.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.config import GlassConfig
+from glass_mlx.files import locked
+from glass_mlx.models import named_arrays
+from glass_mlx.prior.curve_measuring import READINGS_PER_TEXT, measure_curve
+from glass_mlx.prior.display import stability_lines
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.mixture import MeasuredRecipe, Mixture
+from glass_mlx.prior.moments import SequenceMoments
+from glass_mlx.prior.resume import restore_checkpoint, save_checkpoint
+from glass_mlx.prior.sequence_scores import measure_sequences
+from glass_mlx.prior.stability import Stability, overall_stability
+from glass_mlx.prior.texts import (
+    SKIPPED_POSITIONS,
+    BatchSource,
+    Recipe,
+    Writer,
+    chat_frame,
+    make_source,
+)
+from glass_mlx.reporting.machine import made_with
+from glass_mlx.session import Session
+from glass_mlx.statistics import PRIOR_STATISTICS
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a prior is measured.
+
+    Attributes:
+        recipes: the texts to measure on. Their weights are also their shares of the tokens.
+            Default: see `default_recipes`.
+        statistics: what to measure, of `PRIOR_STATISTICS`.
+        tokens: the minimum number of tokens to measure.
+        sequences: the minimum number of sequences to measure, instead of tokens.
+        length: tokens a sequence.
+        batch_size: sequences written at once.
+        temperature: the sampling temperature.
+        seed: the same seed gives the same prior, whether or not the run is interrupted.
+        until_stable: stop before `tokens` when `stability.overall_stability` of the two halves of
+            the sequences reaches this.
+        corpus_field: the field of a JSONL corpus that holds the text.
+        curve_texts: the number of texts for the model's density curve, see `curve_measuring`; 0 for
+            no curve. A prior without the statistic that decoding ranks by has no curve.
+
+    Raises:
+        ValueError: for the first value that is out of range.
+    """
+
+    recipes: tuple[Recipe, ...] = ()
+    statistics: tuple[str, ...] = ("activation", "griffin")
+    tokens: int = 16384
+    sequences: int | None = None
+    length: int = 256
+    batch_size: int = 32
+    temperature: float = 1.0
+    seed: int = 0
+    until_stable: float | None = None
+    corpus_field: str = "text"
+    curve_texts: int = 16
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        sequences = 1 if self.sequences is None else self.sequences
+        for value in (self.tokens, sequences, self.length, self.batch_size, self.temperature):
+            if not 0 < value < float("inf"):
+                raise ValueError(
+                    "tokens, sequences, length, batch size and temperature must be positive"
+                )
+        if self.length <= SKIPPED_POSITIONS:
+            raise ValueError(
+                f"the length must be above {SKIPPED_POSITIONS}, the number of positions that do "
+                "not count"
+            )
+        if self.curve_texts < 0:
+            raise ValueError(
+                f"the number of texts for the curve must not be negative, but is {self.curve_texts}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"the seed must not be negative, but is {self.seed}")
+        if self.until_stable is not None and not 0 < self.until_stable < 1:
+            raise ValueError(f"--until-stable must be between 0 and 1, not {self.until_stable}")
+        if not self.statistics or not {*self.statistics} <= {*PRIOR_STATISTICS}:
+            raise ValueError(
+                f"statistics must be some of {', '.join(PRIOR_STATISTICS)}, "
+                f"not {', '.join(self.statistics) or 'none'}"
+            )
+
+
+def default_recipes(tokenizer: TokenizerWrapper) -> tuple[Recipe, ...]:
+    """Return the recipes that are measured if none are given (docs/experiments.md has why)."""
+    kinds = ("bos", "chat") if tokenizer.has_chat_template else ("bos",)
+    return tuple(map(Recipe, kinds))
+
+
+def build(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    output: Path,
+    settings: CalibrationSettings | None = None,
+    name: str = "",
+) -> GlobalPrior:
+    """Measure a global prior into a file. The same call continues an interrupted one.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        output: the file to write. A file beside it holds what was measured so far.
+        settings: how to measure.
+        name: the model's name, for the record.
+
+    Raises:
+        FileNotFoundError: if a corpus does not exist.
+        OSError: if a file cannot be written.
+        ValueError: if another run is writing the file; also see `calibrate`.
+    """
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; give the name of a file")
+    partial = output.with_name(f"{output.name}.partial")
+    with locked(output, partial):
+        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial)
+        prior.save(output)
+        partial.unlink(missing_ok=True)
+    return prior
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    settings: CalibrationSettings | None = None,
+    *,
+    name: str = "",
+    checkpoint: Path | None = None,
+) -> GlobalPrior:
+    """Measure a global prior.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        settings: how to measure.
+        name: the model's name, for the record.
+        checkpoint: a file that is written after every batch with what was measured so far. If it
+            exists, the calibration continues from it.
+
+    Raises:
+        FileNotFoundError: if a corpus does not exist.
+        ValueError: if the model cannot be sliced, a recipe does not suit the tokenizer or gives no
+            text, or the checkpoint is of another calibration.
+    """
+    settings = settings or CalibrationSettings()
+    session = Session.of(model)
+    mixture = _start_mixture(session, tokenizer, settings)
+    weights = session.fingerprint
+    about = _describe(model, settings, name)
+    identity = json.dumps(
+        [
+            about,
+            settings.statistics,
+            [recipe.identity for recipe in mixture.recipes],
+            [session.weight_bytes, sum(float(sample.sum()) for sample in weights.values())],
+        ]
+    )
+    if checkpoint:
+        restore_checkpoint(checkpoint, mixture, identity)
+
+    def save() -> None:
+        if checkpoint:
+            save_checkpoint(checkpoint, mixture, identity)
+
+    stability = _measure_mixture(session, tokenizer, mixture, settings, save)
+    prior = _make_prior(mixture, weights, about | {"stability": stability})
+    if settings.curve_texts and GlassConfig.prior_statistic in settings.statistics:
+        prior = _with_curve(model, tokenizer, prior, settings)
+    return prior
+
+
+def _start_mixture(
+    session: Session, tokenizer: TokenizerWrapper, settings: CalibrationSettings
+) -> Mixture:
+    """Return the recipes to measure, without any measurements yet."""
+    recipes = [
+        MeasuredRecipe(
+            recipe,
+            recipe.identity(),
+            SequenceMoments(session.widths, settings.statistics),
+            chat_frame(tokenizer) if recipe.kind == "chat" else None,
+        )
+        for recipe in settings.recipes or default_recipes(tokenizer)
+    ]
+    return Mixture(recipes, settings.statistics)
+
+
+def _describe(model: nn.Module, settings: CalibrationSettings, name: str) -> dict[str, Any]:
+    """Describe the model and the settings, for the record."""
+    listed_elsewhere = ("recipes", "statistics", "curve_texts")
+    return made_with() | {
+        "model": name,
+        "model_type": getattr(model, "model_type", ""),
+        "dtype": _float_type(model),
+        "settings": {
+            key: value
+            for key, value in asdict(settings).items()
+            if key not in listed_elsewhere and value is not None
+        },
+    }
+
+
+def _float_type(model: nn.Module) -> str:
+    """Return the floating type of the model's first such array, which the model computes in."""
+    dtypes = (array.dtype for _, array in named_arrays(model))
+    dtype = next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _measure_mixture(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    mixture: Mixture,
+    settings: CalibrationSettings,
+    save: Callable[[], None],
+) -> dict[str, Stability]:
+    """Write and read batch after batch until enough is measured.
+
+    Args:
+        session: what is known of the dense model.
+        tokenizer: its tokenizer.
+        mixture: the recipes, to which the measurements are added.
+        settings: how to measure.
+        save: called after every batch.
+
+    Returns:
+        The stability; see `Mixture.stability`.
+    """
+    total = settings.sequences * settings.length if settings.sequences else settings.tokens
+    with (
+        tqdm(total=total, initial=mixture.tokens, unit="tok", dynamic_ncols=True) as bar,
+        wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
+    ):
+        sources = _make_sources(
+            session.model,
+            tokenizer,
+            mixture,
+            settings,
+            lambda written: bar.update(min(written, total - bar.n)),
+        )
+        stability = mixture.stability()
+        while (step := _next_batch(mixture, settings, stability)) is not None:
+            recipe, size = step
+            bar.set_description("writing" if recipe.recipe.file is None else None)
+            sequences = sources[recipe](size, recipe.batches)
+            if not sequences:
+                recipe.exhausted = True
+                continue
+            tokens_before = mixture.tokens
+            bar.set_description("reading")
+            measure_sequences(session, sequences, settings.statistics, recipe.moments)
+            mx.clear_cache()
+            recipe.batches += 1
+            save()
+            stability = mixture.stability()
+            bar.n = mixture.tokens
+            bar.total = max(total, bar.n)
+            bar.set_postfix(
+                stability=f"{overall_stability(stability):.3f}" if stability else "none yet"
+            )
+            if tokens_before.bit_length() < bar.n.bit_length():  # at every doubling
+                peak = f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
+                lines = [f"after {bar.n} tokens, {peak}:", *stability_lines(stability)]
+                bar.write("\n".join(lines), file=sys.stderr)
+    return stability
+
+
+def _make_sources(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    mixture: Mixture,
+    settings: CalibrationSettings,
+    progress: Callable[[int], object],
+) -> dict[MeasuredRecipe, BatchSource]:
+    """Return what writes or reads the texts of each recipe. Each recipe has its own seed."""
+    return {
+        recipe: make_source(
+            recipe.recipe,
+            Writer(model, settings.temperature, [settings.seed, n], progress),
+            tokenizer,
+            settings.length,
+            recipe.frame,
+            settings.corpus_field,
+            recipe.sequences,
+        )
+        for n, recipe in enumerate(mixture.recipes)
+    }
+
+
+def _next_batch(
+    mixture: Mixture, settings: CalibrationSettings, stability: dict[str, Stability]
+) -> tuple[MeasuredRecipe, int] | None:
+    """Choose the next recipe and its number of sequences, or return None if enough is measured."""
+    if (
+        settings.until_stable
+        and stability
+        and overall_stability(stability) >= settings.until_stable
+    ):
+        return None
+    tokens, sequences = mixture.tokens, mixture.sequences
+    if settings.sequences is not None:
+        left = settings.sequences - sequences
+    else:
+        tokens_per_sequence = tokens / sequences if sequences else settings.length
+        left = math.ceil((settings.tokens - tokens) / tokens_per_sequence)
+    # Every recipe is measured, on one sequence at least.
+    recipes = [r for r in mixture.recipes if not r.exhausted and (left > 0 or r.sequences == 0)]
+    if not recipes:
+        return None
+    recipe = min(recipes, key=lambda r: r.moments.tokens / r.recipe.weight)
+    return recipe, max(1, min(settings.batch_size, left))
+
+
+def _make_prior(
+    mixture: Mixture, weights: dict[str, np.ndarray], about: dict[str, Any]
+) -> GlobalPrior:
+    """Make a prior from everything that was measured.
+
+    Args:
+        mixture: the recipes and their measurements.
+        weights: the model's fingerprint.
+        about: the description of the model and the settings, to which the texts are added.
+
+    Raises:
+        ValueError: if a recipe gave no text.
+    """
+    for recipe in mixture.recipes:
+        if recipe.sequences == 0:
+            raise ValueError(f"the recipe {recipe.identity} gave no text to measure")
+    about = about | {
+        "recipes": [recipe.describe() for recipe in mixture.recipes],
+        "tokens": mixture.tokens,
+        "sequences": mixture.sequences,
+    }
+    scores, spread = (
+        {
+            name: {path: values(name, path).astype(np.float32) for path in weights}
+            for name in mixture.statistics
+        }
+        for values in (mixture.mean, mixture.spread)
+    )
+    return GlobalPrior(scores, weights, about, spread)
+
+
+def _with_curve(
+    model: nn.Module, tokenizer: TokenizerWrapper, prior: GlobalPrior, settings: CalibrationSettings
+) -> GlobalPrior:
+    """Return the prior with a density curve, or without if the model writes no suitable text."""
+    with (
+        tqdm(
+            total=READINGS_PER_TEXT * settings.curve_texts, desc="density curve", unit="read"
+        ) as bar,
+        wired_limit(model, [generation_stream]),  # type: ignore[list-item]
+    ):
+        try:
+            curve = measure_curve(
+                model,
+                tokenizer,
+                prior,
+                settings.curve_texts,
+                settings.length,
+                settings.batch_size,
+                settings.seed,
+                bar.update,
+            )
+        except ValueError as error:
+            bar.write(f"no density curve: {error}", file=sys.stderr)
+            return prior
+    return replace(prior, about=prior.about | curve)

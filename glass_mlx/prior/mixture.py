@@ -1,0 +1,109 @@
+"""A mixture of recipes: what was measured on each, and the weighted mean and spread of all."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from glass_mlx.prior.moments import Half, SequenceMoments
+from glass_mlx.prior.stability import Stability, compare
+from glass_mlx.prior.texts import ChatFrame, Recipe
+
+import numpy as np
+
+
+@dataclass(eq=False)
+class MeasuredRecipe:
+    """One recipe, and what was measured on its texts so far.
+
+    Attributes:
+        recipe: the recipe.
+        identity: its record; see `Recipe.identity`.
+        moments: mean and variance of its scores.
+        frame: for chats, what the chat template writes around a user's turn.
+        batches: the number of batches measured.
+        exhausted: whether its corpus has no more texts.
+    """
+
+    recipe: Recipe
+    identity: dict[str, Any]
+    moments: SequenceMoments
+    frame: ChatFrame | None
+    batches: int = 0
+    exhausted: bool = False
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences measured."""
+        return int(self.moments.sequences.sum())
+
+    def describe(self) -> dict[str, Any]:
+        """Return the record of the recipe, with the tokens and sequences measured."""
+        return self.identity | {"tokens": self.moments.tokens, "sequences": self.sequences}
+
+
+class Mixture:
+    """Weighted statistics over the recipes of a prior.
+
+    Args:
+        recipes: the recipes, each with what was measured on it.
+        statistics: the statistics that are measured.
+    """
+
+    def __init__(self, recipes: list[MeasuredRecipe], statistics: tuple[str, ...]) -> None:
+        self.recipes, self.statistics = recipes, statistics
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens measured."""
+        return sum(recipe.moments.tokens for recipe in self.recipes)
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences measured."""
+        return sum(recipe.sequences for recipe in self.recipes)
+
+    def mean(self, statistic: str, path: str, half: Half | None = None) -> np.ndarray:
+        """Return the weighted mean score of each neuron of an FFN, (m,) float64.
+
+        Args:
+            statistic: the statistic.
+            path: the FFN.
+            half: the half of the sequences. Default: all sequences.
+        """
+        means = [recipe.moments.mean(statistic, path, half) for recipe in self.recipes]
+        return self._average(means)
+
+    def spread(self, statistic: str, path: str) -> np.ndarray:
+        """Return the standard deviation over sequences of each neuron's score, (m,) float64."""
+        mean = self.mean(statistic, path)
+        variances = [
+            moments.variance(statistic, path) + (moments.mean(statistic, path) - mean) ** 2
+            for moments in (recipe.moments for recipe in self.recipes)
+        ]
+        spread: np.ndarray = np.sqrt(self._average(variances))
+        return spread
+
+    def _average(self, values: list[np.ndarray]) -> np.ndarray:
+        """Return the mean over recipes, weighted by the recipes' weights."""
+        weights = [recipe.recipe.weight for recipe in self.recipes]
+        return np.asarray(np.average(values, axis=0, weights=weights))
+
+    def stability(self) -> dict[str, Stability]:
+        """Compare the scores of the two halves of the sequences.
+
+        Returns:
+            The stability by statistic. It is empty while a half has no sequences of some recipe.
+        """
+        complete = [recipe for recipe in self.recipes if recipe.moments.sequences.all()]
+        if not all(recipe in complete or recipe.exhausted for recipe in self.recipes):
+            return {}
+        if not complete:  # every corpus ended after one sequence at most
+            return {}
+        mixture = Mixture(complete, self.statistics)
+        paths = [*complete[0].moments.sums[self.statistics[0]]]
+        return {
+            name: compare(
+                {path: mixture.mean(name, path, 0) for path in paths},
+                {path: mixture.mean(name, path, 1) for path in paths},
+            )
+            for name in self.statistics
+        }

@@ -1,0 +1,384 @@
+"""The texts that a prior is measured on: written by the model itself, or from a corpus."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.errors import one_line
+from glass_mlx.files import sha256
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+KINDS = ("bos", "chat", "corpus")
+
+# The first positions of a text that starts from nothing do not count: decoding never reaches such
+# early positions, and their activations differ from those of later ones (docs/experiments.md).
+SKIPPED_POSITIONS = 16
+
+# The largest share of a sequence that the user's turn of a conversation takes.
+_USER_SHARE = 1 / 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One kind of text to measure a prior on.
+
+    Attributes:
+        kind: "bos", text that the model writes from the beginning-of-sequence token alone (null
+            prompt stimulation, arXiv 2508.14302); "chat", where the model writes a user's turn from
+            the opening of its chat template and then answers it; or "corpus".
+        weight: the weight of the text's scores in the prior.
+        file: the corpus: text, or JSONL with `messages`, `prompt` and `completion`, or `text`.
+    """
+
+    kind: str
+    weight: float = 1.0
+    file: Path | None = None
+
+    @staticmethod
+    def parse(text: str) -> "Recipe":
+        """Parse `bos`, `chat` or `corpus:FILE`, each with an optional `=WEIGHT` at the end.
+
+        Raises:
+            ValueError: if the text is not a recipe, or the weight is not positive.
+        """
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number) if name else 1.0
+        except ValueError:  # an equals sign in a file name
+            name, weight = "", 1.0
+        kind, _, file = (name or text).partition(":")
+        if kind not in KINDS or (kind == "corpus") != bool(file):
+            raise ValueError(f"{text!r} is not a recipe; bos, chat and corpus:FILE are")
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of the recipe {text!r} must be positive")
+        return Recipe(kind, weight, Path(file).expanduser() if file else None)
+
+    def identity(self) -> dict[str, Any]:
+        """Return a record of this recipe. It identifies a corpus by its name and contents.
+
+        Raises:
+            FileNotFoundError: if the corpus does not exist.
+        """
+        record: dict[str, Any] = {"recipe": self.kind, "weight": self.weight}
+        if self.file is None:
+            return record
+        if not self.file.is_file():
+            raise FileNotFoundError(f"there is no corpus at {self.file}")
+        return record | {"file": self.file.name, "sha256": sha256(self.file)}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A text to measure.
+
+    Attributes:
+        tokens: its token ids.
+        mask: one flag a token: 1 if the token counts, 0 if it is only context.
+    """
+
+    tokens: list[int]
+    mask: list[int]
+
+
+# From the size and the number of a batch to its sequences.
+BatchSource = Callable[[int, int], list[Sequence]]
+
+
+def null_token(tokenizer: TokenizerWrapper) -> int:
+    """Return the token before any text; models without one separate documents by EOS.
+
+    Raises:
+        ValueError: if the tokenizer has neither token.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError("the tokenizer has neither a beginning- nor an end-of-sequence token")
+
+
+def stop_sequences(tokenizer: TokenizerWrapper) -> list[list[int]]:
+    """Return the end-of-sequence tokens in the form that a `Writer` takes."""
+    return [[token] for token in sorted(tokenizer.eos_token_ids)]
+
+
+class Writer:
+    """Samples text from a model, many sequences at once.
+
+    Args:
+        model: the model.
+        temperature: the sampling temperature.
+        seed: the same seed and batch give the same text.
+        progress: called at every step with the number of tokens written.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float,
+        seed: list[int],
+        progress: Callable[[int], object],
+    ) -> None:
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"the temperature of sampling must be positive, not {temperature}")
+        self.model, self.temperature = model, temperature
+        self._seed, self._progress = seed, progress
+
+    def __call__(
+        self,
+        prompts: list[list[int]],
+        lengths: list[int],
+        stop: list[list[int]],
+        batch: int,
+        turn: int = 0,
+    ) -> list[list[int]]:
+        """Continue prompts, each up to a maximum number of tokens.
+
+        Args:
+            prompts: the token ids to continue.
+            lengths: the maximum number of tokens to write after each prompt.
+            stop: sequences of token ids that end a text.
+            batch: the number of the batch. Together with `turn` and the seed it determines the
+                random numbers.
+            turn: the number of the turn within the batch.
+
+        Returns:
+            The new token ids of each text, including the sequence that ended it.
+        """
+        state = np.random.SeedSequence([*self._seed, batch, turn]).generate_state(1)[0]
+        key = mx.random.key(int(state))
+
+        def sampler(logprobs: mx.array) -> mx.array:
+            nonlocal key
+            key, step = mx.random.split(key)
+            return mx.random.categorical(logprobs / self.temperature, key=step)
+
+        generator = BatchGenerator(
+            self.model,
+            sampler=sampler,
+            stop_tokens=stop,
+            completion_batch_size=len(prompts),
+            prefill_batch_size=len(prompts),
+        )
+        with closing(generator):
+            texts: dict[int, list[int]] = {uid: [] for uid in generator.insert(prompts, lengths)}
+            while responses := generator.next_generated():
+                for response in responses:
+                    texts[response.uid].append(response.token)
+                self._progress(len(responses))
+        return list(texts.values())
+
+
+def _write_from_bos(
+    writer: Writer, tokenizer: TokenizerWrapper, length: int, size: int, batch: int
+) -> list[Sequence]:
+    """Write texts that start with the beginning-of-sequence token and run past document ends."""
+    start = null_token(tokenizer)
+    continuations = writer([[start]] * size, [length] * size, [], batch)
+    return [
+        Sequence([start, *tokens], [int(n >= SKIPPED_POSITIONS) for n in range(len(tokens) + 1)])
+        for tokens in continuations
+    ]
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """The tokens that a chat template writes around a user's turn.
+
+    Attributes:
+        before: the tokens that open the user's turn.
+        after: the tokens between the turn and the answer.
+        end: the first tokens of `after`, which end the turn.
+    """
+
+    before: list[int]
+    after: list[int]
+    end: list[int]
+
+
+# Templates that write the date take it from here, so that the text does not depend on the day.
+_TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
+
+
+def chat_frame(tokenizer: TokenizerWrapper) -> ChatFrame:
+    """Return the tokens that the chat template writes around a user's turn.
+
+    Raises:
+        ValueError: if there is no template, or it does not reproduce the user's turn.
+    """
+    if not tokenizer.has_chat_template:
+        raise ValueError("the model has no chat template; use the recipe bos")
+    turn = "glass-mlx-user-turn"
+    messages = [{"role": "user", "content": turn}]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+        )
+    except Exception as error:  # templates raise any kind of error
+        raise ValueError(
+            f"the model's chat template fails ({one_line(error)}); use the recipe bos"
+        ) from error
+    opening, separator, rest = text.partition(turn)
+    if not (separator and opening and rest):
+        raise ValueError("the model's chat template hides the user's turn; use the recipe bos")
+    before, after = (tokenizer.encode(part, add_special_tokens=False) for part in (opening, rest))
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.eos_token_ids}
+    ends = [n for n, token in enumerate(after) if token in special]
+    return ChatFrame(before, after, after[: ends[0] + 1] if ends else after)
+
+
+def _write_chats(
+    writer: Writer,
+    tokenizer: TokenizerWrapper,
+    frame: ChatFrame,
+    length: int,
+    size: int,
+    batch: int,
+) -> list[Sequence]:
+    """Write conversations of one question and one answer, both by the model."""
+    stops = stop_sequences(tokenizer)
+    max_turn = max(1, int(length * _USER_SHARE))
+    turns = []
+    for turn in writer([frame.before] * size, [max_turn] * size, [*stops, frame.end], batch):
+        stop = next((end for end in (frame.end, *stops) if turn[-len(end) :] == end), [])
+        turns.append(turn[: len(turn) - len(stop)])
+    prompts = [[*frame.before, *turn, *frame.after] for turn in turns]
+    answers = writer(prompts, [length - len(turn) for turn in turns], stops, batch, turn=1)
+    sequences = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        mask = [0] * len(prompt) + [1] * len(answer)
+        if answer[-1] in tokenizer.eos_token_ids:  # decoding stops there and never reads it
+            mask[-1] = 0
+        sequences.append(Sequence([*prompt, *answer], mask))
+    return [sequence for sequence in sequences if any(sequence.mask)]
+
+
+def _read_documents(file: Path, field: str) -> Iterator[str | dict[str, Any]]:
+    """Yield the documents of a corpus: the records of a JSONL file, or blocks of a text file."""
+    with file.open(encoding="utf-8") as stream:
+        try:
+            if file.suffix != ".jsonl":
+                while block := stream.read(1 << 16):
+                    yield block
+                return
+            for n, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict) or not {field, "messages", "prompt"} & {*record}:
+                    raise ValueError(f"line {n} has neither {field} nor messages nor prompt")
+                yield record
+        except (ValueError, RecursionError) as error:  # from UTF-8, from JSON, or the one above
+            raise ValueError(f"the corpus {file} cannot be read: {error}") from error
+
+
+def _encode_conversation(
+    record: dict[str, Any], tokenizer: TokenizerWrapper
+) -> tuple[list[int], list[int]]:
+    """Encode a record with `messages` or `prompt`.
+
+    Returns:
+        Token ids, and a mask that is 1 from the first answer on.
+    """
+    messages = record.get("messages")
+    if messages is None:
+        pair = (("user", record["prompt"]), ("assistant", record.get("completion", "")))
+        messages = [{"role": role, "content": content} for role, content in pair if content]
+    if not tokenizer.has_chat_template:
+        parts = [message["content"] for message in messages]
+        tokens = tokenizer.encode("\n".join(parts))
+        context = len(tokenizer.encode(parts[0]))
+    else:
+        first = [m["role"] for m in messages].index("assistant")
+        tokens = tokenizer.apply_chat_template(messages, **_TEMPLATE_OPTIONS)
+        context = len(
+            tokenizer.apply_chat_template(
+                messages[:first], add_generation_prompt=True, **_TEMPLATE_OPTIONS
+            )
+        )
+    return tokens, [int(n >= context) for n in range(len(tokens))]
+
+
+def _read_corpus(
+    file: Path, field: str, tokenizer: TokenizerWrapper, length: int
+) -> Iterator[Sequence]:
+    """Yield the texts of a corpus, cut into windows that each start like a new text."""
+    start = null_token(tokenizer)
+    for document in _read_documents(file, field):
+        if isinstance(document, dict) and field not in document:
+            try:
+                tokens, mask = _encode_conversation(document, tokenizer)
+            except Exception as error:  # from the template, or a record with another structure
+                raise ValueError(
+                    f"the corpus {file} has a conversation that cannot be read: {one_line(error)}"
+                ) from error
+        else:
+            text = document if isinstance(document, str) else document[field]
+            if not isinstance(text, str):
+                raise ValueError(f"the corpus {file} has a {field} that is not text: {text!r:.50}")
+            tokens = [start, *tokenizer.encode(text, add_special_tokens=False)]
+            mask = [int(n >= SKIPPED_POSITIONS) for n in range(len(tokens))]
+        for at in range(0, len(tokens), length + 1):
+            window, flags = tokens[at : at + length + 1], mask[at : at + length + 1]
+            if at > 0:
+                window[0] = start
+                flags[:SKIPPED_POSITIONS] = [0] * min(SKIPPED_POSITIONS, len(flags))
+            if any(flags):
+                yield Sequence(window, flags)
+
+
+def make_source(
+    recipe: Recipe,
+    writer: Writer,
+    tokenizer: TokenizerWrapper,
+    length: int,
+    frame: ChatFrame | None = None,
+    field: str = "text",
+    done: int = 0,
+) -> BatchSource:
+    """Return a function that writes or reads the next batch of sequences.
+
+    Args:
+        recipe: the kind of text.
+        writer: writes the text, unless it comes from a corpus.
+        tokenizer: the model's tokenizer.
+        length: tokens a sequence.
+        frame: for chats; see `chat_frame`.
+        field: the field of a JSONL corpus that holds the text.
+        done: how many sequences of a corpus to skip because they are already measured.
+
+    Returns:
+        A function from the size and the number of a batch to its sequences. At the end of a corpus
+        it returns fewer, and then none.
+    """
+    if recipe.file is not None:
+        texts = islice(_read_corpus(recipe.file, field, tokenizer, length), done, None)
+        return lambda size, batch: list(islice(texts, size))
+    if frame is not None:
+        return lambda size, batch: _write_chats(writer, tokenizer, frame, length, size, batch)
+    return lambda size, batch: _write_from_bos(writer, tokenizer, length, size, batch)
+
+
+def pad(sequences: list[Sequence]) -> tuple[mx.array, np.ndarray]:
+    """Pad sequences on the right, where causal models do not look.
+
+    Returns:
+        Token ids and mask, both (B, T) for the B sequences and the longest length T.
+    """
+    width = max(len(sequence.tokens) for sequence in sequences)
+    ids, mask = (np.zeros((len(sequences), width), np.int32) for _ in range(2))
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.tokens)] = sequence.tokens
+        mask[row, : len(sequence.tokens)] = sequence.mask
+    return mx.array(ids), mask

@@ -1,0 +1,150 @@
+"""What is reported of a generation: the state of the slices, token counts, times and bytes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from glass_mlx.selection import Selection, Selector
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse as DenseResponse
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the FFNs of one generation were sliced, up to the token that it comes with.
+
+    Attributes:
+        dense: whether the dense model computed this token.
+        density: the share of neurons asked for.
+        density_got: the share of neurons in the slices; 1 before there are slices.
+        prior_weight: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
+        statistic: the statistic that ranks neurons locally.
+        prior_statistic: the statistic that ranks them in the prior.
+        prior: the prior's file, "given" for a prior made in this process, or "none".
+        down_policy: how quantized down projections are sliced.
+        dense_tokens: generated tokens that the dense model computed.
+        reread_tokens: generated tokens that the dense model read again.
+        selections: how many times neurons were selected.
+        select_time: seconds spent on ranking, fusing and selecting.
+        slice_time: seconds spent on slicing the weights.
+        reread_time: seconds spent on reading tokens again.
+        dense_bytes: bytes of weights that the dense model reads for one token.
+        sliced_bytes: bytes that the sliced model reads; the same before there are slices.
+        held_bytes: bytes of arrays in this process after the latest slicing: dense weights unless
+            they were released, slices and cache.
+        selection: the kept neurons of each FFN, or None before they are selected.
+    """
+
+    dense: bool
+    density: float
+    density_got: float
+    prior_weight: float
+    statistic: str
+    prior_statistic: str
+    prior: str
+    down_policy: str
+    dense_tokens: int
+    reread_tokens: int
+    selections: int
+    select_time: float
+    slice_time: float
+    reread_time: float
+    dense_bytes: int
+    sliced_bytes: int
+    held_bytes: int
+    selection: Selection | None
+
+
+@dataclass
+class GenerationResponse(DenseResponse):
+    """mlx-lm's response, with a report on the slicing in `glass`."""
+
+    glass: Report | None = None
+
+
+class Reporter:
+    """Keeps the report of a generation up to date.
+
+    Args:
+        selector: what chooses the neurons.
+        dense_bytes: bytes of weights that the dense model reads for one token.
+
+    Attributes:
+        report: the current report.
+    """
+
+    def __init__(self, selector: Selector, dense_bytes: int) -> None:
+        config, prior = selector.config, selector.prior
+        self.report = Report(
+            dense=True,
+            density=selector.density,
+            density_got=1.0,
+            prior_weight=0.0,
+            statistic=config.statistic,
+            prior_statistic=config.prior_statistic,
+            prior=(prior.source or "given") if prior else "none",
+            down_policy=config.down_policy,
+            dense_tokens=0,
+            reread_tokens=0,
+            selections=0,
+            select_time=0.0,
+            slice_time=0.0,
+            reread_time=0.0,
+            dense_bytes=dense_bytes,
+            sliced_bytes=dense_bytes,
+            held_bytes=mx.get_active_memory(),
+            selection=None,
+        )
+
+    def token(self, dense: bool) -> Report:
+        """Count a token and return the report to yield with it."""
+        self.report = replace(
+            self.report, dense=dense, dense_tokens=self.report.dense_tokens + dense
+        )
+        return self.report
+
+    def slices(self, selection: Selection, prior_weight: float, sliced_bytes: int) -> None:
+        """Record new slices."""
+        self.report = replace(
+            self.report,
+            density_got=selection.density,
+            prior_weight=prior_weight,
+            selections=self.report.selections + 1,
+            sliced_bytes=sliced_bytes,
+            held_bytes=mx.get_active_memory(),
+            selection=selection,
+        )
+
+    def reread(self, tokens: int) -> None:
+        """Count tokens that were read again."""
+        self.report = replace(self.report, reread_tokens=self.report.reread_tokens + tokens)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time that a block takes to one of the report's times."""
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self.report = replace(self.report, **{name: getattr(self.report, name) + elapsed})
+
+
+def summary(response: GenerationResponse) -> str:
+    """Return the closing lines of a generation: mlx-lm's, and two on the slicing."""
+    glass = response.glass
+    assert glass is not None
+    return (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB\n"
+        f"GLASS: density {glass.density_got:.3f} (asked {glass.density:g}), "
+        f"λ {glass.prior_weight:.2f}, "
+        f"prior {glass.prior}, weights {glass.dense_bytes / 1e6:.1f} -> "
+        f"{glass.sliced_bytes / 1e6:.1f} MB per token\n"
+        f"GLASS: {glass.dense_tokens} tokens dense, {glass.reread_tokens} read again in "
+        f"{glass.reread_time:.3f} s, {glass.selections} selections: select "
+        f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s; "
+        f"{glass.held_bytes / 1e9:.3f} GB held"
+    )

@@ -1,0 +1,1 @@
+"""What measurements share: the machine they ran on, Markdown tables, figures."""

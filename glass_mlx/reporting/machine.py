@@ -1,0 +1,95 @@
+"""The machine that a measurement ran on: versions, hardware, power, and disturbances."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+# A warning is due above this load per core, and below this share of the first run's speed.
+_BUSY_LOAD = 0.5
+_STEADY_SPEED = 0.9
+
+
+def made_with() -> dict[str, Any]:
+    """Return the versions of the packages that compute, and the kind of machine."""
+    return {
+        "versions": {package: version(package) for package in ("glass-mlx", "mlx", "mlx-lm")},
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_machine() -> dict[str, str | int | float]:
+    """Return the hardware, operating system, Python version, MLX device and power source."""
+    return {
+        "chip": _chip() or "unknown",
+        "cores": os.cpu_count() or 0,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "device": "GPU" if mx.default_device() == mx.gpu else "CPU",
+        "power": _power(),
+    }
+
+
+def busy_warning() -> str | None:
+    """Return a warning if other work is running on this machine, or None."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > _BUSY_LOAD * cores:
+        return f"the machine is busy (load {load:.1f} on {cores} cores): times are not worth much"
+    return None
+
+
+def slowdown_warning(speeds: list[float]) -> str | None:
+    """Return a warning if the same work became slower from run to run, or None.
+
+    Args:
+        speeds: the speed of dense decoding in each run, in tokens per second.
+    """
+    if len(speeds) > 1 and speeds[-1] < _STEADY_SPEED * speeds[0]:
+        loss = 100 * (1 - speeds[-1] / speeds[0])
+        return f"dense decoding became {loss:.0f} % slower during the runs: throttled, or disturbed"
+    return None
+
+
+def _command_output(*command: str) -> str:
+    """Return what a command prints, or "" if the command is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _chip() -> str:
+    """Return the processor's name, or "" if the system does not tell."""
+    if platform.system() == "Darwin":
+        return _command_output("sysctl", "-n", "machdep.cpu.brand_string")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _power() -> str:
+    """Return "mains", "battery" or "unknown"."""
+    if platform.system() == "Darwin":
+        status = _command_output("pmset", "-g", "batt")
+        if "Battery Power" in status:
+            return "battery"
+        return "mains" if "AC Power" in status else "unknown"
+    try:
+        supplies = [
+            file.read_text().strip() for file in Path("/sys/class/power_supply").glob("*/online")
+        ]
+    except OSError:
+        supplies = []
+    if not supplies:
+        return "unknown"
+    return "mains" if "1" in supplies else "battery"

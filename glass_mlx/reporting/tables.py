@@ -1,0 +1,35 @@
+"""Markdown tables."""
+
+from collections.abc import Container, Sequence
+
+
+def markdown_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Container[str] = (),
+    padded: bool = True,
+) -> str:
+    """Format a Markdown table.
+
+    Args:
+        columns: the headings.
+        rows: a cell per column.
+        left: the headings of columns that are aligned to the left; all others go to the right.
+        padded: whether columns have the same width in every line, to read well on a screen.
+    """
+    rules = [":---" if column in left else "---:" for column in columns]
+    lines = [list(columns), rules, *rows]
+    if padded:
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        rules[:] = [
+            ":" + "-" * (width - 1) if column in left else "-" * (width - 1) + ":"
+            for column, width in zip(columns, widths, strict=True)
+        ]
+        lines = [
+            [
+                cell.ljust(width) if column in left else cell.rjust(width)
+                for column, cell, width in zip(columns, line, widths, strict=True)
+            ]
+            for line in lines
+        ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

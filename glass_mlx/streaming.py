@@ -1,0 +1,221 @@
+"""Text in, text out: `stream_generate` and `generate`, with mlx-lm's signatures."""
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from glass_mlx.config import CONFIG_FIELDS, GlassConfig
+from glass_mlx.decoding import Decoder
+from glass_mlx.engine import Generation, Step
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.lookup import model_folder
+from glass_mlx.prompt_cache import PromptCache
+from glass_mlx.report import GenerationResponse, summary
+from glass_mlx.selection import Selector
+from glass_mlx.session import Session
+from glass_mlx.statistics import MIN_GENERATED_TOKENS
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
+
+Tokenizer = TokenizerWrapper | PreTrainedTokenizerBase
+
+
+def stream_generate(
+    model: nn.Module | Session,
+    tokenizer: Tokenizer,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    *,
+    config: GlassConfig | None = None,
+    prior: GlobalPrior | str | Path | Literal[False] | None = None,
+    reload: Callable[[], nn.Module] | None = None,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """Generate text with the feed-forward neurons that matter for the prompt.
+
+    The dense model reads the prompt and computes the first tokens. A model whose FFNs are sliced
+    for this text computes the others. From time to time the dense model reads the text again, which
+    corrects the cache, and the slices are renewed. The given model's weights do not change.
+
+    Args:
+        model: a model from `load` or from `mlx_lm.load`, or a `Session` of one.
+        tokenizer: its tokenizer.
+        prompt: text, or token ids.
+        max_tokens: how many tokens to generate at most; -1 for no limit.
+        draft_model: must be None; speculative decoding cannot be combined with slicing.
+        config: how to slice. Default: `GlassConfig()`.
+        prior: a prior, its file or `hub:user/repo`; None to search for it (see `resolve_prior`);
+            False to select by the local statistics alone.
+        reload: loads the model once more without evaluating its arrays, as in
+            `lambda: load(name, lazy=True)[0]`. If it is given, the dense weights of each FFN are
+            released as soon as its slice exists. When they are used again, they come back from
+            the model's files. This takes less memory, but loads the weights with every renewal.
+        **kwargs: fields of `GlassConfig`, such as `density`, which replace those of `config`. All
+            others are passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` from
+            `glass_mlx.make_prompt_cache` only the new tokens are read, and the statistics of
+            earlier turns count as well; with one from mlx-lm only those of the new tokens count.
+
+    Yields:
+        mlx-lm's responses, with a `Report` in `glass`.
+
+    Raises:
+        FileNotFoundError: if the prior's file does not exist.
+        ValueError: for a value out of range, an empty prompt, a model that cannot be sliced, or a
+            prior that is missing, damaged or of another model.
+    """
+    changes = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
+    config = replace(config or GlassConfig(), **changes)
+    check_max_tokens(max_tokens)
+    if draft_model is not None:
+        raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    tokens = _encode(tokenizer, prompt)
+    if tokens.size == 0 and kwargs.get("input_embeddings") is None:
+        raise ValueError("the prompt is empty")
+    if prior is False:
+        _check_evidence(tokens, kwargs.get("prompt_cache"), config)
+    session = Session.of(model)
+    found = None if prior is False else session.find_prior(prior, model_folder(tokenizer))
+    selector = session.selector(config, found)
+    kwargs.pop("num_draft_tokens", None)  # mlx-lm ignores it, too, without a draft model
+    steps = _steps(session, selector, tokens, max_tokens, reload, **kwargs)
+    return _responses(steps, session.model, tokenizer, tokens.size, max_tokens)
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """Raise ValueError for a generation of no tokens."""
+    if max_tokens == 0:
+        raise ValueError("the number of tokens to generate must not be zero; -1 means no limit")
+
+
+def _check_evidence(tokens: mx.array, cache: list[Any] | None, config: GlassConfig) -> None:
+    """Raise ValueError if the first selection would be made by a single token."""
+    read_before = getattr(cache, "tokens", ())
+    if len(read_before) + tokens.size == 1 and config.warmup <= MIN_GENERATED_TOKENS:
+        raise ValueError("a prompt of one token does not tell which neurons matter; use a prior")
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
+    """Return the token ids (T,) of a prompt. Text that starts with BOS gets no second one."""
+    if isinstance(prompt, mx.array):
+        return prompt
+    if isinstance(prompt, str):
+        bos = tokenizer.bos_token
+        add_special_tokens = bos is None or not prompt.startswith(bos)
+        return mx.array(tokenizer.encode(prompt, add_special_tokens=add_special_tokens), mx.uint32)
+    return mx.array(prompt, mx.uint32)
+
+
+def _steps(
+    session: Session,
+    selector: Selector,
+    prompt: mx.array,
+    max_tokens: int,
+    reload: Callable[[], nn.Module] | None,
+    **options: Any,
+) -> Generator[Step, None, None]:
+    """Generate tokens into a prompt cache, and record them in it when the generation ends."""
+    prefill = {
+        "progress": options.pop("prompt_progress_callback", None),
+        "input_embeddings": options.pop("input_embeddings", None),
+    }
+    max_kv_size = options.pop("max_kv_size", None)
+    cache = options.pop("prompt_cache", None) or make_prompt_cache(session.model, max_kv_size)
+    if isinstance(cache, PromptCache):
+        record = cache
+    else:  # a cache from mlx-lm cannot hold statistics
+        record = PromptCache((), session.empty_statistics([selector.config.statistic]))
+    statistics = record.begin(session.widths)
+    decoder = Decoder(session.model, cache, prompt, max_tokens, **options)
+    try:
+        yield from Generation(session, selector, decoder, statistics, reload).steps(**prefill)
+    except GeneratorExit:  # the caller has enough
+        record.add(decoder.tokens)
+        raise
+    record.add(decoder.tokens)
+
+
+def _responses(
+    steps: Generator[Step, None, None],
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> Generator[GenerationResponse, None, None]:
+    """Turn tokens into text and count them, up to an end-of-sequence token."""
+    detokenizer = tokenizer.detokenizer
+    with (
+        wired_limit(model, [generation_stream]),  # type: ignore[list-item]
+        closing(steps),
+    ):
+        start = time.perf_counter()
+        for n, step in enumerate(steps, 1):
+            if n == 1:
+                prompt_tps = prompt_tokens / (time.perf_counter() - start)
+                start = time.perf_counter()
+            finish_reason = "length" if n == max_tokens else None
+            if step.token in tokenizer.eos_token_ids:
+                finish_reason = "stop"
+            else:
+                detokenizer.add_token(step.token)
+            if finish_reason:
+                detokenizer.finalize()
+            yield GenerationResponse(
+                text=detokenizer.last_segment,
+                token=step.token,
+                logprobs=step.logprobs,
+                from_draft=False,
+                prompt_tokens=prompt_tokens,
+                prompt_tps=prompt_tps,
+                generation_tokens=n,
+                generation_tps=n / (time.perf_counter() - start),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=finish_reason,
+                glass=step.report,
+            )
+            if finish_reason:
+                return
+
+
+def generate(
+    model: nn.Module | Session,
+    tokenizer: Tokenizer,
+    prompt: str | list[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Generate a complete response, as `mlx_lm.generate` does.
+
+    Args:
+        model: a model from `load` or from `mlx_lm.load`, or a `Session` of one.
+        tokenizer: its tokenizer.
+        prompt: text, or token ids.
+        verbose: print the text as it is generated, and statistics at the end.
+        **kwargs: see `stream_generate`. This function raises the same errors.
+
+    Returns:
+        The generated text.
+    """
+    text = ""
+    responses = stream_generate(model, tokenizer, prompt, **kwargs)
+    if verbose:
+        print("=" * 10)
+    for response in responses:
+        if verbose:
+            print(response.text, end="", flush=True)
+        text += response.text
+    if verbose:
+        print()
+        print("=" * 10)
+        print(summary(response))
+    return text

@@ -1,0 +1,183 @@
+"""Finding the FFNs of a model by what its modules compute.
+
+Whether a module is an FFN that can be sliced is tested by running it with a few random neurons, so
+its class, its names and its activation do not matter.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from .ffn import FFN, LAYOUTS
+from .linear import inputs, is_linear, outputs
+from .modules import layer_order
+
+# Model types whose FFN looks sliceable and is not.
+REFUSED = {
+    "gemma3n": "its activation depends on the mean over all neurons of a layer",
+    "bitnet": "it normalises over all neurons of a layer",
+    "prism_hadamard_qwen35": "it rotates the neurons of a layer into each other",
+}
+
+# An expert in a list. It sees only the tokens that are routed to it.
+_EXPERT = re.compile(r"\bexperts\.\d+$")
+
+# A few neurons are enough to test a module, and cost nothing at any width.
+_TRIAL_NEURONS = 8
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """Find the FFNs of a model that can be sliced.
+
+    In a mixture of experts these are the FFNs that every token passes through: dense layers and
+    shared experts. Routed experts are not sliced.
+
+    Returns:
+        The FFNs in the order of the layers.
+
+    Raises:
+        ValueError: if there is none, or if slicing them would be unsound, with the reason.
+    """
+    kind = getattr(model, "model_type", type(model).__name__)
+    if kind in REFUSED:
+        raise ValueError(f"models of type {kind} cannot be sliced: {REFUSED[kind]}")
+    modules = dict(model.named_modules())
+    if any(hasattr(module, "lora_a") for module in modules.values()):
+        raise ValueError(
+            "this model has adapters that are not fused into its weights; "
+            "give adapter_path to glass_mlx.load, which fuses them"
+        )
+    tested: dict[Any, bool] = {}
+    found = (
+        _find_ffn(path, module, tested)
+        for path, module in modules.items()
+        if not _EXPERT.search(path)
+    )
+    ffns = [ffn for ffn in found if ffn is not None]
+    if not ffns:
+        reason = (
+            "all its neurons are in routed experts, which are not sliced"
+            if has_experts(model)
+            else "no feed-forward network was found in it that treats its neurons one by one"
+        )
+        raise ValueError(f"models of type {kind} cannot be sliced: {reason}")
+    return sorted(ffns, key=lambda ffn: layer_order(ffn.path))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Tell whether a model has routed experts, in a list or with their weights in one array."""
+    return any(
+        isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) or _EXPERT.search(path)
+        for path, module in model.named_modules()
+    )
+
+
+def _find_ffn(path: str, module: nn.Module, tested: dict[Any, bool]) -> FFN | None:
+    """Return the FFN that a module is, or None if it cannot be sliced.
+
+    The projections are direct children of the module. Its other parts, such as an activation or
+    norms before and after, do not matter as long as the module treats its neurons one by one.
+
+    Args:
+        path: the module's path in the model.
+        module: the module.
+        tested: results of earlier tests by what was tested, which this function adds to.
+    """
+    candidates = list(_candidates(path, module))
+    identity = _identity(module) if candidates else None
+    for ffn in candidates:
+        key = identity, *ffn.expand, ffn.contract[0], ffn.layout
+        if key not in tested:
+            tested[key] = _is_sum_over_neurons(module, ffn)
+        if tested[key]:
+            return ffn
+    return None
+
+
+def _identity(module: nn.Module) -> Any:
+    """Return a key that is equal for modules that differ only in their weights."""
+    settings = {name: repr(value) for name, value in vars(module).items()}
+    children = {name: type(child) for name, child in module.children().items()}
+    return type(module), str(settings), str(children)
+
+
+def _candidates(path: str, module: nn.Module) -> Iterator[FFN]:
+    """Yield the FFNs that a module can be, judging by the shapes of its layers."""
+    layers = {name: layer for name, layer in module.children().items() if is_linear(layer)}
+    for name, down in layers.items():
+        m = inputs(down)
+        others = {n: layer for n, layer in layers.items() if n != name}
+        same = [n for n, layer in others.items() if outputs(layer) == m]
+        for chosen in (*combinations(same, 2), *combinations(same, 1)):
+            if len({inputs(layers[n]) for n in chosen}) == 1:
+                yield FFN(path, {n: layers[n] for n in chosen}, (name, down))
+        for n in others:
+            if outputs(layers[n]) == 2 * m:
+                for layout in ("halves", "interleaved"):
+                    yield FFN(path, {n: layers[n]}, (name, down), layout)
+
+
+class _TrialLinear(nn.Linear):
+    """A linear layer with given weights. Creating it leaves MLX's random state alone."""
+
+    def __init__(self, weight: mx.array, bias: mx.array | None) -> None:
+        nn.Module.__init__(self)
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
+
+
+def _trial_ffn(ffn: FFN, key: mx.array) -> FFN:
+    """Return a small random FFN with the layers of another one, their layout and their biases."""
+    keys = iter(mx.random.split(key, 6))
+
+    def trial(layer: nn.Module, rows: int, columns: int) -> nn.Linear:
+        weight = mx.random.normal((rows, columns), key=next(keys)) * columns**-0.5
+        bias = mx.random.normal((rows,), key=next(keys)) if "bias" in layer else None
+        return _TrialLinear(weight, bias)
+
+    rows = len(LAYOUTS[ffn.layout](np.arange(_TRIAL_NEURONS), _TRIAL_NEURONS))
+    name, down = ffn.contract
+    expand = {n: trial(layer, rows, inputs(layer)) for n, layer in ffn.expand.items()}
+    return FFN(ffn.path, expand, (name, trial(down, outputs(down), _TRIAL_NEURONS)), ffn.layout)
+
+
+def _is_sum_over_neurons(module: nn.Module, ffn: FFN) -> bool:
+    """Test with a few random neurons whether a module's output is a sum over its neurons."""
+    trial_key, input_key = mx.random.split(mx.random.key(0))
+    trial = _trial_ffn(ffn, trial_key)
+    name, down = trial.contract
+    silent = _TrialLinear(mx.zeros_like(down.weight), down.get("bias"))
+    hidden_size = inputs(next(iter(ffn.expand.values())))
+    x = mx.random.normal((1, 3, hidden_size), key=input_key)
+
+    def run(parts: dict[str, nn.Module]) -> mx.array:
+        changed = copy.copy(module)
+        for n, part in (trial.layers | parts).items():
+            changed[n] = part
+        return changed(x, *[None] * _required_arguments(module))
+
+    def run_only(*neurons: int) -> mx.array:
+        return run(trial.sliced(np.array(neurons), "requantize"))
+
+    try:
+        nothing, everything = run({name: silent}), run({})
+        sum_of_parts = run_only(0, 2, 3) + run_only(1, 4, 5, 6, 7) - nothing
+        scale, error = mx.abs(everything - nothing).max(), mx.abs(sum_of_parts - everything).max()
+        return bool(mx.logical_and(error >= 0, error < 1e-4 * scale))  # false for NaN
+    except Exception:  # a module that is no FFN can fail in any way
+        return False
+
+
+def _required_arguments(module: nn.Module) -> int:
+    """Count the arguments that a module needs besides its input."""
+    parameters = inspect.signature(module).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) - 1

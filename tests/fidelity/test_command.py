@@ -1,0 +1,121 @@
+"""The command that measures fidelity, on a tiny model."""
+
+import json
+import sys
+
+import glass_mlx.fidelity.__main__ as command
+from glass_mlx.models.architectures import tiny_model
+from helpers import made_prior, save_tiny_folder
+
+import pytest
+
+STATIC = ["dense", "random", "magnitude", "prompt-only", "prior-only", "glass", "oracle"]
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny_folder(tmp_path / "tiny")
+    made_prior(tiny_model("llama")).save(folder / "glass_prior.safetensors")
+    (tmp_path / "prompts.txt").write_text("丁七丄\n丅丆丏丐\n丂丏\n")
+    return ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 40]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate_fidelity", *map(str, arguments)])
+    command.main()
+
+
+def rows(file):
+    return {
+        (row["method"], row["density"]): row
+        for row in map(json.loads, file.read_text().splitlines())
+    }
+
+
+def test_every_method_gives_a_line_with_all_figures(arguments, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.jsonl"
+    methods = [name for name in command.METHODS if name != "glass-impact"]
+    run(
+        monkeypatch, *arguments, "--json", out, "--density", 0.5, 0.75, "--methods", *methods,
+        "--prior-weight", 0, 0.25, "--plots", tmp_path / "plots",
+        "--markdown", tmp_path / "table.md",
+    )  # fmt: skip
+    results = rows(out)
+    assert len(results) == 2 * (len(methods) + 2)
+    for (method, density), row in results.items():
+        assert row["perplexity_95"][0] <= row["perplexity"] <= row["perplexity_95"][1]
+        assert row["kl_95"][0] <= row["kl"] <= row["kl_95"][1]
+        assert (row["prompts"], row["tokens"], row["seed"]) == (3, 120, 0)
+        assert row["density_got"] == (1 if method == "dense" else density)
+        assert 0 <= row["top1"] <= 1
+        assert ("kl_change" in row) == (method != "prompt-only")
+    dense, oracle = results["dense", 0.5], results["oracle", 0.5]
+    assert (dense["kl"], dense["dense_share"], dense["top1"]) == (0, 1, 1)
+    assert (oracle["jaccard"], oracle["dense_share"]) == (1, 1 / 40)
+    assert results["glass λ 0", 0.5]["kl"] == results["prompt-only", 0.5]["kl"]
+    assert results["glass λ 0.25", 0.5]["kl"] != results["prompt-only", 0.5]["kl"]
+    # 16 tokens of warm-up, and one more when 16 tokens are read again after 32.
+    assert results["default", 0.5]["dense_share"] == 17 / 40
+    assert results["default", 0.5]["reread_share"] == 16 / 40
+    table = capsys.readouterr().out
+    assert table.count("\n") == len(results) + 1
+    assert (tmp_path / "table.md").read_text().count("\n") == len(results) + 2
+    for name in ("kl_by_density", "kl_by_position", "jaccard_by_layer", "kl_by_mix"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_an_interrupted_run_continues_to_the_same_file(arguments, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    run(monkeypatch, *arguments, "--json", whole, "--methods", *STATIC)
+    scored = []
+    original = command.Evaluation.score
+
+    def score_or_interrupt(self, sample, number):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(number)
+        return original(self, sample, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command.Evaluation, "score", score_or_interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            run(patched, *arguments, "--json", broken, "--methods", *STATIC)
+    partial = tmp_path / "broken.jsonl.partial"
+    partial.write_text(partial.read_text() + '[["half a li')  # the machine stops here
+    assert not broken.exists()
+    with pytest.raises(SystemExit, match="2"):  # another seed is another evaluation
+        run(monkeypatch, *arguments, "--json", broken, "--methods", *STATIC, "--seed", 1)
+    scored.clear()
+    monkeypatch.setattr(command.Evaluation, "score", score_or_interrupt)
+    run(monkeypatch, *arguments, "--json", broken, "--methods", *STATIC)
+    assert scored == [2]
+    assert broken.read_text() == whole.read_text()
+
+
+def test_bad_input_ends_with_a_sentence(arguments, tmp_path, monkeypatch, capsys):
+    for more, message in (
+        (["--prompts", tmp_path / "none"], "no prompts at"),
+        (["--density", 0.5, 2], "density"),
+        (["--temp", 0], "temperature of sampling must be positive"),
+        (["--tokens", 1], "--tokens must be at least 2"),
+        (["--batch-size", 0], "--batch-size must be at least 1"),
+        (["--limit", 0], "--limit must be at least 1"),
+        (["--ablation", "margins", "--json", tmp_path / "x"], "writes no files"),
+        (["--prior-weight", 3], "between 0 and 1"),
+        (["--methods", "glass-impact"], "no statistic 'impact'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(monkeypatch, *arguments, *more)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("evaluate_fidelity: error: ")
+        assert message in error
+
+
+@pytest.mark.parametrize("ablation", command.ABLATIONS)
+def test_ablations_give_a_table(arguments, monkeypatch, capsys, ablation):
+    run(monkeypatch, *arguments, "--ablation", ablation, "--tokens", 90)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 4
+    assert len({line.count("|") for line in lines}) == 1

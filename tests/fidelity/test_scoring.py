@@ -1,0 +1,92 @@
+from dataclasses import replace
+
+from glass_mlx import stream_generate
+from glass_mlx.config import GlassConfig
+from glass_mlx.fidelity.prompts import Continuation
+from glass_mlx.fidelity.scoring import DenseReading, Scores, divergence, score
+from glass_mlx.models.architectures import tiny_model
+from glass_mlx.schedule import all_selection_points, sliced_stretches
+from helpers import letter_tokenizer, made_prior, statistics_of
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+
+PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
+
+
+def test_stretches_follow_the_renewals_with_a_dense_token_between():
+    config = GlassConfig(warmup=3, refresh=4)
+    # Renewals at 4, 8, 12, 16, then every 8: 24, 32, 40, 48, then every 16.
+    stretches = [(3, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 30)]
+    assert sliced_stretches(config, 30) == stretches
+    assert sliced_stretches(GlassConfig(warmup=1, refresh=0), 30) == [(1, 30)]
+    assert sliced_stretches(GlassConfig(warmup=16, refresh=4), 24) == [(16, 24)]
+    assert sliced_stretches(config, 3) == []
+    assert sliced_stretches(config, 5) == [(3, 4)]
+    assert sliced_stretches(replace(config, density=1.0), 30) == [(3, 30)]
+    assert all_selection_points([config, GlassConfig(warmup=1, refresh=0)], 10) == [1, 3, 5, 9]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("changes", [{}, {"warmup": 12}, {"warmup": 1}, {"refresh": 0}])
+def test_scores_are_what_the_engine_generates(kind, changes):
+    """Teacher-forced on the engine's text, scoring gives the engine's log-probabilities."""
+    model = tiny_model(kind)
+    tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
+    options = {"density": 0.5, "warmup": 3, "refresh": 4, "prior_weight": 0.5} | changes
+    responses = list(
+        stream_generate(model, tokenizer, PROMPT, max_tokens=30, prior=made_prior(model), **options)
+    )
+    text = Continuation(PROMPT, [r.token for r in responses])
+    config = GlassConfig(**options)
+    reading = DenseReading(model, text, all_selection_points([config], 30))
+    scores = score(reading, reading.session.selector(config, made_prior(model)))
+    generated = [-r.logprobs[r.token].item() for r in responses[1:]]
+    assert np.allclose(scores.nll, generated, atol=1e-4)
+    assert scores.dense.tolist() == [r.glass.dense for r in responses[1:]]
+    assert scores.reread == responses[-1].glass.reread_tokens
+    assert scores.dense.sum() + 1 == responses[-1].glass.dense_tokens
+    assert len(scores.selections) == responses[-1].glass.selections
+    last = scores.selections[max(scores.selections)]
+    for path, kept in responses[-1].glass.selection.indices.items():
+        assert np.array_equal(last.indices[path], kept)
+    assert np.all(scores.kl[scores.dense] == 0)
+    assert np.all(scores.kl[~scores.dense] > 0)
+
+
+def test_all_neurons_are_the_dense_model():
+    model = tiny_model("llama")
+    text = Continuation(PROMPT, [5, 9, 77, 31, 5, 200])
+    config = GlassConfig(density=1.0, warmup=3, refresh=4)
+    reading = DenseReading(model, text, all_selection_points([config], 6))
+    selector = reading.session.selector(config, made_prior(model))
+    scores, exact = score(reading, selector), Scores.exact(reading)
+    assert np.allclose(scores.kl, 0, atol=1e-5)
+    assert np.allclose(scores.nll, exact.nll, atol=1e-5)
+    assert scores.agrees.all()
+
+
+def test_a_reading_has_the_statistics_at_each_point():
+    model = tiny_model("llama")
+    written = [5, 9, 77, 31, 5, 200]
+    reading = DenseReading(model, Continuation(PROMPT, written), [1, 4])
+    assert reading.statistics(1).text.tokens == 0
+    assert reading.statistics(4).text.tokens == 3
+    assert reading.oracle.tokens == reading.tokens == 5
+    for point in (1, 4):
+        read = PROMPT + written[: point - 1]
+        expected = statistics_of(model, [mx.array([read])], cached=True)["activation"]
+        local = reading.statistics(point)
+        for path, scores in expected.items():
+            prompt, text = (
+                part.scores("activation")[path] * part.tokens for part in (local.prompt, local.text)
+            )
+            assert np.allclose(prompt + text, scores * len(read), rtol=1e-5)
+
+
+def test_divergence_by_hand():
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
+    expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
+    assert divergence(*map(mx.array, (np.log(p), np.log(q)))).item() == pytest.approx(expected)

@@ -1,0 +1,393 @@
+"""What must hold for every model whose FFNs can be sliced, and tiny models to check it on."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.models import (
+    DOWN_POLICIES,
+    FFN,
+    MeanCompensation,
+    find_ffns,
+    fingerprint,
+    with_modules,
+    with_taps,
+)
+from glass_mlx.models.architectures import configuration, tiny_model
+from glass_mlx.models.ffn import LAYOUTS
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.selection import Selection
+from glass_mlx.slicing import SlicedModel, slice_model
+from glass_mlx.statistics import STATISTICS, LocalStatistics, NeuronStatistics
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf import GGMLQuantizationType
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+# Quantization mode, group size, bits.
+QUANTIZATION_MODES = [
+    *(("affine", group, bits) for group in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)),
+    ("mxfp4", 32, 4),
+    ("nvfp4", 16, 4),
+    ("mxfp8", 32, 8),
+]
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for `tiny_model` whose 256 tokens are one letter each."""
+    vocabulary = {chr(0x4E00 + i): i for i in range(256)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=chr(0x4E00)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=chr(0x4E01))
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '上' if m.role == 'user' else '下' }}{{ m.content }}不{% endfor %}"
+    "{% if add_generation_prompt %}下{% endif %}"
+)
+
+
+def chat_tokenizer() -> TokenizerWrapper:
+    """The letter tokenizer with a chat template: 上 a user's turn 不 下 the answer 不."""
+    tokenizer = letter_tokenizer()
+    tokenizer.eos_token = "不"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return TokenizerWrapper(tokenizer)
+
+
+def save_tiny_folder(folder: Path, architecture: str = "llama", **quantization: Any) -> Path:
+    """An mlx-lm model folder with a tiny model, quantized or not, and a tokenizer."""
+    folder.mkdir()
+    model, config = tiny_model(architecture), configuration(architecture)
+    if quantization:
+        nn.quantize(model, **quantization)
+        config["quantization"] = quantization
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(config))
+    letter_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# llama.cpp's names of the tensors of mlx-lm's models.
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "lm_head": "output",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GGUF_GEMMA_NAMES = GGUF_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+# llama.cpp's names of mlx-lm's model types.
+GGUF_ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
+
+
+def write_gguf(
+    model: nn.Module,
+    file: Path,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    leave_out: str = "",
+    **metadata: str | int,
+) -> None:
+    """Write a tiny model in the same way as llama.cpp's converter.
+
+    Args:
+        model: a model of `tiny_model`.
+        file: the GGUF file to write.
+        kind: the format of matrices.
+        leave_out: the name of a tensor that is not written.
+        **metadata: more keys and values.
+    """
+    architecture = GGUF_ARCHITECTURES[model.args.model_type]
+    writer = gguf.GGUFWriter(file, architecture)
+    _add_gguf_hparams(writer, architecture, model.args)
+    _add_gguf_tokenizer(writer)
+    for key, value in metadata.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint32(key, value)
+    for path, array in tree_flatten(model.parameters()):
+        name = _gguf_tensor_name(path, architecture)
+        if name == leave_out:
+            continue
+        values = _gguf_values(np.array(array), name, architecture, model.args)
+        if values.ndim == 2 and kind != GGMLQuantizationType.F32:
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_gguf_hparams(writer: gguf.GGUFWriter, architecture: str, args: Any) -> None:
+    writer.add_context_length(512)
+    writer.add_embedding_length(args.hidden_size)
+    writer.add_block_count(args.num_hidden_layers)
+    writer.add_feed_forward_length(args.intermediate_size)
+    writer.add_head_count(args.num_attention_heads)
+    writer.add_head_count_kv(args.num_key_value_heads)
+    writer.add_key_length(16)
+    writer.add_layer_norm_rms_eps(args.rms_norm_eps)
+    writer.add_rope_freq_base(args.rope_theta)
+    if architecture == "gemma3":
+        writer.add_sliding_window(args.sliding_window)
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", args.sliding_window_pattern)
+
+
+def _add_gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Add a byte-level vocabulary of single bytes and one merge."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*alphabet[:253], "ab", "<s>", "</s>"])
+    writer.add_token_types([1] * 254 + [3, 3])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(254)
+    writer.add_eos_token_id(255)
+
+
+def _gguf_tensor_name(path: str, architecture: str) -> str:
+    """Return llama.cpp's name of one of mlx-lm's parameters."""
+    names = GGUF_GEMMA_NAMES if architecture == "gemma3" else GGUF_NAMES
+    module, parameter = path.rsplit(".", 1)
+    whole_path, _, in_layers = module.partition("model.layers.")
+    layer, _, path_in_layer = in_layers.partition(".")
+    prefix = f"blk.{layer}." if layer else ""
+    return f"{prefix}{names[path_in_layer or whole_path]}.{parameter}"
+
+
+def _gguf_values(values: np.ndarray, name: str, architecture: str, args: Any) -> np.ndarray:
+    """Change a parameter's values to those that llama.cpp's converter writes."""
+    tensor = name.split(".")[-2]
+    if architecture == "gemma3" and tensor.endswith("norm"):
+        return values + 1
+    heads = {"attn_q": args.num_attention_heads, "attn_k": args.num_key_value_heads}
+    if architecture == "llama" and tensor in heads:
+        halves = values.reshape(heads[tensor], 2, -1, *values.shape[1:])
+        return halves.swapaxes(1, 2).reshape(values.shape)
+    return values
+
+
+def made_prior(model: nn.Module, seed: int = 0) -> GlobalPrior:
+    """A prior with random scores."""
+    generator = np.random.default_rng(seed)
+    scores, spread = (
+        {f.path: generator.random(f.width, np.float32) for f in find_ffns(model)} for _ in range(2)
+    )
+    both = {"activation": scores, "griffin": {path: v**2 for path, v in scores.items()}}
+    spreads = dict.fromkeys(both, spread)
+    return GlobalPrior(both, fingerprint(model), {"model": "tiny"}, spreads)
+
+
+def snapshot(model: nn.Module) -> list[tuple[str, int]]:
+    """Which modules and arrays a model is made of."""
+    modules = [(path, id(module)) for path, module in model.named_modules()]
+    return modules + [(path, id(array)) for path, array in tree_flatten(model.parameters())]
+
+
+def random_selection(model: nn.Module, seed: int = 0, share: float = 0.5) -> Selection:
+    """Keep random neurons, in whole multiples."""
+    generator = np.random.default_rng(seed)
+    indices, widths = {}, {}
+    for ffn in find_ffns(model):
+        kept = max(1, round(share * ffn.width / ffn.multiple)) * ffn.multiple
+        chosen = generator.choice(ffn.width, kept, replace=False)
+        indices[ffn.path], widths[ffn.path] = np.sort(chosen).astype(np.int32), ffn.width
+    return Selection(indices, widths)
+
+
+def local_statistics(
+    model: nn.Module, prompt: int, generated: int, seed: int = 0
+) -> LocalStatistics:
+    """Local statistics of random hidden vectors."""
+    ffns, rng = find_ffns(model), np.random.default_rng(seed)
+    statistics = LocalStatistics.empty({ffn.path: ffn.width for ffn in ffns})
+    for part, tokens in ((statistics.prompt, prompt), (statistics.text, generated)):
+        for ffn in ffns:
+            if tokens:
+                part.update(ffn.path, mx.array(rng.normal(size=(1, tokens, ffn.width))))
+    return statistics
+
+
+class Masked(nn.Module):
+    """A projection whose dropped inputs are replaced by zero, or by constants."""
+
+    def __init__(
+        self, layer: nn.Module, kept: np.ndarray, width: int, constants: mx.array | None
+    ) -> None:
+        super().__init__()
+        self.layer, self._constants = layer, mx.zeros(width) if constants is None else constants
+        mask = np.zeros(width, np.float32)
+        mask[kept] = 1
+        self._mask = mx.array(mask)
+
+    def __call__(self, x):
+        return self.layer(mx.where(self._mask > 0, x, self._constants))
+
+
+def masked_model(
+    model: nn.Module, selection: Selection, constants: dict[str, mx.array] | None = None
+) -> nn.Module:
+    """The dense model with the dropped neurons replaced: what slicing must agree with."""
+    masks = {}
+    for ffn in find_ffns(model):
+        (name, down), values = ffn.contract, (constants or {}).get(ffn.path)
+        masks[ffn.path] = {name: Masked(down, selection.indices[ffn.path], ffn.width, values)}
+    return with_modules(model, masks)
+
+
+def statistics_of(
+    model: nn.Module, chunks: list[mx.array], cached: bool
+) -> dict[str, dict[str, np.ndarray]]:
+    """Statistics of a prompt that is read in chunks."""
+    ffns = find_ffns(model)
+    statistics = NeuronStatistics({ffn.path: ffn.width for ffn in ffns}, tuple(STATISTICS))
+    tapped = with_taps(model, statistics.update)
+    cache = make_prompt_cache(model) if cached else None
+    for chunk in chunks:
+        mx.eval(tapped(chunk, cache=cache), statistics.sums)
+    return {name: statistics.scores(name) for name in STATISTICS}
+
+
+def assert_same_scores(a: dict, b: dict) -> None:
+    for name, scores in a.items():
+        for path, values in scores.items():
+            np.testing.assert_allclose(values, b[name][path], rtol=2e-4, atol=1e-6)
+
+
+def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array]) -> None:
+    """Check slicing and statistics on one model.
+
+    Args:
+        model: a model; it must be the same afterwards.
+        forward: computes the logits of some tokens with a model like it.
+    """
+    before = snapshot(model)
+    dense = forward(model)
+
+    everything = random_selection(model, share=1.0)
+    for policy in DOWN_POLICIES:
+        assert mx.array_equal(forward(slice_model(model, everything, policy)), dense)
+
+    selection = random_selection(model)
+    sliced = forward(slice_model(model, selection, "scatter"))
+    masked = forward(masked_model(model, selection))
+    assert mx.linalg.norm(sliced - masked) < 1e-4 * mx.linalg.norm(masked)
+    assert mx.linalg.norm(sliced - dense) > 1e-2 * mx.linalg.norm(dense)
+
+    means = {ffn.path: 0.1 * mx.random.normal((ffn.width,)) for ffn in find_ffns(model)}
+    compensated = SlicedModel(model, find_ffns(model), "scatter")
+    compensated.update(selection, {path: MeanCompensation(m) for path, m in means.items()})
+    logits = forward(compensated.model)
+    masked = forward(masked_model(model, selection, means))
+    assert mx.linalg.norm(logits - masked) < 1e-4 * mx.linalg.norm(masked)
+    assert mx.linalg.norm(logits - sliced) > 1e-2 * mx.linalg.norm(sliced)
+
+    assert snapshot(model) == before
+    assert mx.array_equal(forward(model), dense)
+
+
+def reordered(ffn: FFN, order: np.ndarray) -> dict[str, nn.Module]:
+    """The projections of an FFN with its neurons in another order."""
+    rows, parts = mx.array(LAYOUTS[ffn.layout](order, ffn.width)), {}
+    for name, layer in ffn.expand.items():
+        parts[name] = copy.copy(layer)
+        parts[name].weight = layer.weight[rows]
+        if "bias" in layer:
+            parts[name].bias = layer.bias[rows]
+    name, down = ffn.contract
+    parts[name] = copy.copy(down)
+    parts[name].weight = down.weight[:, mx.array(order)]
+    return parts
+
+
+def check_statistics(model: nn.Module, tokens: mx.array) -> None:
+    """Check that statistics do not depend on how a prompt (B, T) is read, but follow neurons."""
+    whole = statistics_of(model, [tokens], cached=True)
+    parts = [tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]]
+    assert_same_scores(whole, statistics_of(model, parts, cached=True))
+    assert_same_scores(whole, statistics_of(model, [tokens], cached=False))
+
+    generator = np.random.default_rng(1)
+    orders = {ffn.path: generator.permutation(ffn.width) for ffn in find_ffns(model)}
+    permuted = {ffn.path: reordered(ffn, orders[ffn.path]) for ffn in find_ffns(model)}
+    other = with_modules(model, permuted)
+    moved = statistics_of(other, [tokens], cached=True)
+    expected = {
+        name: {path: values[orders[path]] for path, values in scores.items()}
+        for name, scores in whole.items()
+    }
+    assert_same_scores(expected, moved)
+    dense = model(tokens)
+    assert mx.linalg.norm(other(tokens) - dense) < 1e-4 * mx.linalg.norm(dense)
+
+
+class Network(nn.Module):
+    """A feed-forward network with unusual names, in one of several forms."""
+
+    WIDTH = 256
+
+    def __init__(self, layout, hidden, activation, biases):
+        super().__init__()
+        self._layout, self._activation = layout, activation
+        rows = self.WIDTH if layout in ("plain", "gated") else 2 * self.WIDTH
+        self.into = nn.Linear(hidden, rows, bias=biases[0])
+        if layout == "gated":
+            self.beside = nn.Linear(hidden, self.WIDTH, bias=biases[0])
+        self.back = nn.Linear(self.WIDTH, hidden, bias=biases[1])
+        for layer in self.children().values():
+            if "bias" in layer:
+                layer.bias = mx.random.normal(layer.bias.shape)
+
+    def __call__(self, x):
+        h = self.into(x)
+        if self._layout == "plain":
+            return self.back(self._activation(h))
+        if self._layout == "gated":
+            return self.back(self._activation(h) * self.beside(x))
+        if self._layout == "halves":
+            gate, up = mx.split(h, 2, axis=-1)
+        else:
+            gate, up = h[..., ::2], h[..., 1::2]
+        return self.back(self._activation(gate) * up)
+
+
+class OneFFN(nn.Module):
+    """A model that is one FFN."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.layers = [network]
+
+    def __call__(self, x):
+        return self.layers[0](x)

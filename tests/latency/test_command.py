@@ -1,0 +1,115 @@
+import json
+
+from glass_mlx.latency.__main__ import main
+from glass_mlx.latency.measuring import Run, break_even
+from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
+from glass_mlx.models import find_ffns, weight_bytes
+from glass_mlx.reporting.machine import busy_warning, slowdown_warning
+from helpers import save_tiny_folder
+
+import profile_decode
+import pytest
+from mlx.utils import tree_flatten
+
+
+def run(monkeypatch, *options):
+    monkeypatch.setattr("sys.argv", ["measure_latency", *map(str, options)])
+    main()
+
+
+def test_every_method_gets_a_row_beside_dense_mlx_lm(tmp_path, monkeypatch, capsys):
+    folder = save_tiny_folder(tmp_path / "tiny")
+    files = [tmp_path / name for name in ("out.jsonl", "out.md", "out.png")]
+    options = [*("--model", folder), *("--density", 0.5, 0.75), *("--prompt-tokens", 4, 9)]
+    options += [*("--generation-tokens", 40), *("--repetitions", 2)]
+    run(monkeypatch, *options, "--json", files[0], "--markdown", files[1], "--plot", files[2])
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert len(rows) == 2 * (1 + 2 * 3)
+    for row in rows:
+        assert row["generation_tokens"] == 40
+        assert row["machine"]["memory_gb"] > 0
+        assert row["ceiling_ratio"] == pytest.approx(row["speedup"] / row["ceiling"])
+        assert row["decode_tps"] > 0
+        if row["method"] == "dense":
+            assert (row["speedup"], row["ceiling"]) == (pytest.approx(1, rel=0.3), 1)
+            assert row["break_even"] is None
+        else:
+            assert row["density_got"] == row["density"]
+            assert row["ceiling"] > 1
+            assert row["first_slicing_steps"] > 0
+            assert row["renewal_steps"] > 0
+            assert row["slice_s"] > 0
+            assert (row["reread_s"] > 0) == (row["method"] == "default")
+    printed = capsys.readouterr().out
+    assert files[1].read_text() in printed + "\n"
+    assert printed.count("| griffin ") == 8
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_released_weights_are_not_held_and_come_back(tmp_path, monkeypatch):
+    folder, file = save_tiny_folder(tmp_path / "tiny"), tmp_path / "out.jsonl"
+    options = ["--model", folder, "--methods", "glass", "released", "--repetitions", 2]
+    run(monkeypatch, *options, "--generation-tokens", 4, "--json", file)
+    dense, glass, released = (json.loads(line) for line in file.read_text().splitlines())
+    assert released["held_gb"] < dense["held_gb"] < glass["held_gb"]
+    assert released["bytes_per_token"] == glass["bytes_per_token"] < dense["bytes_per_token"]
+
+
+def test_a_profile_has_the_parts_of_a_step(tmp_path, monkeypatch, capsys):
+    folder = save_tiny_folder(tmp_path / "tiny")
+    monkeypatch.setattr("sys.argv", ["profile", "--model", str(folder), "--repetitions", "2"])
+    profile_decode.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[3:]] == [
+        f"| {part}" for part in ("whole step", "FFNs", "head", "rest", "building")
+    ]
+    assert lines[4].split(" | ")[-1].startswith("2.00")  # half of the neurons
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repetitions", 1], "at least 2 repetitions"),
+        (["--generation-tokens", 3], "4 generated"),
+        (["--prompt-tokens", 1], "2 prompt tokens"),
+    ],
+)
+def test_bad_input_ends_with_a_sentence(monkeypatch, capsys, options, message):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *options)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_shape_has_the_sizes_of_the_real_model():
+    model = random_model("smollm2-135m", "float16", 4, 32, "affine")
+    assert sum(a.size for k, a in tree_flatten(model.parameters()) if "norm" in k) == 61 * 576
+    assert [ffn.width for ffn in find_ffns(model)] == [1536] * 30
+    assert weight_bytes(model) == pytest.approx(134.5e6 * 5 / 8, rel=0.01)  # 4 bits and scales
+    prior = random_prior(model)
+    assert prior.scores["griffin"].keys() == {ffn.path for ffn in find_ffns(model)}
+    assert set(SHAPES) >= {"llama-3.2-1b", "llama-3.1-8b", "qwen3-4b", "gemma-3-4b"}
+    tokenizer = numbers_tokenizer(50)
+    assert tokenizer.decode([3, 49]) == "3 49"
+    assert not tokenizer.eos_token_ids
+
+
+def test_it_warns_of_other_work_and_of_throttling(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 0, 0))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert "load 9.0 on 8 cores" in busy_warning()
+    monkeypatch.setattr("os.getloadavg", lambda: (1.0, 0, 0))
+    assert busy_warning() is None
+    assert slowdown_warning([10.0, 9.5]) is None
+    assert "20 % slower" in slowdown_warning([10.0, 8.0])
+
+
+def test_the_first_token_from_which_on_all_come_before_the_dense_ones_breaks_even():
+    def made(*times):
+        return [Run([*times], 0, 0, 0, None)]
+
+    dense = made(1, 2, 3, 4, 5)
+    assert break_even(dense, made(1, 3, 3.5, 3.9, 4.5)) == 4
+    assert break_even(dense, made(0.5, 3, 3.5, 3.9, 4.5)) == 4
+    assert break_even(dense, made(0.5, 1.5, 2, 2, 2)) == 1
+    assert break_even(dense, made(1, 3, 4, 5, 6)) is None

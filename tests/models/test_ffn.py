@@ -1,0 +1,114 @@
+"""Properties of slices, over random shapes, biases, types, quantization modes and index sets."""
+
+import gc
+import weakref
+from itertools import pairwise
+
+from glass_mlx.models import find_ffns, tap, with_modules
+from glass_mlx.models.ffn import LAYOUTS
+from glass_mlx.models.linear import dense_weight, take_inputs, take_outputs
+from helpers import Network, OneFFN
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+MODES = [
+    None,
+    *(("affine", group, bits) for group in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)),
+    *(("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)),
+]
+WIDTH = Network.WIDTH
+
+
+@st.composite
+def cases(draw):
+    mode = draw(st.sampled_from(MODES))
+    layout = draw(st.sampled_from(["plain", "gated", "halves", "interleaved"]))
+    activation = draw(st.sampled_from([nn.silu, nn.relu2, nn.gelu_approx]))
+    mx.random.seed(draw(st.integers(0, 99)))
+    network = Network(
+        layout,
+        draw(st.sampled_from([128, 384])),
+        activation,
+        draw(st.tuples(st.booleans(), st.booleans())),
+    )
+    dtype = mx.float32
+    if mode is None:
+        dtype = draw(st.sampled_from([mx.float32, mx.float16, mx.bfloat16]))
+        network.set_dtype(dtype)
+    else:
+        kind, group, bits = mode
+        nn.quantize(network, group, bits, mode=kind)
+    kept = draw(st.sets(st.integers(0, WIDTH - 1), min_size=1, max_size=WIDTH - 1))
+    return network, dtype, layout, np.array(sorted(kept), np.int32)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases())
+def test_a_slice_computes_what_zeroed_neurons_leave(case):
+    network, dtype, layout, kept = case
+    model = OneFFN(network)
+    (ffn,) = find_ffns(model)
+    assert ffn.layout == {"plain": "single", "gated": "single"}.get(layout, layout)
+    assert (len(ffn.expand) == 2) == (layout == "gated")
+    x = mx.random.normal((2, 3, network.back.weight.shape[0])).astype(dtype)
+    sliced = with_modules(model, {ffn.path: ffn.sliced(kept, "scatter")})
+
+    def zeroed(path, hidden):
+        mask = np.zeros(WIDTH, np.float32)
+        mask[kept] = 1
+        return hidden * mx.array(mask).astype(hidden.dtype)
+
+    masked, got = with_modules(model, {ffn.path: tap(ffn, zeroed)})(x), sliced(x)
+    scale = mx.abs(masked).max().item() + 1e-3
+    tolerance = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}[dtype]
+    assert mx.abs(got - masked).max().item() <= tolerance * scale
+    rows = mx.array(LAYOUTS[ffn.layout](kept, WIDTH))
+    parts = ffn.sliced(kept, "scatter")
+    for name, layer in ffn.expand.items():
+        assert mx.array_equal(dense_weight(parts[name]), dense_weight(layer)[rows])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 63), max_size=70),
+    st.sampled_from([take_inputs, take_outputs]),
+)
+def test_bad_indices_are_refused_and_good_ones_taken(numbers, take):
+    layer = nn.Linear(64, 64)
+    good = (
+        len(numbers) > 0
+        and all(a < b for a, b in pairwise(numbers))
+        and numbers[0] >= 0
+        and numbers[-1] < 64
+    )
+    if not good:
+        with pytest.raises(ValueError, match="neuron indices"):
+            take(layer, np.array(numbers))
+        return
+    axis = 1 if take is take_inputs else 0
+    wanted = mx.take(layer.weight, mx.array(numbers), axis=axis)
+    assert mx.array_equal(take(layer, np.array(numbers)).weight, wanted)
+
+
+def test_an_ffn_makes_its_transposed_copy_once_and_frees_it():
+    model = OneFFN(Network("gated", 128, nn.silu, (False, False)))
+    nn.quantize(model, 32, 4)
+    (ffn,) = find_ffns(model)
+    one, two = (ffn.sliced(np.arange(n), "neuron-major")["back"] for n in (7, 90))
+    transposed = ffn.transposed_down()
+    assert ffn.transposed_down() is transposed
+    assert mx.array_equal(one.weight, transposed.weight[:7])
+    assert mx.array_equal(two.scales, transposed.scales[:90])
+    down = model.layers[0].back
+    down.weight = down.weight + 0  # as when weights are loaded again
+    ffn.sliced(np.arange(7), "neuron-major")
+    assert ffn.transposed_down() is not transposed
+    copy = weakref.ref(ffn.transposed_down().weight)
+    del ffn, transposed
+    gc.collect()
+    assert copy() is None

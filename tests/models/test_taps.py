@@ -1,0 +1,26 @@
+from glass_mlx.models import with_taps
+from helpers import Network, OneFFN
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("shape", "shown"), [((1, 3), 3), ((1, 4), 4), ((1, 9), 3), ((2, 8), 8), ((9,), 9)]
+)
+def test_the_last_ffn_shows_some_of_many_tokens(shape, shown):
+    mx.random.seed(0)
+    model, seen = OneFFN(Network("gated", 32, nn.silu, (False, True))), []
+
+    def observe(path, hidden):
+        seen.append(hidden)
+        return hidden
+
+    x = mx.random.normal((*shape, 32))
+    assert mx.array_equal(with_taps(model, observe, max_samples=4)(x), model(x))
+    (hidden,) = seen
+    assert hidden.size == shown * Network.WIDTH
+    every = -(-shape[-1] // (shown // shape[0])) if len(shape) == 2 else 1
+    with_taps(model, observe)(x[:, ::every] if len(shape) == 2 else x)
+    assert mx.allclose(seen[1], hidden, atol=1e-5)

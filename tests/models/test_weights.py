@@ -1,0 +1,25 @@
+from glass_mlx.models import fingerprint, weight_bytes
+from glass_mlx.models.architectures import tiny_model
+
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+
+def test_fingerprints_survive_quantization_and_differ_between_models():
+    def cosine(a, b):
+        a, b = (np.concatenate([x.ravel() for x in f.values()]) for f in (a, b))
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    original = fingerprint(model)
+    nn.quantize(model, group_size=32, bits=4)
+    assert cosine(original, fingerprint(model)) > 0.99
+    assert abs(cosine(original, fingerprint(other))) < 0.2
+
+
+def test_weight_bytes_leave_out_an_embedding_that_is_only_looked_up():
+    tied, untied = tiny_model("qwen2", tie_word_embeddings=True), tiny_model("llama")
+    every = [sum(a.nbytes for _, a in tree_flatten(m.parameters())) for m in (tied, untied)]
+    assert weight_bytes(tied) == every[0]
+    assert weight_bytes(untied) == every[1] - 256 * 64 * 4

@@ -1,0 +1,212 @@
+"""The texts that priors are measured on."""
+
+import json
+
+from glass_mlx.models.architectures import tiny_model
+from glass_mlx.prior.texts import (
+    SKIPPED_POSITIONS,
+    ChatFrame,
+    Recipe,
+    Sequence,
+    Writer,
+    chat_frame,
+    make_source,
+    pad,
+)
+from helpers import chat_tokenizer, letter_tokenizer
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+TOKENIZER = chat_tokenizer()
+USER, ANSWER, END, BOS = TOKENIZER.encode("上下不丁")
+
+
+def writer(progress=lambda count: None):
+    return Writer(tiny_model("llama"), 1.0, [0], progress)
+
+
+def sequences(recipe, length=40, size=3, batch=0, tokenizer=TOKENIZER, **options):
+    frame = chat_frame(tokenizer) if recipe.kind == "chat" else None
+    return make_source(recipe, writer(), tokenizer, length, frame, **options)(size, batch)
+
+
+def corpus(tmp_path, name, *records):
+    file = tmp_path / name
+    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return Recipe("corpus", 1.0, file)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "weight", "file"),
+    [
+        ("bos", "bos", 1.0, None),
+        ("chat=0.25", "chat", 0.25, None),
+        ("corpus:notes.txt", "corpus", 1.0, "notes.txt"),
+        ("corpus:a/b.jsonl=3", "corpus", 3.0, "a/b.jsonl"),
+        ("corpus:a=b.txt", "corpus", 1.0, "a=b.txt"),
+        ("corpus:a=b.txt=2", "corpus", 2.0, "a=b.txt"),
+    ],
+)
+def test_recipes_are_parsed(text, kind, weight, file):
+    recipe = Recipe.parse(text)
+    assert (recipe.kind, recipe.weight) == (kind, weight)
+    assert (str(recipe.file) if recipe.file else None) == file
+
+
+@pytest.mark.parametrize("text", ["", "poem", "corpus", "corpus:", "bos:x", "bos=0", "chat=nan"])
+def test_malformed_recipes_are_refused(text):
+    with pytest.raises(ValueError, match="recipe"):
+        Recipe.parse(text)
+
+
+def test_bos_starts_with_its_token_and_skips_early_positions():
+    for sequence in sequences(Recipe("bos")):
+        assert sequence.tokens[0] == BOS
+        assert len(sequence.tokens) == len(sequence.mask) == 41
+        assert sequence.mask == [0] * SKIPPED_POSITIONS + [1] * (41 - SKIPPED_POSITIONS)
+
+
+def test_the_text_depends_on_the_batch():
+    for recipe in (Recipe("bos"), Recipe("chat")):
+        assert sequences(recipe) == sequences(recipe)
+        assert sequences(recipe, batch=1) != sequences(recipe)
+        rows = [tuple(s.tokens) for s in sequences(recipe)]
+        assert len({*rows}) == 3
+
+
+def test_chat_writes_a_turn_and_an_answer_and_counts_the_answer():
+    assert chat_frame(TOKENIZER) == ChatFrame([USER], [END, ANSWER], [END])
+    for sequence in sequences(Recipe("chat"), size=8):
+        assert sequence.tokens[0] == USER
+        answered = sequence.mask.index(1)
+        assert sequence.tokens[answered - 2 : answered] == [END, ANSWER]
+        turn, answer = sequence.tokens[1 : answered - 2], sequence.tokens[answered:]
+        assert END not in turn
+        assert END not in answer[:-1]
+        assert len(turn) <= 10
+        assert len(turn) + len(answer) == 40 or answer[-1] == END
+        # decoding stops at the end token and never reads it
+        read = len(answer) - (answer[-1] == END)
+        assert sequence.mask == [0] * answered + [1] * read + [0] * (len(answer) - read)
+
+
+def test_without_special_tokens_everything_before_the_answer_ends_a_turn():
+    plain = letter_tokenizer()
+    plain.chat_template = "上{{ messages[0].content }}下丄"
+    frame = chat_frame(TokenizerWrapper(plain, eos_token_ids=[END]))
+    assert frame.end == frame.after == TOKENIZER.encode("下丄")
+
+
+def test_a_template_with_a_date_gives_the_same_text_every_day():
+    dated = letter_tokenizer()
+    dated.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%f') %}{% endif %}"
+        "{{ date_string }}上{{ messages[0].content }}不"
+    )
+    dated = TokenizerWrapper(dated, eos_token_ids=[END])
+    assert chat_frame(dated) == chat_frame(dated)
+
+
+def test_progress_counts_every_written_token():
+    steps = []
+    make_source(Recipe("bos"), writer(progress=steps.append), TOKENIZER, 40)(3, 0)
+    assert sum(steps) == 3 * 40
+
+
+def test_a_missing_template_or_first_token_is_reported():
+    plain = TokenizerWrapper(letter_tokenizer())
+    with pytest.raises(ValueError, match="no chat template"):
+        sequences(Recipe("chat"), tokenizer=plain)
+    plain = letter_tokenizer()
+    plain.chat_template = "上{{ messages[0].content | length }}下"
+    with pytest.raises(ValueError, match="hides the user's turn"):
+        sequences(Recipe("chat"), tokenizer=TokenizerWrapper(plain))
+    plain.chat_template = "{{ raise_exception('no\nsuch') }}"
+    with pytest.raises(ValueError, match=r"template fails \(no such\)"):
+        sequences(Recipe("chat"), tokenizer=TokenizerWrapper(plain))
+    plain.bos_token = None
+    with pytest.raises(ValueError, match="neither a beginning- nor"):
+        sequences(Recipe("bos"), tokenizer=TokenizerWrapper(plain, eos_token_ids=[END]))
+
+
+def test_long_texts_are_cut_into_windows_that_start_like_a_text(tmp_path):
+    letters = "".join(chr(0x4E20 + n) for n in range(100))
+    recipe = corpus(tmp_path, "a.txt", letters)
+    read = sequences(recipe, size=9)
+    assert [len(s.tokens) for s in read] == [41, 41, 19]
+    assert all(s.tokens[0] == BOS for s in read)
+    assert all(s.mask[:SKIPPED_POSITIONS] == [0] * SKIPPED_POSITIONS for s in read)
+    assert read[0].tokens[1:] == TOKENIZER.encode(letters[:40])
+    assert read[2].tokens[-1] == TOKENIZER.encode(letters[-1])[0]
+    assert sequences(recipe, size=9, done=2) == read[2:]
+    assert sequences(recipe, size=9, done=3) == []
+
+
+def test_a_corpus_has_fields_and_conversations(tmp_path):
+    long = "丈" * 30
+    messages = [
+        {"role": "user", "content": "丆丆"},
+        {"role": "assistant", "content": "丅"},
+        {"role": "user", "content": "丄"},
+        {"role": "assistant", "content": "丄丄"},
+    ]
+    recipe = corpus(
+        tmp_path,
+        "a.jsonl",
+        {"text": long},
+        "",
+        {"messages": messages},
+        {"prompt": "丆丆", "completion": "丅"},
+    )
+    text, talk, pair = sequences(recipe, size=9)
+    assert text.tokens == [BOS, *TOKENIZER.encode(long)]
+    assert talk.tokens == TOKENIZER.encode("上丆丆不下丅不上丄不下丄丄不")
+    assert talk.mask == [0] * 5 + [1] * 9
+    assert pair.tokens == TOKENIZER.encode("上丆丆不下丅不")
+    assert pair.mask == [0] * 5 + [1] * 2
+
+    plain = TokenizerWrapper(letter_tokenizer())
+    assert sequences(recipe, size=9, tokenizer=plain)[2].mask[:2] == [0, 0]
+    body = corpus(tmp_path, "b.jsonl", {"body": long})
+    assert sequences(body, field="body")[0].tokens == text.tokens
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"body": 1}', "line 1 has neither text nor messages nor prompt"),
+        ("[1]", "line 1 has neither"),
+        ('{"text": "a"}\n{', "cannot be read"),
+        ('{"messages": [{"role": "user"}]}', "a conversation that cannot be read"),
+        ('{"text": null}', "a text that is not text: None"),
+        ('{"messages": 3}', "a conversation that cannot be read"),
+        ("[" * 100000, "cannot be read"),
+    ],
+)
+def test_a_malformed_corpus_ends_with_one_sentence(tmp_path, content, message):
+    recipe = corpus(tmp_path, "a.jsonl", content)
+    with pytest.raises(ValueError, match=message) as error:
+        sequences(recipe, size=9)
+    assert "\n" not in str(error.value)
+    assert str(recipe.file) in str(error.value)
+
+
+def test_a_binary_corpus_ends_with_one_sentence(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        sequences(Recipe("corpus", 1.0, tmp_path / "a.txt"))
+
+
+def test_a_corpus_is_identified_by_its_contents(tmp_path):
+    one, two = corpus(tmp_path, "a.txt", "丈"), corpus(tmp_path, "b.txt", "上")
+    assert one.identity()["sha256"] != two.identity()["sha256"]
+    with pytest.raises(FileNotFoundError, match="there is no corpus at"):
+        Recipe("corpus", 1.0, tmp_path / "c.txt").identity()
+
+
+def test_padding_does_not_count():
+    ids, mask = pad([Sequence([1, 2, 3], [0, 1, 1]), Sequence([4], [1])])
+    assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert mask.tolist() == [[0, 1, 1], [1, 0, 0]]

@@ -1,0 +1,131 @@
+"""The built-in model: a real one, converted, sliced, and with its shipped prior."""
+
+from glass_mlx import resolve_prior, stream_generate
+from glass_mlx.models import find_ffns
+from glass_mlx.models.linear import dense_weight
+from helpers import check_invariants
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+PROMPT = "Why is the sky blue?"
+
+
+def multiplied(module: nn.Module) -> np.ndarray:
+    """The matrix or vector that a module multiplies with."""
+    if isinstance(module, nn.QuantizedEmbedding):
+        parts = (module.weight, module.scales, module.biases, module.group_size, module.bits)
+        return np.array(mx.dequantize(*parts))
+    return np.array(module.weight if isinstance(module, nn.RMSNorm) else dense_weight(module))
+
+
+def test_it_multiplies_with_the_numbers_in_its_file(default_gguf, quantized_model):
+    modules = dict(quantized_model[0].named_modules())
+    tensors = gguf.GGUFReader(default_gguf).tensors
+    for tensor in tensors:
+        name = tensor.name.removesuffix(".weight")
+        if name.startswith("blk."):
+            _, layer, inner = name.split(".")
+            path = f"model.layers.{layer}.{NAMES[inner]}"
+        else:
+            path = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[name]
+        ours = multiplied(modules[path])
+        theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if heads := {"attn_q": 9, "attn_k": 3}.get(name.split(".")[-1]):
+            # llama.cpp stores the two halves of a head's rotary dimensions interleaved
+            ours = ours.reshape(heads, 2, 32, 576).swapaxes(1, 2).reshape(theirs.shape)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=path)
+    assert (
+        len(tensors)
+        == 272
+        == len(
+            [p for p, _ in tree_flatten(quantized_model[0].parameters()) if p.endswith(".weight")]
+        )
+    )
+
+
+def test_its_quantized_weights_are_kept(quantized_model):
+    layers = [m for _, m in quantized_model[0].named_modules() if type(m) is nn.QuantizedLinear]
+    assert len(layers) == 210
+    assert {(m.bits, m.group_size) for m in layers} == {(4, 32)}
+    assert quantized_model[0].model.embed_tokens.bits == 8
+
+
+def test_it_knows_the_capital_of_france(default_model):
+    model, tokenizer = default_model
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert "Paris" in mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
+
+
+def test_invariants(default_model):
+    model, tokenizer = default_model
+    tokens = mx.array(tokenizer.encode(PROMPT))[None]
+    check_invariants(model, lambda m: m(tokens))
+
+
+def test_invariants_of_the_quantized_model(quantized_model):
+    model, tokenizer = quantized_model
+    tokens = mx.array(tokenizer.encode(PROMPT))[None]
+    check_invariants(model, lambda m: m(tokens))
+
+
+def test_all_neurons_give_the_dense_tokens_and_logits_bit_for_bit(default_model):
+    model, tokenizer = default_model
+    dense = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=10)
+    ours = stream_generate(model, tokenizer, PROMPT, max_tokens=10, density=1.0, warmup=2)
+    for a, b in zip(ours, dense, strict=True):
+        assert (a.token, a.text) == (b.token, b.text)
+        assert mx.array_equal(a.logprobs, b.logprobs)
+
+
+@pytest.mark.parametrize("fixture", ["default_model", "quantized_model"])
+def test_the_shipped_prior_is_for_it_in_every_precision(fixture, request):
+    model, _ = request.getfixturevalue(fixture)
+    prior = resolve_prior(model)
+    assert prior.about["tokens"] >= 16000
+    assert prior.source.endswith("priors/SmolLM2-135M-Instruct.safetensors")
+    assert prior.scores.keys() == prior.spread.keys() == {"activation", "griffin", "impact"}
+    assert {len(s) for s in prior.scores["activation"].values()} == {1536}
+    assert len(prior.scores["activation"]) == 30
+
+
+def test_the_prior_agrees_with_text_better_than_chance(default_model):
+    """Its top half and that of a real text share far more than the third that chance gives."""
+    from glass_mlx.selection import jaccard, select
+    from helpers import statistics_of
+
+    model, tokenizer = default_model
+    text = tokenizer.encode("The old harbour was quiet. A single lamp burned in the window, " * 3)
+    multiples = {ffn.path: ffn.multiple for ffn in find_ffns(model)}
+    local = statistics_of(model, [mx.array(text)[None]], cached=True)["activation"]
+    a = select(local, 0.5, multiples)
+    b = select(resolve_prior(model).scores["activation"], 0.5, multiples)
+    assert np.mean(list(jaccard(a, b).values())) > 0.4
+
+
+def test_at_a_high_density_the_answer_stays_close_to_the_dense_one(default_model):
+    model, tokenizer = default_model
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    responses = list(
+        stream_generate(model, tokenizer, prompt, max_tokens=12, density=0.9, warmup=1)
+    )
+    assert "Paris" in "".join(r.text for r in responses)
+    assert responses[-1].glass.density_got == pytest.approx(0.9, abs=0.02)

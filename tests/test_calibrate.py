@@ -1,0 +1,212 @@
+"""The command that measures, shows and publishes priors."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from glass_mlx import resolve_prior
+from glass_mlx.calibrate import main
+from glass_mlx.models.architectures import tiny_model
+from glass_mlx.prior.file import FILE_NAME
+from helpers import made_prior, save_tiny_folder
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "tools/build_priors.py"
+
+# Runs the command, and stops its process after every checkpoint until SIGCONT arrives.
+STOPPING = """
+import os, signal
+import glass_mlx.prior.measuring as measuring
+from glass_mlx.calibrate import main
+
+save_checkpoint = measuring.save_checkpoint
+
+def save_and_stop(*arguments):
+    save_checkpoint(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+measuring.save_checkpoint = save_and_stop
+main()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny_folder(tmp_path / "tiny")
+
+
+def start(folder, output, *program, **options):
+    arguments = ["--model", str(folder), "--output", str(output), "--recipe", "bos"]
+    arguments += ["--tokens", "4000", "--length", "40", "--batch-size", "4", "--curve-texts", "1"]
+    return subprocess.Popen(
+        [sys.executable, *(program or [str(TOOL)]), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def start_and_wait_for_checkpoint(folder, output):
+    process = start(folder, output, "-c", STOPPING)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    return process
+
+
+def test_killed_or_without_disk_the_command_continues_to_the_same_file(folder, tmp_path):
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    done = start(folder, whole)
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    assert out.startswith(f"Wrote {whole}: ")
+    assert "Peak memory: " in out
+
+    partial = tmp_path / "parts.safetensors.partial"
+    killed = start_and_wait_for_checkpoint(folder, parts)
+    assert partial.exists()
+    refused = start(folder, parts)
+    assert "another run is writing" in refused.communicate()[1]
+    assert refused.returncode == 2
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not parts.exists()
+    (tmp_path / ".parts.safetensors.partial.glass-x").mkdir()  # as if killed while writing
+    (tmp_path / ".parts.safetensors.mine").mkdir()
+
+    interrupted = start_and_wait_for_checkpoint(folder, parts)
+    interrupted.send_signal(signal.SIGINT)
+    interrupted.send_signal(signal.SIGCONT)
+    _, err = interrupted.communicate()
+    assert interrupted.returncode == 130
+    assert "Interrupted" in err
+    assert "Traceback" not in err
+
+    def full_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    stuck = start(folder, parts, preexec_fn=full_disk)
+    _, err = stuck.communicate()
+    assert stuck.returncode == 2
+    assert err.splitlines()[-1].startswith("build_priors: error: ")
+    assert "cannot be written" in err
+    assert "Traceback" not in err
+
+    done = start(folder, parts)
+    _, err = done.communicate()
+    assert done.returncode == 0, err
+    assert parts.read_bytes() == whole.read_bytes()
+    assert {f.name for f in tmp_path.iterdir()} == {
+        *("tiny", whole.name, parts.name, ".parts.safetensors.mine")
+    }
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["build_priors.py", *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.splitlines()[-1] if captured.err else ""
+
+
+def test_the_command_writes_a_prior_that_the_model_finds_and_shows_it(
+    folder, tmp_path, monkeypatch, capsys
+):
+    output = folder / FILE_NAME
+    arguments = ["--model", folder, "--output", output, "--tokens", 90, "--length", 24]
+    arguments += ["--recipe", "bos=2", "--statistic", "griffin", "--statistic", "impact"]
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    prior = resolve_prior(tiny_model("llama"), folder=folder)
+    assert out.startswith(f"Wrote {output}: {prior.about['tokens']} tokens in ")
+    assert prior.about["model"] == folder.name
+    assert prior.scores.keys() == {"griffin", "impact"}
+    assert not list(folder.glob("*.partial")) + list(folder.glob("*.lock"))
+
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(monkeypatch, capsys, "--show", output)
+    assert code == 0
+    for part in (folder.name, "bos, weight 2.0", "griffin, impact", "stability of impact", "mean"):
+        assert part in out
+    picture = tmp_path / "glass_prior.png"
+    assert str(picture.name) in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", 0], "must be positive"),
+        (["--sequences", 0], "must be positive"),
+        (["--length", -1], "must be positive"),
+        (["--length", 16], "the length must be above 16"),
+        (["--batch-size", 0], "must be positive"),
+        (["--temp", 0], "must be positive"),
+        (["--temp", "nan"], "must be positive"),
+        (["--seed", -1], "the seed must not be negative"),
+        (["--until-stable", 2], "--until-stable must be between 0 and 1"),
+        (["--recipe", "poem"], "'poem' is not a recipe"),
+        (["--recipe", "corpus"], "'corpus' is not a recipe"),
+        (["--recipe", "bos=-1"], "must be positive"),
+        (["--recipe", "chat"], "no chat template; use the recipe bos"),
+        (["--recipe", "corpus:missing.txt"], "there is no corpus at missing.txt"),
+        (["--statistic", "variance"], "invalid choice"),
+        (["--model", "missing.gguf"], "there is no model at missing.gguf"),
+        (["--show", "x"], "not allowed with argument"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(
+    folder, tmp_path, monkeypatch, capsys, arguments, message
+):
+    before = ["--model", folder, "--output", tmp_path / "out"]
+    code, out, err = run(monkeypatch, capsys, *before, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        "build_priors.py: error: " if "argument" in err else "build_priors: error: "
+    )
+    assert message in err
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_folder_as_output_is_refused_before_measuring(folder, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "--model", folder, "--output", folder)
+    assert code == 2
+    assert err.endswith("is a folder; give the name of a file")
+
+
+def test_a_damaged_prior_is_not_shown(tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    code, out, err = run(monkeypatch, capsys, "--show", tmp_path / "x.safetensors")
+    assert (code, out) == (2, "")
+    assert "not a complete safetensors file" in err
+
+
+def test_the_module_runs_the_command(folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "glass_mlx.calibrate", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+    assert "--recipe" in done.stdout
+    assert json.dumps(done.stderr) == '""'
+
+
+def test_show_describes_a_prior_before_it_needs_matplotlib(tmp_path, monkeypatch, capsys):
+    made_prior(tiny_model("llama")).save(tmp_path / "x.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = run(monkeypatch, capsys, "--show", tmp_path / "x.safetensors")
+    assert code == 2
+    assert "model       tiny" in out
+    assert err.endswith("drawing needs matplotlib; install it with: pip install 'glass-mlx[plots]'")

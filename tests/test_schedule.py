@@ -1,0 +1,15 @@
+from itertools import islice
+
+from glass_mlx.config import GlassConfig
+from glass_mlx.schedule import selection_points
+
+
+def test_renewals_are_spaced_out():
+    assert list(islice(selection_points(GlassConfig()), 12)) == [
+        *(16, 32, 64, 96, 128),
+        *(192, 256, 320, 384),
+        *(512, 640, 768),
+    ]
+    assert list(islice(selection_points(GlassConfig(warmup=40)), 3)) == [40, 64, 96]
+    assert list(selection_points(GlassConfig(refresh=0))) == [16]
+    assert list(selection_points(GlassConfig(density=1.0))) == [16]

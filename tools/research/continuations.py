@@ -1,0 +1,56 @@
+"""The texts that research scripts score on: the dense model's continuations of prompts."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from glass_mlx import Session, load
+from glass_mlx.fidelity.prompts import WritingSettings, continue_all, read_prompts
+from glass_mlx.fidelity.scoring import DenseReading
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
+
+PROMPTS = Path(__file__).with_name("development_prompts.txt")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that set which texts a model is scored on."""
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one per line (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="generated tokens per prompt")
+    parser.add_argument("--temp", type=float, default=0.7, help="sampling temperature")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def writing_settings(args: argparse.Namespace) -> WritingSettings:
+    """Return how the dense model writes, by the flags of `add_arguments`."""
+    return WritingSettings(args.tokens, args.temp, args.seed)
+
+
+def load_session(args: argparse.Namespace) -> tuple[Session, TokenizerWrapper]:
+    """Load the model by the flags `--model`, `--dtype` and `--dequantize`."""
+    model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
+    return Session.of(model), tokenizer
+
+
+def read_continuations(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    args: argparse.Namespace,
+    points: Sequence[int] = (1,),
+) -> Iterator[DenseReading]:
+    """Have the dense model continue all prompts, and read each continuation.
+
+    Args:
+        session: the dense model's session.
+        tokenizer: its tokenizer.
+        args: the flags of `add_arguments`.
+        points: after how many generated tokens neurons may be selected; see `DenseReading`.
+
+    Yields:
+        The readings of all continuations that have tokens to score.
+    """
+    prompts = read_prompts(args.prompts)
+    texts = continue_all(session.model, tokenizer, prompts, writing_settings(args))
+    for text in tqdm([text for text in texts if len(text.written) > 1], unit="prompt"):
+        yield DenseReading(session, text, points)
