@@ -26,6 +26,8 @@ NAMES = {
 }
 PROMPT = "Why is the sky blue?"
 
+pytestmark = pytest.mark.slow
+
 
 def multiplied(module: nn.Module) -> np.ndarray:
     """The matrix or vector that a module multiplies with."""

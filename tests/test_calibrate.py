@@ -59,6 +59,7 @@ def start_and_wait_for_checkpoint(folder, output):
     return process
 
 
+@pytest.mark.slow
 def test_killed_or_without_disk_the_command_continues_to_the_same_file(folder, tmp_path):
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     done = start(folder, whole)

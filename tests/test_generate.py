@@ -142,6 +142,7 @@ def test_interruption_is_quiet(command, folder, monkeypatch):
     assert command("--model", folder) == (130, "", "")
 
 
+@pytest.mark.slow
 def test_the_main_job_on_the_built_in_model(default_gguf):
     """As a user would start it; four-bit weights, the shipped prior, streamed text."""
     done = subprocess.run(

@@ -17,6 +17,8 @@ EXPECTED = {
     "glass_mlx/priors/SmolLM2-135M-Instruct.safetensors",
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:

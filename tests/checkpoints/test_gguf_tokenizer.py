@@ -53,6 +53,7 @@ def smollm_words(text: str) -> list[str]:
     return [word for part in parts for word in regex.findall(gpt2, part)]
 
 
+@pytest.mark.slow
 def test_the_built_in_model_tokenizes_by_the_rules_of_its_file(default_gguf, default_model):
     fields = gguf.GGUFReader(default_gguf).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
@@ -64,6 +65,7 @@ def test_the_built_in_model_tokenizes_by_the_rules_of_its_file(default_gguf, def
     assert tokenizer.decode(ids) == PARAGRAPH
 
 
+@pytest.mark.slow
 def test_the_built_in_model_has_its_chat_template_and_special_tokens(default_model):
     _, tokenizer = default_model
     ids = tokenizer.apply_chat_template(
@@ -183,6 +185,7 @@ def test_unknown_tokenizers_are_refused(metadata, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_saved_tokenizer_is_plain_json(default_gguf, tmp_path):
     write_tokenizer(Metadata(gguf.GGUFReader(default_gguf)).get, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

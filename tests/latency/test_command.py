@@ -17,6 +17,7 @@ def run(monkeypatch, *options):
     main()
 
 
+@pytest.mark.slow
 def test_every_method_gets_a_row_beside_dense_mlx_lm(tmp_path, monkeypatch, capsys):
     folder = save_tiny_folder(tmp_path / "tiny")
     files = [tmp_path / name for name in ("out.jsonl", "out.md", "out.png")]
@@ -81,6 +82,7 @@ def test_bad_input_ends_with_a_sentence(monkeypatch, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_shape_has_the_sizes_of_the_real_model():
     model = random_model("smollm2-135m", "float16", 4, 32, "affine")
     assert sum(a.size for k, a in tree_flatten(model.parameters()) if "norm" in k) == 61 * 576

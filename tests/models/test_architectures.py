@@ -22,11 +22,19 @@ DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
 ARCHITECTURES = {a.architecture: a for a in survey()}
 SUPPORTED = [a.architecture for a in ARCHITECTURES.values() if a.supported]
 
-# MLX's CPU build crashes in the attention of phi3small, of which the FFNs are tried alone.
+# MLX's CPU backend crashes in the attention of phi3small, so its FFNs are tested alone.
 CRASHES = "phi3small"
 
+# In the fast subset: plain, gated and fused FFNs, experts, windows and recurrent states.
+FAST = ("llama", "gpt2", "phi3", "deepseek_v3", "gemma3_text", "falcon_h1")
+TESTED = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in SUPPORTED
+    if name != CRASHES
+]
 
-@pytest.mark.parametrize("name", [name for name in SUPPORTED if name != CRASHES])
+
+@pytest.mark.parametrize("name", TESTED)
 def test_invariants(name):
     model = tiny_model(name)
     check_invariants(model, lambda m: m(TOKENS))
@@ -39,7 +47,7 @@ def test_invariants_of_interleaved_ffns():
     check_invariants(model, lambda m: sum(layer.mlp(x) for layer in m.layers))
 
 
-@pytest.mark.parametrize("name", [name for name in SUPPORTED if name != CRASHES])
+@pytest.mark.parametrize("name", TESTED)
 def test_generation_with_every_kind_of_cache(name):
     model, tokenizer, prompt = tiny_model(name), TokenizerWrapper(letter_tokenizer()), [1, 2, 3, 9]
     options = {"max_tokens": 20, "prior": made_prior(model), "warmup": 2, "refresh": 8}
@@ -123,6 +131,7 @@ def test_the_command_lists_architectures(monkeypatch, capsys):
     }
 
 
+@pytest.mark.slow
 def test_the_command_as_users_run_it():
     run = subprocess.run(
         [sys.executable, "-m", "glass_mlx.models"], capture_output=True, text=True, check=True

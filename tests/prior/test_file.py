@@ -173,6 +173,7 @@ def edit_tensors(tensors, generator):
     changes[generator.integers(len(changes))]()
 
 
+@pytest.mark.slow
 def test_forged_files_are_refused_or_used_but_never_crash(model, file):
     """Forge complete files with a correct digest, but with the wrong contents."""
     generator = np.random.default_rng(1)

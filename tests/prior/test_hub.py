@@ -93,6 +93,7 @@ def run(server, tmp_path, module, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_prior_is_published_with_its_card_and_fetched_by_others(server, tmp_path):
     folder = save_tiny_folder(tmp_path / "tiny")
     file = tmp_path / "measured.safetensors"
@@ -116,6 +117,7 @@ def test_a_prior_is_published_with_its_card_and_fetched_by_others(server, tmp_pa
     assert (tmp_path / "glass_prior.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_missing_prior_ends_with_one_sentence(server, tmp_path):
     folder = save_tiny_folder(tmp_path / "tiny")
     for name in ("hub:me/other", "hub:not a name", "hub:me/prior@main"):

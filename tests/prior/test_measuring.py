@@ -134,6 +134,7 @@ def test_halves_of_the_same_text_agree(sequences):
     assert overall_stability(same) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_until_stable_stops_before_the_tokens_are_spent():
     model = tiny_model("llama")
     settings = replace(SETTINGS, tokens=4000)
@@ -195,6 +196,7 @@ def test_a_checkpoint_of_another_calibration_is_refused(tmp_path):
         calibrate(model, TOKENIZER, SETTINGS, checkpoint=file)
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_tokens():
     model = tiny_model("llama")
 
