@@ -13,6 +13,7 @@ prefer_openblas()  # must come before anything imports MLX
 
 from glass_mlx.checkpoints.loading import load  # noqa: E402
 from glass_mlx.config import GlassConfig  # noqa: E402
+from glass_mlx.generation_report import GenerationResponse, Report  # noqa: E402
 from glass_mlx.prior.file import GlobalPrior  # noqa: E402
 from glass_mlx.prior.lookup import NoPriorError  # noqa: E402
 from glass_mlx.prompt_cache import (  # noqa: E402
@@ -21,7 +22,6 @@ from glass_mlx.prompt_cache import (  # noqa: E402
     make_prompt_cache,
     save_prompt_cache,
 )
-from glass_mlx.report import GenerationResponse, Report  # noqa: E402
 from glass_mlx.selection import Selection  # noqa: E402
 from glass_mlx.session import Session, resolve_prior  # noqa: E402
 from glass_mlx.streaming import generate, stream_generate  # noqa: E402

@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
+from glass_mlx.calibration.building import CalibrationSettings, build
+from glass_mlx.calibration.stability import overall_stability
+from glass_mlx.calibration.texts import Recipe
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.errors import exit_on_error
 from glass_mlx.prior.display import describe, draw
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import locate, publish
-from glass_mlx.prior.measuring import CalibrationSettings, build
-from glass_mlx.prior.stability import overall_stability
-from glass_mlx.prior.texts import Recipe
 from glass_mlx.statistics import PRIOR_STATISTICS
 
 import mlx.core as mx

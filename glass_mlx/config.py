@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
-from glass_mlx.prior.density_curve import check_max_kl
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.statistics import STATISTICS
 
@@ -15,6 +14,12 @@ def check_density(density: float) -> None:
     """Raise ValueError unless a density is in (0, 1]."""
     if not 0 < density <= 1:
         raise ValueError(f"the density must be above 0 and at most 1, not {density}")
+
+
+def check_max_kl(max_kl: float) -> None:
+    """Raise ValueError unless a KL divergence can be bounded by this."""
+    if not 0 < max_kl < float("inf"):
+        raise ValueError(f"the bound on KL must be positive, not {max_kl}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class GlassConfig:
         prior_weight: λ in [0, 1], the weight of the prior's ranks against the local ranks.
         warmup: number of tokens that are generated densely before the first selection, at least 1.
         refresh: after how many tokens the dense model first reads the text again and the selection
-            is renewed; see `schedule.selection_points`. At least 2, or 0 for never.
+            is renewed; see `renewal.selection_points`. At least 2, or 0 for never.
         statistic: what ranks the neurons locally, a key of `statistics.STATISTICS`.
         prior_statistic: what ranks the neurons in the prior, a statistic that the prior has.
         uniform: keep the same share in every FFN, and ignore the FFNs that the prior marks as

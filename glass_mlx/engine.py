@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from glass_mlx.decoding import Decoder
+from glass_mlx.generation_report import Report, Reporter
 from glass_mlx.models import weight_bytes
 from glass_mlx.prompt_cache import CacheSnapshot
-from glass_mlx.report import Report, Reporter
-from glass_mlx.schedule import selection_points
+from glass_mlx.renewal import selection_points
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation

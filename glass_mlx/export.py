@@ -12,7 +12,6 @@ from typing import Any
 from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, model_name
-from glass_mlx.checkpoints.sliced import write_sliced_checkpoint
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.prompts import Continuation, WritingSettings, continue_all, read_prompts
@@ -21,6 +20,7 @@ from glass_mlx.prior.lookup import model_folder
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.selection import Selection, Selector, select
 from glass_mlx.session import Session
+from glass_mlx.sliced_checkpoint import write_sliced_checkpoint
 from glass_mlx.statistics import LocalStatistics
 
 import mlx.core as mx

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from glass_mlx.arguments import add_load_arguments, load_options
+from glass_mlx.calibration.building import CalibrationSettings, build
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.config import AUTO, GlassConfig
@@ -20,7 +21,6 @@ from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.prior.file import GlobalPrior, cache_name, cached_priors
 from glass_mlx.prior.hub import locate
 from glass_mlx.prior.lookup import NoPriorError, model_folder
-from glass_mlx.prior.measuring import CalibrationSettings, build
 from glass_mlx.prompt_cache import check_name, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS

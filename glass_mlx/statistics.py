@@ -73,7 +73,7 @@ _SUMS = STATISTICS | {MEAN: (_mean_sum, _identity)}
 # Entries of a state besides the sums of the statistics.
 _OUTPUTS, _TOKENS = "outputs", "tokens"
 
-# The statistics of a prior: those above, and one that takes a backward pass (`prior.impact`).
+# The statistics of a prior: those above, and one that takes a backward pass (`calibration.impact`).
 IMPACT = "impact"
 PRIOR_STATISTICS = (*STATISTICS, IMPACT)
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step
+from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.lookup import model_folder
 from glass_mlx.prompt_cache import PromptCache
-from glass_mlx.report import GenerationResponse, summary
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.statistics import MIN_GENERATED_TOKENS

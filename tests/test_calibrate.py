@@ -21,7 +21,7 @@ TOOL = Path(__file__).parents[1] / "tools/build_priors.py"
 # Runs the command, and stops its process after every checkpoint until SIGCONT arrives.
 STOPPING = """
 import os, signal
-import glass_mlx.prior.measuring as measuring
+import glass_mlx.calibration.building as measuring
 from glass_mlx.calibrate import main
 
 save_checkpoint = measuring.save_checkpoint

@@ -4,13 +4,13 @@ import sys
 from dataclasses import replace
 
 from glass_mlx import load
-from glass_mlx.checkpoints.sliced import narrowed
 from glass_mlx.config import GlassConfig
 from glass_mlx.export import main
 from glass_mlx.fidelity.prompts import WritingSettings, continue_all, read_prompts
 from glass_mlx.models.architectures import configuration, tiny_model
 from glass_mlx.prior.file import FILE_NAME
 from glass_mlx.session import Session
+from glass_mlx.sliced_checkpoint import narrowed
 from glass_mlx.slicing import slice_model
 from helpers import made_prior, save_tiny_folder
 

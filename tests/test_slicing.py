@@ -73,6 +73,23 @@ def test_slices_that_would_hardly_change_are_kept(model):
     assert (before[1] != after[1]).any(axis=1).sum() == 40  # rows; the others are where they were
 
 
+def test_the_first_compensation_reaches_slices_that_would_be_kept(model):
+    sliced, selection = SlicedModel(model, find_ffns(model), "requantize"), random_selection(model)
+    sliced.update(selection)
+    bias = dict.fromkeys(selection.indices)
+    for turn in range(2):
+        means = {
+            path: MeanCompensation(mx.random.normal((m,))) for path, m in selection.widths.items()
+        }
+        sliced.update(selection, means)
+        modules = dict(sliced.model.named_modules())
+        for path, before in bias.items():
+            after = modules[f"{path}.down_proj"].bias
+            assert (turn == 0) == (before is None)
+            assert before is None or mx.array_equal(before, after)  # a kept slice keeps its own
+            bias[path] = after
+
+
 @pytest.mark.parametrize("architecture", ["llama", "glm4", "phi3small", "gpt2", "starcoder2"])
 @pytest.mark.parametrize(
     ("bits", "policy"),

@@ -10,8 +10,8 @@ from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.models import with_taps
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import ranks, spearman
+from glass_mlx.renewal import all_selection_points
 from glass_mlx.reporting.tables import markdown_table
-from glass_mlx.schedule import all_selection_points
 from glass_mlx.session import Session
 
 import mlx.core as mx

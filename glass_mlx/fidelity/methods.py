@@ -11,7 +11,7 @@ from glass_mlx.fidelity.tasks import Sample
 from glass_mlx.models import FFN
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.schedule import all_selection_points
+from glass_mlx.renewal import all_selection_points
 from glass_mlx.selection import Selection, select
 from glass_mlx.session import Session
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.chat import encode
-from glass_mlx.prior.texts import Writer, stop_sequences
+from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper

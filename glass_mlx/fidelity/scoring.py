@@ -13,7 +13,7 @@ from typing import Any
 
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.models import with_taps
-from glass_mlx.schedule import sliced_stretches
+from glass_mlx.renewal import sliced_stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
@@ -43,7 +43,7 @@ class DenseReading:
         model: the dense model, or a session of it.
         text: the continuation, with at least two written tokens.
         points: after how many generated tokens neurons may be selected; see
-            `schedule.all_selection_points`.
+            `renewal.all_selection_points`.
 
     Attributes:
         session: what is known of the model.

@@ -16,8 +16,14 @@ from typing import Any
 from glass_mlx.checkpoints.loading import advice
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import replacing
-from glass_mlx.latency.loading import add_model_arguments, load_model, load_prior, model_title
-from glass_mlx.latency.measuring import (
+from glass_mlx.latency.measured_model import (
+    add_model_arguments,
+    load_model,
+    load_prior,
+    model_title,
+)
+from glass_mlx.latency.report import format_report, plot
+from glass_mlx.latency.timing import (
     DENSE,
     METHODS,
     Settings,
@@ -25,7 +31,6 @@ from glass_mlx.latency.measuring import (
     summarize,
     time_slicing,
 )
-from glass_mlx.latency.report import format_report, plot
 from glass_mlx.models import named_arrays
 from glass_mlx.reporting.machine import (
     busy_warning,

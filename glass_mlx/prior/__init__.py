@@ -1,1 +1,1 @@
-"""Global priors: measured once for each model, stored in one file, and checked when loaded."""
+"""The global prior of a model: its file, where it is found, and what it says."""

@@ -1,18 +1,13 @@
 """The density curve of a prior: KL divergence from the dense model by density.
 
-The curve is measured at calibration (`curve_measuring`) and stored in the prior's file. It predicts
+Calibration measures the curve (`calibration.curve`) and stores it in the prior's file. It predicts
 the lowest density that stays within a bound.
 """
 
+from glass_mlx.config import check_max_kl
 from glass_mlx.prior.file import GlobalPrior
 
 import numpy as np
-
-
-def check_max_kl(max_kl: float) -> None:
-    """Raise ValueError unless a KL divergence can be bounded by this."""
-    if not 0 < max_kl < float("inf"):
-        raise ValueError(f"the bound on KL must be positive, not {max_kl}")
 
 
 def expected_density(prior: GlobalPrior | None, max_kl: float) -> float:

@@ -5,10 +5,12 @@ from typing import Any
 
 from glass_mlx.models import layer_order
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.stability import Stability
 from glass_mlx.reporting.plotting import new_figure, save_figure
 
 import numpy as np
+
+# Values by measure and FFN path; see `calibration.stability`.
+Stability = dict[str, dict[str, float]]
 
 # The width of a picture in samples of each layer's neurons, and the smallest ratio in its colors.
 _COLUMNS = 512

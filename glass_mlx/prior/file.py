@@ -230,7 +230,7 @@ def _is_description(about: dict[str, Any]) -> bool:
 
 
 def _is_curve(curve: Any) -> bool:
-    """Return whether a value is a density curve, as `curve_measuring` measures it."""
+    """Return whether a value is a density curve, as `calibration.curve` measures it."""
     if not isinstance(curve, dict):
         return False
     densities, kl = curve.get("densities"), curve.get("kl")

@@ -5,7 +5,7 @@ from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, Scores, divergence, score
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.schedule import all_selection_points, sliced_stretches
+from glass_mlx.renewal import all_selection_points, sliced_stretches
 from helpers import letter_tokenizer, made_prior, statistics_of
 
 import mlx.core as mx

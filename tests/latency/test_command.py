@@ -1,8 +1,8 @@
 import json
 
 from glass_mlx.latency.__main__ import main
-from glass_mlx.latency.measuring import Run, break_even
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
+from glass_mlx.latency.timing import Run, break_even
 from glass_mlx.models import find_ffns, weight_bytes
 from glass_mlx.reporting.machine import busy_warning, slowdown_warning
 from helpers import save_tiny_folder

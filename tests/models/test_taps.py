@@ -24,3 +24,20 @@ def test_the_last_ffn_shows_some_of_many_tokens(shape, shown):
     every = -(-shape[-1] // (shown // shape[0])) if len(shape) == 2 else 1
     with_taps(model, observe)(x[:, ::every] if len(shape) == 2 else x)
     assert mx.allclose(seen[1], hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_outputs_are_shown_only_without_a_bias(has_bias):
+    """The mean output stands for W_down h alone, and the bias would count twice."""
+    model, outputs = OneFFN(Network("gated", 32, nn.silu, (False, has_bias))), []
+
+    def keep(path, hidden):
+        return hidden
+
+    def observe_output(path, output):
+        outputs.append(output)
+        return output
+
+    y = with_taps(model, keep, observe_output)(mx.random.normal((1, 3, 32)))
+    assert len(outputs) == (not has_bias)
+    assert has_bias or mx.array_equal(outputs[0], y)

@@ -14,7 +14,7 @@ from typing import Any
 
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
-from glass_mlx.latency.loading import add_model_arguments, load_model, load_prior
+from glass_mlx.latency.measured_model import add_model_arguments, load_model, load_prior
 from glass_mlx.models import named_arrays, weight_bytes
 from glass_mlx.models.linear import is_linear
 from glass_mlx.reporting.tables import markdown_table

@@ -1,4 +1,4 @@
-from glass_mlx.prior.moments import SequenceMoments
+from glass_mlx.calibration.moments import SequenceMoments
 
 import numpy as np
 import pytest

@@ -1,9 +1,9 @@
 """Scores of the neurons on sequences, one score a sequence and statistic."""
 
+from glass_mlx.calibration.impact import measure_impact
+from glass_mlx.calibration.moments import SequenceMoments
+from glass_mlx.calibration.texts import Sequence, pad
 from glass_mlx.models import with_taps
-from glass_mlx.prior.impact import measure_impact
-from glass_mlx.prior.moments import SequenceMoments
-from glass_mlx.prior.texts import Sequence, pad
 from glass_mlx.session import Session
 from glass_mlx.statistics import IMPACT, STATISTICS, NeuronStatistics
 

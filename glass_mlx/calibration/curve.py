@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from glass_mlx.calibration.texts import BatchSource, ChatFrame, Recipe, chat_frame, make_source
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.texts import BatchSource, ChatFrame, Recipe, Writer, chat_frame, make_source
-from glass_mlx.schedule import all_selection_points
+from glass_mlx.renewal import all_selection_points
 from glass_mlx.session import Session
+from glass_mlx.writing import Writer
 
 import mlx.nn as nn
 import numpy as np

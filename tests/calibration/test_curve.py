@@ -1,10 +1,10 @@
 from dataclasses import replace
 
-import glass_mlx.prior.curve_measuring as curve_measuring
 from glass_mlx import Session
+from glass_mlx.calibration import curve
+from glass_mlx.calibration.curve import DENSITIES, READINGS_PER_TEXT, measure_curve
 from glass_mlx.models import find_ffns
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.prior.curve_measuring import DENSITIES, READINGS_PER_TEXT, measure_curve
 from glass_mlx.prior.display import describe
 from glass_mlx.prior.file import GlobalPrior
 from helpers import chat_tokenizer, letter_tokenizer, made_prior
@@ -54,10 +54,10 @@ def test_ffns_are_kept_dense_if_that_lowers_kl(model, monkeypatch):
     def kl(session, prior, texts, configs, progress):
         return np.array([kls[prior.kept_dense] for _ in configs])
 
-    monkeypatch.setattr(curve_measuring, "_kl", kl)
+    monkeypatch.setattr(curve, "_kl", kl)
 
     def choose():
-        return curve_measuring._choose_kept_dense(Session.of(model), made_prior(model), [], print)
+        return curve._choose_kept_dense(Session.of(model), made_prior(model), [], print)
 
     assert choose() == [paths[0], paths[-1]]
     kls[paths[0],] = 1.1

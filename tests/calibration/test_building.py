@@ -4,15 +4,15 @@ import gc
 from dataclasses import replace
 from itertools import islice
 
-import glass_mlx.prior.measuring as measuring
+import glass_mlx.calibration.building as measuring
 from glass_mlx import load, resolve_prior
+from glass_mlx.calibration.building import CalibrationSettings, build, calibrate
+from glass_mlx.calibration.stability import overall_stability
+from glass_mlx.calibration.texts import Recipe, Sequence
 from glass_mlx.files import locked
 from glass_mlx.models import find_ffns
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.measuring import CalibrationSettings, build, calibrate
-from glass_mlx.prior.stability import overall_stability
-from glass_mlx.prior.texts import Recipe, Sequence
 from glass_mlx.statistics import STATISTICS
 from helpers import chat_tokenizer, save_tiny_folder, snapshot, statistics_of
 

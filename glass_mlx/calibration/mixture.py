@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from glass_mlx.prior.moments import Half, SequenceMoments
-from glass_mlx.prior.stability import Stability, compare
-from glass_mlx.prior.texts import ChatFrame, Recipe
+from glass_mlx.calibration.moments import Half, SequenceMoments
+from glass_mlx.calibration.stability import Stability, compare
+from glass_mlx.calibration.texts import ChatFrame, Recipe
 
 import numpy as np
 

@@ -2,17 +2,17 @@
 
 import json
 
-from glass_mlx.models.architectures import tiny_model
-from glass_mlx.prior.texts import (
+from glass_mlx.calibration.texts import (
     SKIPPED_POSITIONS,
     ChatFrame,
     Recipe,
     Sequence,
-    Writer,
     chat_frame,
     make_source,
     pad,
 )
+from glass_mlx.models.architectures import tiny_model
+from glass_mlx.writing import Writer
 from helpers import chat_tokenizer, letter_tokenizer
 
 import pytest

@@ -8,9 +8,9 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from glass_mlx.config import GlassConfig
+from glass_mlx.generation_report import Report
 from glass_mlx.models.linear import outputs
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.report import Report
 from glass_mlx.selection import Selection
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation

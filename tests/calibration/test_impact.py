@@ -2,9 +2,9 @@
 
 import importlib
 
+from glass_mlx.calibration.impact import measure_impact
 from glass_mlx.models import find_ffns, with_taps
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.prior.impact import measure_impact
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from glass_mlx.calibration.mixture import Mixture
+from glass_mlx.calibration.texts import ChatFrame
 from glass_mlx.files import read_tensors, write_tensors
-from glass_mlx.prior.mixture import Mixture
-from glass_mlx.prior.texts import ChatFrame
 
 import numpy as np
 

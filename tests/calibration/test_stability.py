@@ -1,4 +1,4 @@
-from glass_mlx.prior.stability import compare, overall_stability
+from glass_mlx.calibration.stability import compare, overall_stability
 from glass_mlx.ranking import spearman
 
 import numpy as np

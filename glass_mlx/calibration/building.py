@@ -1,8 +1,8 @@
 """Measure a model's global prior on text that the model writes itself, or on a corpus.
 
-Sequences are written batch by batch (`texts`), and then read densely to measure the neurons of the
-FFNs. Each sequence gives one score for each neuron and statistic; the prior holds their mean and
-spread. The memory beside the model does not grow with the number of tokens.
+Sequences are written batch by batch (`calibration.texts`), and then read densely to measure the
+neurons of the FFNs. Each sequence gives one score for each neuron and statistic; the prior holds
+their mean and spread. The memory beside the model does not grow with the number of tokens.
 """
 
 import json
@@ -13,28 +13,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.config import GlassConfig
-from glass_mlx.files import locked
-from glass_mlx.models import named_arrays
-from glass_mlx.prior.curve_measuring import READINGS_PER_TEXT, measure_curve
-from glass_mlx.prior.display import stability_lines
-from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.mixture import MeasuredRecipe, Mixture
-from glass_mlx.prior.moments import SequenceMoments
-from glass_mlx.prior.resume import restore_checkpoint, save_checkpoint
-from glass_mlx.prior.sequence_scores import measure_sequences
-from glass_mlx.prior.stability import Stability, overall_stability
-from glass_mlx.prior.texts import (
+from glass_mlx.calibration.curve import READINGS_PER_TEXT, measure_curve
+from glass_mlx.calibration.mixture import MeasuredRecipe, Mixture
+from glass_mlx.calibration.moments import SequenceMoments
+from glass_mlx.calibration.resume import restore_checkpoint, save_checkpoint
+from glass_mlx.calibration.sequence_scores import measure_sequences
+from glass_mlx.calibration.stability import Stability, overall_stability
+from glass_mlx.calibration.texts import (
     SKIPPED_POSITIONS,
     BatchSource,
     Recipe,
-    Writer,
     chat_frame,
     make_source,
 )
+from glass_mlx.config import GlassConfig
+from glass_mlx.files import locked
+from glass_mlx.models import named_arrays
+from glass_mlx.prior.display import stability_lines
+from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.session import Session
 from glass_mlx.statistics import PRIOR_STATISTICS
+from glass_mlx.writing import Writer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,7 +61,7 @@ class CalibrationSettings:
         until_stable: stop before `tokens` when `stability.overall_stability` of the two halves of
             the sequences reaches this.
         corpus_field: the field of a JSONL corpus that holds the text.
-        curve_texts: the number of texts for the model's density curve, see `curve_measuring`; 0 for
+        curve_texts: the number of texts for the model's density curve (`calibration.curve`); 0 for
             no curve. A prior without the statistic that decoding ranks by has no curve.
 
     Raises:

@@ -1,7 +1,7 @@
 from itertools import islice
 
 from glass_mlx.config import GlassConfig
-from glass_mlx.schedule import selection_points
+from glass_mlx.renewal import selection_points
 
 
 def test_renewals_are_spaced_out():

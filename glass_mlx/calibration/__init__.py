@@ -1,0 +1,1 @@
+"""Measuring a prior; `python -m glass_mlx.calibrate` is the command."""
