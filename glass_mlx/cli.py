@@ -41,7 +41,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    del sys.argv[1]
+    sys.argv = [f"glass-mlx {name}", *sys.argv[2:]]  # the name in the command's usage
     importlib.import_module(COMMANDS[name][0]).main()
 
 

@@ -60,7 +60,9 @@ class GlassConfig:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if not isinstance(self.density, str):
+        if self.density != AUTO:
+            if isinstance(self.density, str):
+                raise ValueError(f"the density must be a number or {AUTO!r}, not {self.density!r}")
             check_density(self.density)
         check_prior_weight(self.prior_weight)
         if self.statistic not in STATISTICS:

@@ -57,7 +57,7 @@ class Generation:
     ) -> None:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
-        self._sliced = session.sliced_model(selector.config.down_policy, reload)
+        self._slices = session.sliced_model(selector.config.down_policy, reload)
         self._reporter = Reporter(selector, session.weight_bytes)
 
     def steps(
@@ -88,13 +88,14 @@ class Generation:
         while decoder.generated < decoder.limit:
             # 3) Select neurons by all that the dense model has read.
             # 4) Slice their rows and columns into smaller matrices.
-            self._select_and_slice()
+            sliced = self._select_and_slice()
 
             # 5) Decode on the slices until the next renewal.
             renewal, start = next(points, decoder.limit), decoder.generated
             is_renewed = renewal < decoder.limit
             snapshot = CacheSnapshot(decoder.cache if is_renewed else [])
-            yield from self._sliced_steps(until=renewal)
+            yield from self._sliced_steps(sliced, until=renewal)
+            del sliced  # so that replaced slices can be freed while new ones are made
 
             # 6) Read again. The dense model reads what the slices wrote, which corrects the cache
             #    and adds to the statistics, and computes the next token.
@@ -103,18 +104,20 @@ class Generation:
                 snapshot.rewind(written)
                 yield from self._reread(writer, written)
 
-    def _select_and_slice(self) -> None:
-        """Choose neurons and bring the slices up to date."""
+    def _select_and_slice(self) -> nn.Module:
+        """Choose neurons, bring the slices up to date, and return the sliced model."""
         with self._reporter.timed("select_time"):
             selection = self._selector.select(self._statistics)
             compensation = mean_compensation(self._statistics)
         with self._reporter.timed("slice_time"):
-            self._sliced.update(selection, compensation)
+            self._slices.update(selection, compensation)
+            sliced = self._slices.model
         self._reporter.slices(
-            self._sliced.selection,
+            self._slices.selection,
             self._selector.prior_weight(self._statistics),
-            weight_bytes(self._sliced.model),
+            weight_bytes(sliced),
         )
+        return sliced
 
     def _dense_steps(
         self,
@@ -131,19 +134,21 @@ class Generation:
             if progress is not None:
                 progress(done, total)
 
-        for token, logprobs in self._decoder.run(
-            model, given, until, prompt_progress_callback=evaluate, **options
-        ):
-            if self._statistics.prompt.tokens == 0:
-                raise ValueError(
-                    "this model does not run the modules that it shows; it cannot be sliced"
-                )
-            yield Step(token, logprobs, self._reporter.token(dense=True))
+        run = self._decoder.run(model, given, until, prompt_progress_callback=evaluate, **options)
+        with closing(run):
+            for token, logprobs in run:
+                if self._statistics.prompt.tokens == 0:
+                    raise ValueError(
+                        "this model does not run the modules that it shows; it cannot be sliced"
+                    )
+                yield Step(token, logprobs, self._reporter.token(dense=True))
 
-    def _sliced_steps(self, until: float) -> Generator[Step, None, None]:
+    def _sliced_steps(self, model: nn.Module, until: float) -> Generator[Step, None, None]:
         """Run the sliced model."""
-        for token, logprobs in self._decoder.run(self._sliced.model, self._decoder.last(1), until):
-            yield Step(token, logprobs, self._reporter.token(dense=False))
+        run = self._decoder.run(model, self._decoder.last(1), until)
+        with closing(run):
+            for token, logprobs in run:
+                yield Step(token, logprobs, self._reporter.token(dense=False))
 
     def _reread(self, model: nn.Module, written: int) -> Generator[Step, None, None]:
         """Have the observed dense model read the last tokens again, and compute one more."""

@@ -5,7 +5,6 @@ FFN keeps the same number of them, which the checkpoint's configuration states.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,13 @@ from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, model_name
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
-from glass_mlx.fidelity.prompts import Continuation, WritingSettings, continue_all, read_prompts
+from glass_mlx.fidelity.prompts import (
+    Continuation,
+    Messages,
+    WritingSettings,
+    continue_all,
+    read_prompts,
+)
 from glass_mlx.models import weight_bytes, with_taps
 from glass_mlx.prior.lookup import model_folder
 from glass_mlx.reporting.machine import made_with
@@ -110,11 +115,13 @@ def select_uniformly(
 
 
 def _write_answers(
-    model: nn.Module, tokenizer: TokenizerWrapper, args: argparse.Namespace
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: list[Messages],
+    args: argparse.Namespace,
 ) -> list[Continuation]:
-    if args.prompts is None:
+    if not prompts:
         return []
-    prompts = read_prompts(args.prompts)
     settings = WritingSettings(args.tokens, args.temp, args.seed, args.batch_size)
     with tqdm(total=args.tokens * len(prompts), desc="writing", unit="tok", leave=False) as bar:
         return continue_all(model, tokenizer, prompts, settings, bar.update)
@@ -122,15 +129,10 @@ def _write_answers(
 
 def _check_flags(args: argparse.Namespace) -> GlassConfig:
     """Check the input before anything is loaded."""
-    config = GlassConfig(density=args.density, prior_weight=args.prior_weight)
-    if args.prompts is None:
-        config = replace(config, prior_weight=1.0)
-        if args.no_prior:
-            raise ValueError(
-                "there is nothing to select by; give --prompts, or leave out --no-prior"
-            )
-    else:
-        read_prompts(args.prompts)
+    prior_weight = 1.0 if args.prompts is None else args.prior_weight
+    config = GlassConfig(density=args.density, prior_weight=prior_weight)
+    if args.no_prior and args.prompts is None:
+        raise ValueError("there is nothing to select by; give --prompts, or leave out --no-prior")
     if args.tokens < 2 or args.batch_size < 1:
         raise ValueError("--tokens must be at least 2, and --batch-size 1")
     return config
@@ -149,6 +151,7 @@ def run(args: argparse.Namespace) -> str:
     """
     # 1) Load.
     config = _check_flags(args)
+    prompts = read_prompts(args.prompts) if args.prompts else []
     options = load_options(args)
     model, tokenizer, model_config = load(args.model, lazy=True, return_config=True, **options)
     if args.dequantize:
@@ -159,7 +162,7 @@ def run(args: argparse.Namespace) -> str:
     selector = session.selector(config, prior)
 
     # 2) Answer the prompts, and select by the answers and the prior.
-    texts = _write_answers(model, tokenizer, args)
+    texts = _write_answers(model, tokenizer, prompts, args)
     statistics = observe_answers(session, texts)
     selection = select_uniformly(session, selector, statistics)
 

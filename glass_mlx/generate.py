@@ -44,6 +44,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser: mlx-lm's flags and ours."""
     parser = argparse.ArgumentParser(
         prog="glass-mlx",
+        usage="glass-mlx generate [flags]",
         description=__doc__,
         parents=[mlx_lm_arg_parser()],
         conflict_handler="resolve",
@@ -217,9 +218,10 @@ def run(args: argparse.Namespace) -> None:
 
     # 5) Save the conversation.
     if args.save_prompt_cache:
-        has_messages = tokenizer.has_chat_template and not args.ignore_chat_template
-        said = with_answer(full_history(conversation.history, messages), text)
-        conversation.save(args.save_prompt_cache, args.model, said if has_messages else None)
+        history = None
+        if tokenizer.has_chat_template and not args.ignore_chat_template:
+            history = with_answer(full_history(conversation.history, messages), text)
+        conversation.save(args.save_prompt_cache, args.model, history)
 
 
 def _loader(args: argparse.Namespace, conversation: Conversation) -> Callable[..., Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.config import GlassConfig
-from glass_mlx.files import cache_folder
-from glass_mlx.models import find_ffns, fingerprint, named_arrays, weight_bytes, with_taps
-from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.models import FFN, find_ffns, named_arrays, sample_weights, weight_bytes, with_taps
+from glass_mlx.prior.file import FILE_NAME, GlobalPrior, cached_priors, packaged_priors
+from glass_mlx.prior.hub import PREFIX
 from glass_mlx.prior.lookup import find_prior
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.slicing import SlicedModel, slice_model
@@ -22,24 +22,68 @@ import numpy as np
 # In prefill, the last FFN computes only what is observed; this many tokens per chunk are enough.
 _MAX_SAMPLES = 128
 
-# The attribute of a model that holds its session.
-_ATTRIBUTE = "_glass_session"
+
+class _Facts:
+    """What is known of a model, without a reference to the model itself.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        ffns: its FFNs in the order of the layers.
+        weight_bytes: the bytes of weights that it reads for one token.
+        found_prior: the prior that was found last.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ffns = find_ffns(model)
+        self.weight_bytes = weight_bytes(model)
+        self.found_prior: _FoundPrior | None = None
+        self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, np.ndarray]:
+        """A sample of the weights of each FFN."""
+        return sample_weights(self.ffns)
+
+    def are_of(self, model: nn.Module) -> bool:
+        """Return whether a model has the arrays that these facts were found with."""
+        arrays = named_arrays(model)
+        return len(arrays) == len(self._arrays) and all(
+            path == known_path and array is known_array()
+            for (path, array), (known_path, known_array) in zip(arrays, self._arrays, strict=True)
+        )
+
+
+# By the identity of a model, because nn.Module cannot be the key of a dictionary. An entry goes
+# when its model does.
+_facts_by_model: dict[int, tuple["weakref.ref[nn.Module]", _Facts]] = {}
+
+
+def _facts_of(model: nn.Module) -> _Facts:
+    """Return what is known of a model. It is found again if the model's arrays were replaced."""
+    entry = _facts_by_model.get(id(model))
+    if entry is not None:
+        reference, facts = entry
+        if reference() is model and facts.are_of(model):
+            return facts
+    facts = _Facts(model)
+    _facts_by_model[id(model)] = weakref.ref(model), facts
+    weakref.finalize(model, _facts_by_model.pop, id(model), None)
+    return facts
 
 
 class Session:
     """What is known of a model: its FFNs, its fingerprint, its prior, its transposed copies.
 
-    Everything is found when it is first needed and kept for later generations. A session is valid
-    while the model's arrays stay the same objects; see `is_current`.
+    All sessions of one model share what was found, and keep it for later generations. If arrays of
+    the model are replaced, everything is found again. A change within an array is not noticed.
 
     Args:
         model: a model from `load` or from `mlx_lm.load`.
 
     Attributes:
         model: the model.
-        ffns: its FFNs in the order of the layers.
-        widths: the number of neurons of each FFN, by its path.
-        multiples: what each FFN's number of kept neurons is rounded to.
 
     Raises:
         ValueError: if the model cannot be sliced, with the reason.
@@ -47,44 +91,40 @@ class Session:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.ffns = find_ffns(model)
-        self.widths = {ffn.path: ffn.width for ffn in self.ffns}
-        self.multiples = {ffn.path: ffn.multiple for ffn in self.ffns}
-        self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
-        self._latest: _FoundPrior | None = None
+        self._facts = _facts_of(model)
 
     @staticmethod
     def of(model: "nn.Module | Session") -> "Session":
-        """Return the session of a model, which is kept as an attribute of the model.
+        """Return a session of a model, or a given session, brought up to date with its model."""
+        if not isinstance(model, Session):
+            return Session(model)
+        model._facts = _facts_of(model.model)
+        return model
 
-        A session in place of the model is returned as it is.
-        """
-        if isinstance(model, Session):
-            return model
-        session = getattr(model, _ATTRIBUTE, None)
-        # A shallow copy of a model has the attribute, too, but is another model.
-        if session is None or session.model is not model or not session.is_current():
-            session = Session(model)
-            setattr(model, _ATTRIBUTE, session)
-        return session
+    @property
+    def ffns(self) -> list[FFN]:
+        """The FFNs of the model in the order of the layers."""
+        return self._facts.ffns
 
-    def is_current(self) -> bool:
-        """Whether the model still has the arrays that it had when the session was made."""
-        arrays = named_arrays(self.model)
-        return len(arrays) == len(self._arrays) and all(
-            path == known_path and array is known_array()
-            for (path, array), (known_path, known_array) in zip(arrays, self._arrays, strict=True)
-        )
+    @property
+    def widths(self) -> dict[str, int]:
+        """The number of neurons of each FFN, by its path."""
+        return {ffn.path: ffn.width for ffn in self.ffns}
 
-    @cached_property
+    @property
+    def multiples(self) -> dict[str, int]:
+        """What each FFN's number of kept neurons is rounded to, by its path."""
+        return {ffn.path: ffn.multiple for ffn in self.ffns}
+
+    @property
     def fingerprint(self) -> dict[str, np.ndarray]:
         """A sample of the weights of each FFN; see `models.fingerprint`."""
-        return fingerprint(self.model, self.ffns)
+        return self._facts.fingerprint
 
-    @cached_property
+    @property
     def weight_bytes(self) -> int:
         """The bytes of weights that the dense model reads for one token."""
-        return weight_bytes(self.model)
+        return self._facts.weight_bytes
 
     def find_prior(
         self,
@@ -93,17 +133,39 @@ class Session:
         name: str = "MODEL",
         report: Callable[[str], object] = lambda line: None,
     ) -> GlobalPrior:
-        """Find the model's prior and check that it fits; see `prior.lookup.find_prior`.
+        """Find the model's prior and check that it fits.
 
-        The latest prior is kept, and returned again for the same arguments while its file stays
-        the same.
+        The latest prior is kept, and returned again for the same request as long as the places
+        that were searched do not change.
+
+        Args:
+            prior: a prior, its file, or `hub:user/repo`, which is downloaded. Default: search the
+                model's folder, the user's cache and this package, in this order.
+            folder: the model's folder, if known.
+            name: the user's name for the model, for the command that builds a prior.
+            report: called with a line for each place that was searched.
+
+        Raises:
+            FileNotFoundError: if the given file does not exist.
+            NoPriorError: if there is no prior.
+            ValueError: if the given prior, or the one in the model's folder, is damaged or belongs
+                to another model, or if it cannot be downloaded.
         """
-        identity = id(prior) if isinstance(prior, GlobalPrior) else prior
-        request = (identity, folder, cache_folder())
-        if self._latest is None or self._latest.key != (request, _file_state(self._latest.prior)):
-            found = find_prior(self.widths, self.fingerprint, prior, folder, name, report)
-            self._latest = _FoundPrior((request, _file_state(found)), found)
-        return self._latest.prior
+        found = self._facts.found_prior
+        if found is None or not found.answers(prior, folder):
+            lines: list[str] = []
+            try:
+                match = find_prior(self.widths, self.fingerprint, prior, folder, name, lines.append)
+            finally:
+                for line in lines:
+                    report(line)
+            self._facts.found_prior = _FoundPrior(
+                match, prior, folder, _states(prior, folder, match), tuple(lines)
+            )
+            return match
+        for line in found.lines:
+            report(line)
+        return found.match
 
     def selector(self, config: GlassConfig, prior: GlobalPrior | None) -> Selector:
         """Return what chooses neurons by a configuration and a prior; see `Selector`."""
@@ -132,21 +194,47 @@ class Session:
         return slice_model(self.model, selection, down_policy, self.ffns)
 
 
+Request = GlobalPrior | str | Path | None
+
+
 @dataclass(frozen=True)
 class _FoundPrior:
-    """A prior, and what it was found by."""
+    """A prior, the request that it answers, and the state of the places that were searched."""
 
-    key: tuple[Any, ...]
-    prior: GlobalPrior
+    match: GlobalPrior
+    request: Request
+    folder: Path | None
+    states: tuple[Any, ...]
+    lines: tuple[str, ...]
+
+    def answers(self, request: Request, folder: Path | None) -> bool:
+        """Return whether a search for a request would find the same prior again."""
+        if isinstance(request, GlobalPrior):
+            return request is self.match
+        if str(request).startswith(PREFIX):
+            return False  # the hub may have a newer one
+        return (request, folder, _states(request, folder, self.match)) == (
+            self.request,
+            self.folder,
+            self.states,
+        )
 
 
-def _file_state(prior: GlobalPrior) -> tuple[int, int] | None:
-    """Return the modification time and size of a prior's file, or None without a file."""
+def _states(request: Request, folder: Path | None, match: GlobalPrior) -> tuple[Any, ...]:
+    """Return the states of all files and folders on which a search depends."""
+    searched = [] if request is not None else [cached_priors(), packaged_priors()]
+    if folder is not None:
+        searched.append(folder / FILE_NAME)
+    return tuple(map(_state, [*searched, Path(match.source)]))
+
+
+def _state(path: Path) -> tuple[Any, ...]:
+    """Return a path, its modification time and its size, or the path alone if it is missing."""
     try:
-        state = Path(prior.source).stat() if prior.source else None
+        state = path.stat()
     except OSError:
-        state = None
-    return None if state is None else (state.st_mtime_ns, state.st_size)
+        return (path,)
+    return path, state.st_mtime_ns, state.st_size
 
 
 def resolve_prior(
@@ -156,20 +244,13 @@ def resolve_prior(
     name: str = "MODEL",
     report: Callable[[str], object] = lambda line: None,
 ) -> GlobalPrior:
-    """Find a model's prior and check that it fits.
+    """Find a model's prior and check that it fits; see `Session.find_prior`.
 
     Args:
         model: the model, or a session of it.
-        prior: a prior, its file, or `hub:user/repo`, which is downloaded. Default: search the
-            model's folder, the user's cache and this package, in this order.
+        prior: see `Session.find_prior`, as for the other arguments and the errors.
         folder: the model's folder, if known.
-        name: the user's name for the model, for the command that builds a prior.
+        name: the user's name for the model.
         report: called with a line for each place that was searched.
-
-    Raises:
-        FileNotFoundError: if the given file does not exist.
-        NoPriorError: if there is no prior.
-        ValueError: if the given prior, or the one in the model's folder, is damaged or belongs to
-            another model, or if it cannot be downloaded.
     """
     return Session.of(model).find_prior(prior, folder, name, report)

@@ -73,6 +73,8 @@ def stream_generate(
             prior that is missing, damaged or of another model.
     """
     changes = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
+    if changes.get("down_policy", "") is None:
+        del changes["down_policy"]
     config = replace(config or GlassConfig(), **changes)
     check_max_tokens(max_tokens)
     if draft_model is not None:

@@ -5,7 +5,7 @@ from .ffn import FFN
 from .linear import DOWN_POLICIES, MeanCompensation, default_down_policy
 from .modules import layer_order, named_arrays, with_modules
 from .taps import Observer, tap, with_taps
-from .weights import fingerprint, weight_bytes
+from .weights import fingerprint, sample_weights, weight_bytes
 
 __all__ = [
     "DOWN_POLICIES",
@@ -18,6 +18,7 @@ __all__ = [
     "has_experts",
     "layer_order",
     "named_arrays",
+    "sample_weights",
     "tap",
     "weight_bytes",
     "with_modules",

@@ -8,8 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-Linear = nn.Linear | nn.QuantizedLinear
-
 
 def is_linear(module: object) -> bool:
     """Tell whether a module can be sliced here. Subclasses may compute something else."""

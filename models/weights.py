@@ -10,17 +10,18 @@ from .linear import dense_weight, is_linear, outputs
 from .modules import named_arrays
 
 
-def fingerprint(model: nn.Module, ffns: list[FFN] | None = None) -> dict[str, np.ndarray]:
+def fingerprint(model: nn.Module) -> dict[str, np.ndarray]:
+    """Sample the weights of each FFN of a model; see `sample_weights`."""
+    return sample_weights(find_ffns(model))
+
+
+def sample_weights(ffns: list[FFN]) -> dict[str, np.ndarray]:
     """Sample the weights of each FFN: a corner, (4, 32) float32, of its first matrix.
 
-    The sample identifies a model whatever the precision or quantization of its weights.
-
-    Args:
-        model: the model.
-        ffns: its FFNs. Default: found by `find_ffns`.
+    The sample identifies a model in every precision and quantization.
     """
     corners = {}
-    for ffn in find_ffns(model) if ffns is None else ffns:
+    for ffn in ffns:
         first = next(iter(ffn.expand.values()))
         corners[ffn.path] = dense_weight(first, slice(4))[:, :32].astype(mx.float32)
     mx.eval(corners)

@@ -2,10 +2,11 @@ import gc
 import weakref
 from types import SimpleNamespace
 
-from glass_mlx import generate, load, stream_generate
+from glass_mlx import load, stream_generate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
+from glass_mlx.streaming import generate
 from helpers import (
     letter_tokenizer,
     made_prior,
@@ -149,6 +150,7 @@ def test_a_model_that_keeps_references_to_its_modules_is_refused(model, tokenize
 def test_options_may_be_none_as_in_mlx_lm(model, tokenizer):
     options = ("sampler", "logits_processors", "prompt_cache", "prompt_progress_callback")
     plain = run(model, tokenizer)
+    options += ("down_policy",)
     ours = run(model, tokenizer, **dict.fromkeys(options), num_draft_tokens=3)
     assert [r.token for r in ours] == [r.token for r in plain]
     assert ours[-1].glass.prior == "given"

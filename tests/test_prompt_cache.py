@@ -6,6 +6,7 @@ import sys
 from glass_mlx import load_prompt_cache, make_prompt_cache, save_prompt_cache, stream_generate
 from glass_mlx.cache_prompt import main as cache_prompt
 from glass_mlx.chat import encode, encode_beginning, encode_rest
+from glass_mlx.decoding import Decoder
 from glass_mlx.generate import main as generate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prompt_cache import CacheSnapshot, read_prompt
@@ -146,6 +147,21 @@ def test_a_cache_that_was_left_by_an_error_is_refused(model, tokenizer):
         turn(model, tokenizer, FIRST, cache, prompt_progress_callback=fail)
     with pytest.raises(ValueError, match="left in the middle"):
         turn(model, tokenizer, FIRST, cache)
+
+
+def test_an_error_while_a_generation_is_left_reaches_the_caller(model, tokenizer, monkeypatch):
+    def fail(self, token):
+        raise RuntimeError("read")
+
+    cache = make_prompt_cache(model)
+    stream = stream_generate(
+        model, tokenizer, FIRST, 20, prompt_cache=cache, prior=made_prior(model), **RENEWED
+    )
+    next(stream)  # the last token before a change of models is not read yet
+    monkeypatch.setattr(Decoder, "_read", fail)
+    with pytest.raises(RuntimeError, match="read"):
+        stream.close()
+    assert not cache.intact
 
 
 def test_a_save_that_fails_leaves_both_files(model, tokenizer, tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
-"""What is known of a model is found once, and found again when the model is another one."""
+"""What is known of a model is found once, and found again when the model changes."""
 
 import copy
+import gc
+import weakref
 
 from glass_mlx import Session, stream_generate
 from glass_mlx.models import discovery, ffn, weights
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior import file, lookup
 from glass_mlx.prior.file import FILE_NAME, GlobalPrior
-from helpers import letter_tokenizer, made_prior
+from glass_mlx.slicing import slice_model
+from helpers import letter_tokenizer, made_prior, random_selection
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,23 +83,64 @@ def replace_attention(model):
     model.layers[0].self_attn.q_proj = nn.Linear(64, 64, bias=False)
 
 
-@pytest.mark.parametrize("change", [replace_a_module, replace_weights, replace_attention])
-def test_a_session_ends_with_the_arrays_it_knows(model, change):
-    session = Session.of(model)
-    assert Session.of(model) is session
+def quantize(model):
+    nn.quantize(model, 32, 4)
+
+
+@pytest.mark.parametrize("change", [replace_a_module, replace_weights, replace_attention, quantize])
+def test_everything_is_found_again_when_arrays_are_replaced(model, change):
+    session = Session(model)
+    ffns, size = session.ffns, session.weight_bytes
+    assert Session(model).ffns is ffns
     assert Session.of(session) is session
+    assert session.ffns is ffns
     change(model)
-    assert not session.is_current()
-    assert Session.of(model) is not session
-    assert Session.of(model).weight_bytes > 0
+    assert Session.of(model).ffns is not ffns
+    assert Session.of(session) is session
+    assert session.ffns is Session(model).ffns
+    assert (session.weight_bytes == size) == (change in (replace_a_module, replace_attention))
 
 
-def test_copies_of_a_model_have_sessions_of_their_own(model):
-    session = Session.of(model)
+def test_a_session_that_is_kept_follows_its_model(model):
+    """Slices of the float weights would give another text than those of the quantized ones."""
+    session, tokenizer, prior = Session(model), letter_tokenizer(), made_prior(model)
+    options = OPTIONS | {"prior": prior, "down_policy": "requantize"}
+    nn.quantize(model, 32, 4)
+    kept, other = (
+        [r.logprobs for r in stream_generate(given, tokenizer, [1, 2, 3], **options)]
+        for given in (session, model)
+    )
+    assert all(mx.array_equal(a, b) for a, b in zip(kept, other, strict=True))
+    with pytest.raises(ValueError, match="not for this model"):
+        session.find_prior(made_prior(tiny_model("llama", seed=1)))
+    model.layers[0].mlp.up_proj.lora_a = mx.zeros((1,))
+    with pytest.raises(ValueError, match="adapters"):
+        stream_generate(session, tokenizer, [1, 2, 3], **options)
+
+
+def test_copies_of_a_model_are_other_models(model):
+    ffns = Session(model).ffns
     for other in (copy.copy(model), copy.deepcopy(model)):
-        assert Session.of(other) is not session
+        assert Session(other).ffns is not ffns
         assert Session.of(other).model is other
-    assert Session.of(model) is session
+    assert Session(model).ffns is ffns
+
+
+def test_a_model_is_freed_when_its_last_reference_goes():
+    model = tiny_model("llama")
+    made_prior(model)
+    list(stream_generate(model, letter_tokenizer(), [1, 2, 3], prior=made_prior(model), **OPTIONS))
+    weights, vocabulary = (
+        weakref.ref(a) for a in (model.layers[0].mlp.up_proj.weight, model.lm_head.weight)
+    )
+    sliced = slice_model(model, random_selection(model), "requantize")
+    gc.disable()
+    try:
+        del model
+        assert weights() is None  # although the slices are there
+        assert vocabulary() is sliced.lm_head.weight
+    finally:
+        gc.enable()
 
 
 def test_a_prior_is_read_again_when_its_file_changes(model, tmp_path):
@@ -111,3 +155,19 @@ def test_a_prior_is_read_again_when_its_file_changes(model, tmp_path):
     given = made_prior(model)
     assert session.find_prior(given) is given
     assert session.find_prior(prior_file).scores.keys() == second.scores.keys()
+
+
+def test_a_prior_is_searched_for_again_when_one_is_added(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path))
+    folder, session, lines = tmp_path / "model", Session(model), []
+    folder.mkdir()
+    for added in (tmp_path / "priors/b.safetensors", tmp_path / "priors/a.safetensors"):
+        made_prior(model).save(added)
+        for _ in range(2):
+            assert session.find_prior(folder=folder, report=lines.append).source == str(added)
+            assert lines.pop() == f"using {added}"
+            assert lines.pop().startswith("no glass_prior.safetensors")
+    made_prior(model).save(folder / FILE_NAME)
+    assert session.find_prior(folder=folder).source == str(folder / FILE_NAME)
+    (folder / FILE_NAME).unlink()
+    assert session.find_prior(folder=folder).source == str(tmp_path / "priors/a.safetensors")

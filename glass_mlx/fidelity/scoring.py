@@ -171,15 +171,19 @@ def score(reading: DenseReading, selector: Selector, select: Select | None = Non
         statistics = reading.statistics(start)
         selection = (select or selector.select)(statistics)
         sliced.update(selection, mean_compensation(statistics))
-        part = slice(start - 1, stop - 1)
-        logprobs = reading.follow(sliced.model, part.start, part.stop)
-        dense_logprobs = reading.dense[part]
-        top = mx.argmax(logprobs, axis=-1)
-        scores.kl[part] = divergence(dense_logprobs, logprobs)
-        scores.nll[part] = reading.negative_log_likelihood(logprobs, part.start)
-        scores.agrees[part] = top == mx.argmax(dense_logprobs, axis=-1)
-        scores.right[part] = top == reading.following[part]
-        scores.dense[part] = False
+        _score_stretch(scores, reading, sliced.model, slice(start - 1, stop - 1))
         scores.reread += stop - start if stop <= reading.tokens else 0
         scores.selections[start] = sliced.selection
     return scores
+
+
+def _score_stretch(scores: Scores, reading: DenseReading, model: nn.Module, stretch: slice) -> None:
+    """Score a sliced model on some of the tokens, and put the results in their places."""
+    logprobs = reading.follow(model, stretch.start, stretch.stop)
+    dense_logprobs = reading.dense[stretch]
+    top = mx.argmax(logprobs, axis=-1)
+    scores.kl[stretch] = divergence(dense_logprobs, logprobs)
+    scores.nll[stretch] = reading.negative_log_likelihood(logprobs, stretch.start)
+    scores.agrees[stretch] = top == mx.argmax(dense_logprobs, axis=-1)
+    scores.right[stretch] = top == reading.following[stretch]
+    scores.dense[stretch] = False
