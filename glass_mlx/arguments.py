@@ -1,4 +1,4 @@
-"""Command-line flags that several commands share: how to load the model."""
+"""Command-line flags that several commands share, all for loading the model."""
 
 import argparse
 from typing import Any
@@ -11,7 +11,8 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="Compute in this type. Default: as stored; for GGUF files float16, on a CPU float32.",
+        help="Data type to compute in. Default: as stored; for GGUF files float16, or float32 on a "
+        "CPU.",
     )
     parser.add_argument(
         "--dequantize",
@@ -21,7 +22,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add mlx-lm's flags for adapters and for code in the model's files."""
+    """Add mlx-lm's flags for adapters and for code that comes with the model's files."""
     parser.add_argument("--adapter-path", help="Adapters to fuse into the weights.")
     parser.add_argument(
         "--trust-remote-code",
@@ -36,7 +37,7 @@ def load_options(
     """Turn parsed flags into keyword arguments of `load`.
 
     Args:
-        args: the values of the flags of `add_load_arguments` and `add_adapter_arguments`.
+        args: the parsed flags of `add_load_arguments` and `add_adapter_arguments`.
         tokenizer_config: further options for the tokenizer.
     """
     return {

@@ -1,6 +1,7 @@
-"""Read a prompt once and save it for many questions, with the statistics of its neurons.
+"""Read a prompt once, and save its cache and neuron statistics for many questions.
 
-Takes the flags of `mlx_lm.cache_prompt`, and writes files for mlx-lm and for glass-mlx.
+The command accepts the flags of `mlx_lm.cache_prompt`, and both mlx-lm and glass-mlx can load the
+files that it writes.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """Set up and return the argument parser: mlx-lm's flags, and how to load the model."""
+    """Return the argument parser: mlx-lm's flags, and those for loading a model."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         parents=[mlx_lm_arg_parser()],

@@ -23,26 +23,26 @@ import mlx.core as mx
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     defaults = CalibrationSettings()
-    parser = argparse.ArgumentParser(
-        description="Measure the global prior of a model and write it to a file, or show a prior."
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
+        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
     )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
         "--output",
         type=Path,
-        help="the file to write. The same command continues an interrupted run",
+        help="The file to write. Repeating the command continues an interrupted run.",
     )
     action.add_argument(
-        "--show", metavar="FILE", help="describe and draw a prior (a file or hub:user/repo)"
+        "--show", metavar="FILE", help="Describe and draw a prior (a file or hub:user/repo)."
     )
     parser.add_argument(
-        "--picture", type=Path, help="the PNG that --show draws. Default: FILE's name with .png"
+        "--picture",
+        type=Path,
+        help="The PNG file that --show draws. Default: FILE's stem with .png.",
     )
     parser.add_argument(
-        "--push-to-hub", metavar="USER/REPO", help="publish the prior there, with a model card"
+        "--push-to-hub", metavar="USER/REPO", help="Publish the prior there, with a model card."
     )
     group = parser.add_argument_group("measuring")
     group.add_argument(
@@ -51,56 +51,59 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="RECIPE",
-        help="texts to measure on, each with an optional =WEIGHT: bos (written by the model from "
+        help="Texts to measure on, each with an optional =WEIGHT: bos (written by the model from "
         "the beginning-of-sequence token), chat (through its chat template) or corpus:FILE (text, "
         "or JSONL with messages, prompt and completion, or text). Default: bos and chat, or bos "
-        "alone if the model has no chat template",
+        "alone if the model has no chat template.",
     )
     group.add_argument(
         "--statistic",
         nargs="+",
         action="extend",
         choices=PRIOR_STATISTICS,
-        help=f"what to measure; impact takes a backward pass ({' '.join(defaults.statistics)})",
+        help="Statistics to measure; impact needs a backward pass "
+        f"({' '.join(defaults.statistics)}).",
     )
     amount = group.add_mutually_exclusive_group()
     amount.add_argument(
-        "--tokens", type=int, default=defaults.tokens, help="tokens to measure (%(default)s)"
+        "--tokens", type=int, default=defaults.tokens, help="Tokens to measure (%(default)s)."
     )
-    amount.add_argument("--sequences", type=int, help="sequences to measure, instead of tokens")
+    amount.add_argument("--sequences", type=int, help="Sequences to measure, instead of tokens.")
     group.add_argument(
         "--until-stable",
         type=float,
         metavar="X",
-        help="stop earlier, when the neurons that two halves of the data keep at density 0.5 reach "
-        "a Jaccard index of X",
+        help="Stop early, once the neurons that two halves of the sequences select at density 0.5 "
+        "reach a Jaccard index of X.",
     )
     group.add_argument(
-        "--length", type=int, default=defaults.length, help="tokens a sequence (%(default)s)"
+        "--length", type=int, default=defaults.length, help="Tokens per sequence (%(default)s)."
     )
     group.add_argument(
         "--batch-size",
         type=int,
         default=defaults.batch_size,
-        help="sequences written at once (%(default)s)",
+        help="Sequences written at once (%(default)s).",
     )
     group.add_argument(
         "--temp",
         type=float,
         default=defaults.temperature,
-        help="sampling temperature (%(default)s)",
+        help="Sampling temperature (%(default)s).",
     )
-    group.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=defaults.seed, help="Sampling seed (%(default)s)."
+    )
     group.add_argument(
         "--corpus-field",
         default=defaults.corpus_field,
-        help="the field of a JSONL corpus that holds the text (%(default)s)",
+        help="The field of a JSONL corpus that holds the text (%(default)s).",
     )
     group.add_argument(
         "--curve-texts",
         type=int,
         default=defaults.curve_texts,
-        help="texts to measure KL by density on, for --density auto; 0 for none (%(default)s)",
+        help="Texts for the density curve that --density auto needs; 0 for none (%(default)s).",
     )
     add_load_arguments(parser)
     add_adapter_arguments(parser)
@@ -149,7 +152,7 @@ def _draw(prior: GlobalPrior, picture: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure or show a prior, and publish it if asked to.
+    """Measure or show a prior, and publish it on request.
 
     Raises:
         OSError: if a file does not exist or cannot be written.
@@ -170,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     args = setup_arg_parser().parse_args()
-    interrupted = "\nInterrupted; the same command continues after the last whole batch"
+    interrupted = "\nInterrupted; the same command continues after the last complete batch"
     with exit_on_error("build_priors", interrupted):
         run(args)
 

@@ -6,7 +6,7 @@ from glass_mlx.errors import one_line
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Replaces the user's message when its position in the template's text is looked up.
+# Replaces the user's message, to find the position of the message in the template's text.
 _PLACEHOLDER = "<query>"
 
 Message = dict[str, str]
@@ -46,10 +46,10 @@ def encode_rest(
     ignore_template: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Encode the last user's message and what follows it, for a model with a prompt cache.
+    """Encode the last user message and what follows it, for a model with a prompt cache.
 
-    This is what mlx-lm does with a prompt cache: the cached prompt ends within the user's message,
-    and the template's text before that message is cut off.
+    mlx-lm does the same: the cached prompt ends within the user message, so the template's text
+    before that message is cut off.
 
     Args:
         tokenizer: see `encode`.
@@ -66,9 +66,9 @@ def encode_rest(
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     if ignore_template or not tokenizer.has_chat_template:
         return _encode_text(tokenizer, messages[last]["content"])
-    marked = [dict(message) for message in messages]
-    marked[last]["content"] = _PLACEHOLDER
-    marked_text = _apply_template(tokenizer, marked, options)
+    marked_messages = [dict(message) for message in messages]
+    marked_messages[last]["content"] = _PLACEHOLDER
+    marked_text = _apply_template(tokenizer, marked_messages, options)
     start = marked_text.find(_PLACEHOLDER)
     if start < 0:
         raise ValueError("the model's chat template does not show the user's message")
@@ -88,7 +88,7 @@ def encode_beginning(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
 
 
 def _encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """Encode text that needs no further special tokens."""
+    """Encode text that already has its special tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -104,8 +104,8 @@ def _apply_template(
         tokenizer: the model's tokenizer.
         messages: see `encode`.
         options: options of the chat template.
-        is_unfinished: whether the last message is continued instead of answered. Default: if it
-            is the assistant's.
+        is_unfinished: whether the model continues the last message instead of answering it.
+            Default: whether the message is the assistant's.
     """
     if is_unfinished is None:
         is_unfinished = messages[-1]["role"] == "assistant"

@@ -1,4 +1,4 @@
-"""One entry point for all commands: `glass-mlx COMMAND`, as `mlx_lm COMMAND`."""
+"""The entry point for all commands: `glass-mlx COMMAND`, like `mlx_lm COMMAND`."""
 
 import importlib
 import sys
@@ -8,7 +8,10 @@ COMMANDS = {
     "cache_prompt": ("glass_mlx.cache_prompt", "read a prompt once for many questions"),
     "calibrate": ("glass_mlx.calibrate", "measure a model's prior, show one or publish one"),
     "export": ("glass_mlx.export", "save a sliced model as a checkpoint for stock mlx-lm"),
-    "fidelity": ("glass_mlx.fidelity.__main__", "measure how close sliced models stay to dense"),
+    "fidelity": (
+        "glass_mlx.fidelity.__main__",
+        "measure how close sliced models stay to the dense model",
+    ),
     "latency": ("glass_mlx.latency.__main__", "measure how fast a model decodes"),
     "models": ("glass_mlx.models.__main__", "list the architectures that can be sliced"),
 }
@@ -30,7 +33,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Run a command by its name; an unknown name ends with one sentence and exit code 2."""
+    """Run the named command; an unknown name ends with one sentence and exit code 2."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "-h", "--help"):
         print(usage())

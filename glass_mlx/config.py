@@ -1,4 +1,4 @@
-"""What a user decides about slicing."""
+"""The user's settings for slicing."""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -17,7 +17,7 @@ def check_density(density: float) -> None:
 
 
 def check_max_kl(max_kl: float) -> None:
-    """Raise ValueError unless a KL divergence can be bounded by this."""
+    """Raise ValueError unless a bound on the KL divergence is positive and finite."""
     if not 0 < max_kl < float("inf"):
         raise ValueError(f"the bound on KL must be positive, not {max_kl}")
 
@@ -30,17 +30,17 @@ class GlassConfig:
 
     Attributes:
         density: share of the neurons of each FFN to keep, in (0, 1]. Counts are rounded to
-            multiples that the kernels like. "auto" means the lowest density that is expected to
+            multiples that suit the kernels. "auto" means the lowest density that is expected to
             stay within `max_kl`.
         max_kl: bound on the KL divergence from the dense model, in nats per token, for "auto".
         prior_weight: λ in [0, 1], the weight of the prior's ranks against the local ranks.
         warmup: number of tokens that are generated densely before the first selection, at least 1.
-        refresh: after how many tokens the dense model first reads the text again and the selection
-            is renewed; see `renewal.selection_points`. At least 2, or 0 for never.
-        statistic: what ranks the neurons locally, a key of `statistics.STATISTICS`.
-        prior_statistic: what ranks the neurons in the prior, a statistic that the prior has.
-        uniform: keep the same share in every FFN, and ignore the FFNs that the prior marks as
-            better kept dense.
+        refresh: number of tokens after which the dense model first reads the text again and the
+            selection is renewed; see `renewal.selection_points`. At least 2, or 0 for never.
+        statistic: the statistic that ranks neurons locally, a key of `statistics.STATISTICS`.
+        prior_statistic: the statistic of the prior that ranks neurons. The prior must have it.
+        uniform: whether to keep the same share in every FFN, and to ignore the FFNs that the prior
+            marks as better kept dense.
         down_policy: how a quantized down projection is sliced, a key of `models.DOWN_POLICIES`.
             Default: `models.default_down_policy`.
 

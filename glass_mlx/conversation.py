@@ -41,7 +41,7 @@ class Conversation:
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if it is no complete prompt cache, or does not name its model.
+            ValueError: if the file is not a complete prompt cache, or does not name its model.
         """
         cache, metadata = load_prompt_cache(file, return_metadata=True)
         if metadata.get("model") is None:
@@ -61,17 +61,23 @@ class Conversation:
         will_be_saved: bool,
         template_options: dict[str, Any],
     ) -> list[int]:
-        """Encode what the model has not read yet. This may trim the cache.
+        """Encode the part of the conversation that the model has not read yet.
+
+        If earlier messages now give other tokens than those in the cache, the cache is trimmed to
+        the tokens that both share.
 
         Args:
             tokenizer: the model's tokenizer.
             messages: the new messages.
-            ignore_template: encode as if the model had no chat template.
-            will_be_saved: whether the conversation goes on after this turn.
-            template_options: for the chat template.
+            ignore_template: whether to encode as if the model had no chat template.
+            will_be_saved: whether the conversation continues after this turn.
+            template_options: options of the chat template.
+
+        Returns:
+            Token ids.
 
         Raises:
-            ValueError: if the conversation cannot continue like this.
+            ValueError: if the conversation cannot continue with these messages.
         """
         if self.cache is None:
             return encode(tokenizer, messages, ignore_template, **template_options)
@@ -81,20 +87,25 @@ class Conversation:
             if will_be_saved:
                 raise ValueError(
                     "the prompt cache does not tell what was said, so no conversation can continue "
-                    "from it; make it with python -m glass_mlx.cache_prompt"
+                    "from it; make a new one with python -m glass_mlx.cache_prompt"
                 )
             return encode_rest(tokenizer, messages, **template_options)
         if any(message["role"] == "system" for message in messages):
             raise ValueError("--system-prompt is for the beginning of a conversation")
         tokens = encode(tokenizer, full_history(self.history, messages), **template_options)
         pairs = zip(self.cache.tokens, tokens[:-1], strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if same < len(self.cache.tokens):
-            self.cache.trim(len(self.cache.tokens) - same)
-        return tokens[same:]
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if shared < len(self.cache.tokens):
+            self.cache.trim(len(self.cache.tokens) - shared)
+        return tokens[shared:]
 
     def save(self, file: str | Path, model: str | None, messages: Messages | None) -> None:
-        """Save the prompt cache, and the messages in it if there are any to continue from.
+        """Save the prompt cache, with the messages in its metadata.
+
+        Args:
+            file: the file to write.
+            model: the name of the model; None for the built-in model.
+            messages: all messages, or None if no conversation can continue from them.
 
         Raises:
             OSError: if a file cannot be written.
@@ -107,7 +118,7 @@ class Conversation:
 
 
 def full_history(history: Messages, messages: Messages) -> Messages:
-    """Append new messages. The first may complete a user's message that the history begins."""
+    """Append new messages. If the history ends with a user message, the first completes it."""
     if history and history[-1]["role"] == "user":
         *history, beginning = history
         first, *rest = messages
@@ -116,7 +127,7 @@ def full_history(history: Messages, messages: Messages) -> Messages:
 
 
 def with_answer(messages: Messages, text: str) -> Messages:
-    """Append an answer. The last message may already be its beginning."""
+    """Append an answer. The last message may already hold the beginning of the answer."""
     if messages[-1]["role"] == "assistant":
         *messages, beginning = messages
         text = beginning["content"] + text

@@ -16,35 +16,35 @@ Sampled = tuple[int, mx.array]
 
 
 def greedy_sampler(logprobs: mx.array) -> mx.array:
-    """Take the most likely token, (batch, vocabulary) to (batch,)."""
+    """Return the most likely tokens: (batch, vocabulary) to (batch,)."""
     return mx.argmax(logprobs, axis=-1)
 
 
 def _with_history(processor: LogitsProcessor, history: mx.array) -> LogitsProcessor:
-    """Show a processor all tokens: mlx-lm's loop shows those of one call only."""
+    """Return a processor that sees all tokens; mlx-lm's loop shows only those of one call."""
     return lambda tokens, logits: processor(mx.concatenate([history, tokens]), logits)
 
 
 class Decoder:
-    """Feeds tokens to models and samples the next ones.
+    """A decode loop on one prompt cache: feeds tokens to models and samples the next tokens.
 
-    mlx-lm's loop computes one token ahead: when it hands a token out, the model has read it. The
-    last token before a change of models is different: the next model is the first to read it.
+    mlx-lm's loop computes one token ahead: when it yields a token, the model has already read that
+    token. The last token before a change of models is an exception: only the next model reads it.
 
     Args:
-        dense: the dense model, which reads that token if nothing follows.
+        dense: the dense model, which reads this last token if no other model follows.
         cache: the prompt cache, one entry per layer.
         prompt: (T,) token ids of the prompt.
-        max_tokens: how many tokens to generate at most; -1 for no limit.
+        max_tokens: the maximum number of tokens to generate; -1 for no limit.
         sampler: maps log-probabilities (1, vocabulary) to a token (1,). Default: greedy.
         logits_processors: called with all tokens so far and logits (1, vocabulary).
         **options: passed on to `mlx_lm.generate.generate_step`.
 
     Attributes:
         cache: the prompt cache.
-        tokens: the prompt, and all generated tokens.
+        tokens: the token ids of the prompt and of all generated tokens.
         generated: the number of generated tokens.
-        limit: the number of tokens to generate at most, or infinity.
+        limit: the maximum number of tokens to generate, or infinity.
     """
 
     def __init__(
@@ -69,27 +69,27 @@ class Decoder:
         return mx.array(self.tokens[-count:], mx.uint32)
 
     def run(
-        self, model: nn.Module, given: mx.array, until: float, **options: Any
+        self, model: nn.Module, unread: mx.array, until: float, **options: Any
     ) -> Generator[Sampled, None, None]:
-        """Feed tokens to a model and generate, up to a number of tokens in all.
+        """Feed tokens to a model and generate until a total number of tokens is reached.
 
         Args:
             model: the model.
-            given: (n,) the last n tokens, which are not in the cache yet.
-            until: the number of generated tokens to stop at. The model does not read the last of
-                them, unless the limit is reached.
+            unread: (n,) the last n tokens, which are not in the cache yet.
+            until: the total number of generated tokens to stop at. The model does not read the last
+                of these tokens, unless the limit is reached.
             **options: further options for `mlx_lm.generate.generate_step`.
 
         Yields:
-            Each token with its log-probabilities. If the caller stops here, all tokens are in the
-            cache, as mlx-lm leaves it.
+            Each token with its log-probabilities. If the caller closes the generator, all
+            tokens so far are in the cache, as after mlx-lm's loop.
         """
         is_last_run = until >= self.limit
         until = min(until, self.limit)
         count = -1 if until == math.inf else int(until) - self.generated
-        history = mx.array(self.tokens[: len(self.tokens) - given.size], mx.uint32)
+        history = mx.array(self.tokens[: len(self.tokens) - unread.size], mx.uint32)
         steps = generate_step(
-            given,
+            unread,
             model,
             # mlx-lm's loop samples one more token than it yields.
             max_tokens=count if is_last_run else count - 1,

@@ -28,7 +28,7 @@ class Step:
     Attributes:
         token: its id.
         logprobs: (vocabulary,) log-probabilities.
-        report: how it was computed.
+        report: the report up to this token.
     """
 
     token: int
@@ -37,13 +37,13 @@ class Step:
 
 
 class Generation:
-    """One generation.
+    """One generation, which alternates between the dense model and the sliced model.
 
     Args:
-        session: what is known of the model.
-        selector: what chooses the neurons.
-        decoder: what runs models on the prompt cache.
-        statistics: local statistics, with those of earlier turns of the conversation.
+        session: the dense model's session.
+        selector: chooses the neurons.
+        decoder: runs models on the prompt cache.
+        statistics: the local statistics, including those of earlier turns of the conversation.
         reload: loads the model once more; see `SlicedModel`.
     """
 
@@ -66,8 +66,8 @@ class Generation:
         """Generate tokens.
 
         Args:
-            progress: called with the number of prompt tokens read, and of all.
-            input_embeddings: (T, hidden size), instead of or with the prompt; see mlx-lm.
+            progress: called with the number of prompt tokens read so far, and the total number.
+            input_embeddings: (T, hidden size), used as in `mlx_lm.generate.generate_step`.
         """
         decoder, statistics = self._decoder, self._statistics
         points = selection_points(self._selector.config)
@@ -86,7 +86,7 @@ class Generation:
             yield from self._dense_steps(writer, decoder.last(1), until=warmup)
 
         while decoder.generated < decoder.limit:
-            # 3) Select neurons by all that the dense model has read.
+            # 3) Select neurons from everything that the dense model has read.
             # 4) Slice their rows and columns into smaller matrices.
             sliced = self._select_and_slice()
 
@@ -97,8 +97,8 @@ class Generation:
             yield from self._sliced_steps(sliced, until=renewal)
             del sliced  # so that replaced slices can be freed while new ones are made
 
-            # 6) Read again. The dense model reads what the slices wrote, which corrects the cache
-            #    and adds to the statistics, and computes the next token.
+            # 6) Read again. The dense model reads the tokens that the sliced model generated, which
+            #    corrects the cache and adds to the statistics. It also computes the next token.
             if is_renewed:
                 written = decoder.generated - start
                 snapshot.rewind(written)
@@ -122,29 +122,29 @@ class Generation:
     def _dense_steps(
         self,
         model: nn.Module,
-        given: mx.array,
+        unread: mx.array,
         until: int,
         progress: Progress | None = None,
         **options: Any,
     ) -> Generator[Step, None, None]:
-        """Run the observed dense model."""
+        """Generate with the observed dense model, up to a total number of generated tokens."""
 
-        def evaluate(done: int, total: int) -> None:
-            mx.eval(self._statistics.arrays)  # prefill does not evaluate those of the last FFN
+        def evaluate(tokens_read: int, total: int) -> None:
+            mx.eval(self._statistics.arrays)  # prefill does not evaluate the last FFN's
             if progress is not None:
-                progress(done, total)
+                progress(tokens_read, total)
 
-        run = self._decoder.run(model, given, until, prompt_progress_callback=evaluate, **options)
+        run = self._decoder.run(model, unread, until, prompt_progress_callback=evaluate, **options)
         with closing(run):
             for token, logprobs in run:
                 if self._statistics.prompt.tokens == 0:
                     raise ValueError(
-                        "this model does not run the modules that it shows; it cannot be sliced"
+                        "this model does not run the modules that it exposes; it cannot be sliced"
                     )
                 yield Step(token, logprobs, self._reporter.token(dense=True))
 
     def _sliced_steps(self, model: nn.Module, until: float) -> Generator[Step, None, None]:
-        """Run the sliced model."""
+        """Generate with the sliced model, up to a total number of generated tokens."""
         run = self._decoder.run(model, self._decoder.last(1), until)
         with closing(run):
             for token, logprobs in run:

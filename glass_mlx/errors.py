@@ -1,4 +1,4 @@
-"""How commands fail: one sentence on standard error, and an exit code."""
+"""Errors of commands: one sentence on standard error, and an exit code."""
 
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Save a sliced model as an ordinary checkpoint, which stock mlx-lm loads and runs.
 
-Neurons are selected once, by the model's answers to a set of prompts or by the prior alone. Every
-FFN keeps the same number of them, which the checkpoint's configuration states.
+Neurons are selected once, from the model's answers to a set of prompts or from the prior alone.
+Every FFN keeps the same number of neurons, which the checkpoint's configuration states.
 """
 
 import argparse
@@ -38,20 +38,27 @@ from tqdm import tqdm
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(prog="python -m glass_mlx.export", description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
+    parser.add_argument(
+        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
+    )
     parser.add_argument("--output", type=Path, required=True, help="The folder to write.")
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="Prompts of the kind that the model is for: text with one per line, or JSONL with "
-        "prompt or messages. Default: select by the prior alone.",
+        help="Prompts like those that the model will answer: text with one per line, or JSONL with "
+        "prompt or messages. Default: select from the prior alone.",
     )
-    parser.add_argument("--density", type=float, default=GlassConfig.density, help="(%(default)s)")
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=GlassConfig.density,
+        help="Share of the feed-forward neurons to keep (%(default)s).",
+    )
     parser.add_argument("--tokens", type=int, default=128, help="Tokens per answer (%(default)s).")
     parser.add_argument(
         "--temp", type=float, default=0.7, help="Sampling temperature of the answers (%(default)s)."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of sampling (%(default)s).")
+    parser.add_argument("--seed", type=int, default=0, help="Sampling seed (%(default)s).")
     parser.add_argument(
         "--batch-size", type=int, default=32, help="Prompts answered at once (%(default)s)."
     )
@@ -63,18 +70,18 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="Weight of the prior's ranks against those of the answers (%(default)s).",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prior", help="Default: searched for as by glass_mlx.generate.")
-    source.add_argument("--no-prior", action="store_true", help="Select by the answers alone.")
+    source.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
+    source.add_argument("--no-prior", action="store_true", help="Select from the answers alone.")
     add_load_arguments(parser)
     add_adapter_arguments(parser)
     return parser
 
 
 def observe_answers(session: Session, texts: list[Continuation]) -> LocalStatistics:
-    """Read prompts and answers densely, and count the tokens of the answers.
+    """Read prompts and answers densely, and collect the statistics of the answers.
 
     Args:
-        session: what is known of the dense model.
+        session: the dense model's session.
         texts: prompts and answers.
 
     Raises:
@@ -92,14 +99,14 @@ def observe_answers(session: Session, texts: list[Continuation]) -> LocalStatist
         with_taps(session.model, observe, ffns=session.ffns)(tokens)
         mx.eval(statistics.text.sums)
     if texts and not statistics.has_enough_text:
-        raise ValueError("the model's answers to the prompts are too short to select neurons by")
+        raise ValueError("the model's answers to the prompts are too short to select neurons from")
     return statistics
 
 
 def select_uniformly(
     session: Session, selector: Selector, statistics: LocalStatistics
 ) -> Selection:
-    """Keep the same number of neurons in every FFN.
+    """Select the same number of neurons in every FFN.
 
     Raises:
         ValueError: if the FFNs have different widths.
@@ -108,7 +115,8 @@ def select_uniformly(
     if len(widths) > 1:
         raise ValueError(
             f"this model's feed-forward networks have {', '.join(map(str, widths))} neurons; an "
-            "ordinary checkpoint has one number for all, so this model cannot be exported"
+            "ordinary checkpoint states one number for all of them, so this model cannot be "
+            "exported"
         )
     multiples = dict.fromkeys(session.multiples, max(session.multiples.values()))
     return select(selector.fuse(statistics), selector.density, multiples)
@@ -142,7 +150,7 @@ def run(args: argparse.Namespace) -> str:
     """Select neurons and write the checkpoint.
 
     Returns:
-        What was written, for the user.
+        A summary for the user.
 
     Raises:
         FileNotFoundError: if the model, the prior or the prompts do not exist.
@@ -161,7 +169,7 @@ def run(args: argparse.Namespace) -> str:
         prior = session.find_prior(args.prior, model_folder(tokenizer), args.model or "MODEL")
     selector = session.selector(config, prior)
 
-    # 2) Answer the prompts, and select by the answers and the prior.
+    # 2) Answer the prompts, and select from the answers and the prior.
     texts = _write_answers(model, tokenizer, prompts, args)
     statistics = observe_answers(session, texts)
     selection = select_uniformly(session, selector, statistics)

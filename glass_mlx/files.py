@@ -69,7 +69,7 @@ def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
 def locked(*targets: Path) -> Iterator[None]:
     """Lock files for this process, and delete temporary files that killed writers left behind.
 
-    The lock file stands beside the first target and is deleted afterwards.
+    The lock file is created beside the first target and deleted afterwards.
 
     Raises:
         ValueError: if another process holds the lock.
@@ -112,7 +112,7 @@ def write_tensors(
         file: the file to write.
         tensors: its tensors.
         kind: the name of its format.
-        about: a description of its contents that JSON can hold.
+        about: a description of its contents, which JSON can represent.
         known_digest: `digest(tensors, about)`, if the caller has it. Default: computed.
 
     Raises:
@@ -128,7 +128,7 @@ def write_tensors(
 
 
 def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any, str]:
-    """Read a file of `write_tensors` and check it.
+    """Read and check a file that `write_tensors` wrote.
 
     Returns:
         The tensors, `about`, and their digest.
@@ -153,10 +153,10 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any, str
     for key, values in tensors.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{file} has values in {key} that are not finite")
-    about, found_digest = metadata.get("about"), metadata.get("digest")
-    if digest(tensors, about) != found_digest:
+    about, stored_digest = metadata.get("about"), metadata.get("digest")
+    if digest(tensors, about) != stored_digest:
         raise ValueError(f"{file} was changed after it was written")
-    return tensors, about, found_digest
+    return tensors, about, stored_digest
 
 
 def digest(tensors: Mapping[str, np.ndarray], about: Any) -> str:

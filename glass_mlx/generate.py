@@ -1,6 +1,6 @@
-"""Answer a prompt with the feed-forward neurons that matter for it.
+"""Answer a prompt with the feed-forward neurons that matter for the prompt.
 
-Takes the flags of `mlx_lm.generate` and a few of its own.
+Accepts the flags of `mlx_lm.generate` and some more.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _REFUSED = ("--draft-model", "--image")
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """Set up and return the argument parser: mlx-lm's flags and ours."""
+    """Set up and return the argument parser, with mlx-lm's flags and those of glass-mlx."""
     parser = argparse.ArgumentParser(
         prog="glass-mlx",
         usage="glass-mlx generate [flags]",
@@ -106,20 +106,21 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "--refresh",
         type=int,
         metavar="N",
-        help="Every N tokens, and later less often, read the text again densely and renew the "
-        f"selection; 0 for never (default: {GlassConfig.refresh}, with --release-dense 0).",
+        help="Every N tokens, and later at longer intervals, have the dense model read the text "
+        "again and renew the selection; 0 for never "
+        f"(default: {GlassConfig.refresh}, with --release-dense 0).",
     )
     group.add_argument(
         "--statistic",
         choices=STATISTICS,
         default=GlassConfig.statistic,
-        help="What ranks the neurons locally (default: %(default)s).",
+        help="Statistic that ranks neurons locally (default: %(default)s).",
     )
     group.add_argument(
         "--prior-statistic",
         choices=PRIOR_STATISTICS,
         default=GlassConfig.prior_statistic,
-        help="What ranks the neurons in the prior (default: %(default)s).",
+        help="Statistic that ranks neurons in the prior (default: %(default)s).",
     )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
@@ -136,7 +137,7 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "user's cache, and use it.",
     )
     source.add_argument(
-        "--no-prior", action="store_true", help="Select by the local statistics alone."
+        "--no-prior", action="store_true", help="Select from the local statistics alone."
     )
     source.add_argument("--dense", action="store_true", help="Do not slice, for comparison.")
     group.add_argument(
@@ -149,10 +150,10 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "--down-policy",
         choices=DOWN_POLICIES,
         default=default_down_policy(),
-        help="How quantized down projections are sliced: quantized again (requantize), copied from "
-        "a transposed copy (neuron-major), both with a small error, or kept whole and given zeros "
-        "(scatter), which is exact and slower (default: neuron-major on a CPU, requantize on "
-        "Metal).",
+        help="How to slice quantized down projections: quantize the kept columns again "
+        "(requantize) or take rows of a transposed copy (neuron-major), both with a small error, "
+        "or keep the whole layer and set the other inputs to zero (scatter), which is exact but "
+        "slower (default: neuron-major on a CPU, requantize on Metal).",
     )
 
 
@@ -246,7 +247,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _messages(args: argparse.Namespace) -> Messages:
-    """Return the new messages: the prompt, and what stands before and after it."""
+    """Return the new messages: the prompt, a system prompt and the beginning of an answer."""
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt.strip():
@@ -272,17 +273,17 @@ def _template_options(args: argparse.Namespace) -> dict[str, Any]:
 def _open_conversation(args: argparse.Namespace) -> Conversation:
     """Open the conversation to continue, or a new one.
 
-    As in mlx-lm, a prompt cache's model is the one that is loaded. It is set in `args`.
+    As in mlx-lm, the model that the prompt cache names is loaded. Its name is stored in `args`.
     """
     if args.prompt_cache_file is None:
         return Conversation()
     conversation = Conversation.load(args.prompt_cache_file)
-    made_by, cache = conversation.model, conversation.cache
+    cached_model, cache = conversation.model, conversation.cache
     assert cache is not None
-    if args.model is None and made_by != DEFAULT_MODEL:
-        args.model = made_by
-    if (args.model or DEFAULT_MODEL) != made_by:
-        raise ValueError(f"the prompt cache is of the model {made_by}, not of {args.model}")
+    if args.model is None and cached_model != DEFAULT_MODEL:
+        args.model = cached_model
+    if (args.model or DEFAULT_MODEL) != cached_model:
+        raise ValueError(f"the prompt cache is of the model {cached_model}, not of {args.model}")
     first = cache[0]
     if isinstance(first, QuantizedKVCache) and (
         args.kv_bits not in (None, first.bits) or args.kv_group_size != first.group_size
@@ -293,7 +294,7 @@ def _open_conversation(args: argparse.Namespace) -> Conversation:
         )
     if args.verbose and cache.statistics is None:
         print(
-            "note: there are no statistics beside the prompt cache; neurons are selected by the "
+            "note: there are no statistics beside the prompt cache; neurons are selected from the "
             "new tokens alone (python -m glass_mlx.cache_prompt saves both)",
             file=sys.stderr,
         )
@@ -304,7 +305,7 @@ def _config(args: argparse.Namespace) -> GlassConfig:
     density, refresh = args.density, args.refresh
     if density is None:
         density = BUILTIN_DENSITY if args.model is None else GlassConfig.density
-    if refresh is None:  # a released model would be loaded again for every renewal
+    if refresh is None:  # released weights would be loaded again for every renewal
         refresh = 0 if args.release_dense else GlassConfig.refresh
     return GlassConfig(
         density=density,

@@ -1,4 +1,4 @@
-"""What is reported of a generation: the state of the slices, token counts, times and bytes."""
+"""The report of a generation: the state of the slices, token counts, times and bytes."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from mlx_lm.generate import GenerationResponse as DenseResponse
 
 @dataclass(frozen=True)
 class Report:
-    """How the FFNs of one generation were sliced, up to the token that it comes with.
+    """How the FFNs were sliced in one generation, up to the token that carries the report.
 
     Attributes:
         dense: whether the dense model computed this token.
@@ -21,7 +21,7 @@ class Report:
         density_got: the share of neurons in the slices; 1 before there are slices.
         prior_weight: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
         statistic: the statistic that ranks neurons locally.
-        prior_statistic: the statistic that ranks them in the prior.
+        prior_statistic: the statistic that ranks neurons in the prior.
         prior: the prior's file, "given" for a prior made in this process, or "none".
         down_policy: how quantized down projections are sliced.
         dense_tokens: generated tokens that the dense model computed.
@@ -30,8 +30,9 @@ class Report:
         select_time: seconds spent on ranking, fusing and selecting.
         slice_time: seconds spent on slicing the weights.
         reread_time: seconds spent on reading tokens again.
-        dense_bytes: bytes of weights that the dense model reads for one token.
-        sliced_bytes: bytes that the sliced model reads; the same before there are slices.
+        dense_bytes: bytes of weights that the dense model reads per token.
+        sliced_bytes: bytes of weights that the sliced model reads per token; the same as
+            `dense_bytes` before there are slices.
         held_bytes: bytes of arrays in this process after the latest slicing: dense weights unless
             they were released, slices and cache.
         selection: the kept neurons of each FFN, or None before they are selected.
@@ -65,11 +66,11 @@ class GenerationResponse(DenseResponse):
 
 
 class Reporter:
-    """Keeps the report of a generation up to date.
+    """The report of a generation, updated at every step.
 
     Args:
-        selector: what chooses the neurons.
-        dense_bytes: bytes of weights that the dense model reads for one token.
+        selector: chooses the neurons.
+        dense_bytes: bytes of weights that the dense model reads per token.
 
     Attributes:
         report: the current report.
@@ -99,7 +100,7 @@ class Reporter:
         )
 
     def token(self, dense: bool) -> Report:
-        """Count a token and return the report to yield with it."""
+        """Count a token, and return the report to yield with the token."""
         self.report = replace(
             self.report, dense=dense, dense_tokens=self.report.dense_tokens + dense
         )

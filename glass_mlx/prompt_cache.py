@@ -1,7 +1,7 @@
 """A prompt cache that continues from turn to turn, with the statistics of the tokens in it.
 
-The functions have mlx-lm's names and can replace mlx-lm's. Files are mlx-lm's; the statistics are
-in a second file beside it, `NAME.glass.safetensors`.
+The functions have the names of mlx-lm's functions and can replace them. Files have mlx-lm's format;
+the statistics are in a second file beside the first, `NAME.glass.safetensors`.
 """
 
 import copy
@@ -28,13 +28,13 @@ _DIGEST = "glass_statistics"
 
 
 class PromptCache(list[Any]):
-    """mlx-lm's prompt cache, one entry per layer, and what is known of the tokens in it.
+    """mlx-lm's prompt cache, one entry per layer, with its tokens and their statistics.
 
     Attributes:
-        statistics: what the dense model showed when it read them; None for a cache from mlx-lm.
-        tokens: their ids; of a cache from mlx-lm only those that were added later.
-        intact: whether its contents are known. They are not after an error in the middle of a
-            generation.
+        statistics: the local statistics of the tokens; None for a cache from mlx-lm.
+        tokens: the ids of the tokens; for a cache from mlx-lm, only those that were added later.
+        intact: whether the contents of the cache are known. They are unknown after an error in the
+            middle of a generation.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PromptCache(list[Any]):
         self.statistics, self.tokens, self.intact = statistics, list(tokens), True
 
     def begin(self, widths: Mapping[str, int]) -> LocalStatistics:
-        """Begin to read tokens into the cache. It is not intact until `add` names them.
+        """Begin to read tokens into the cache, which is not intact until `add` records them.
 
         Args:
             widths: the number of neurons of each FFN of the model, by path.
@@ -88,13 +88,13 @@ class PromptCache(list[Any]):
 
 
 class CacheSnapshot:
-    """A state of a prompt cache to go back to.
+    """A state of a prompt cache that the cache can be rewound to.
 
     Plain key-value caches are trimmed. All others are copied here, because they may lose earlier
     contents (rotating windows, recurrent states).
 
     Args:
-        cache: the cache, one entry per layer. Going back replaces entries.
+        cache: the cache, one entry per layer. Rewinding replaces entries.
     """
 
     def __init__(self, cache: list[Any]) -> None:
@@ -106,7 +106,7 @@ class CacheSnapshot:
         }
 
     def rewind(self, tokens: int) -> None:
-        """Go back by a number of tokens, to the state of the snapshot. Call this once."""
+        """Remove the tokens read since the snapshot, given their number. Call this only once."""
         for n, layer in enumerate(self._cache):
             if n in self._copies:
                 self._cache[n] = self._copies[n]
@@ -117,7 +117,7 @@ class CacheSnapshot:
 def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None) -> PromptCache:
     """Make an empty prompt cache, as `mlx_lm.models.cache.make_prompt_cache` does.
 
-    Pass it to `stream_generate` as `prompt_cache`, in every turn with the new tokens only.
+    In every turn, pass the cache to `stream_generate` as `prompt_cache`, with the new tokens only.
 
     Raises:
         ValueError: if the model cannot be sliced.
@@ -134,21 +134,21 @@ def read_prompt(
     progress: Callable[[int, int], None],
     **kwargs: Any,
 ) -> None:
-    """Read tokens into a prompt cache, and generate nothing.
+    """Read tokens into a prompt cache without generating any.
 
     Args:
         model: the model that the cache was made for.
         tokens: the token ids to read.
-        cache: a new cache, which changes.
-        progress: called with the number of tokens read, and of all.
-        **kwargs: for `mlx_lm.generate.generate_step`.
+        cache: a new cache, which is filled in place.
+        progress: called with the number of tokens read so far, and the total number.
+        **kwargs: passed on to `mlx_lm.generate.generate_step`.
     """
     session = Session.of(model)
     statistics = cache.begin(session.widths)
 
-    def evaluate(done: int, total: int) -> None:
+    def evaluate(tokens_read: int, total: int) -> None:
         mx.eval(statistics.prompt.sums)
-        progress(done, total)
+        progress(tokens_read, total)
 
     # With no tokens to generate, mlx-lm's loop samples one token that the model does not read.
     steps = generate_step(
@@ -199,13 +199,13 @@ def save_prompt_cache(
     """Save a prompt cache for mlx-lm and for `load_prompt_cache`, and its statistics beside it.
 
     Args:
-        file_name: the file, which ends in .safetensors.
+        file_name: the file, whose name ends in .safetensors.
         cache: the cache.
         metadata: further entries for the file.
 
     Raises:
         OSError: if a file cannot be written.
-        ValueError: if the file has another ending.
+        ValueError: if the name of the file does not end in .safetensors.
     """
     file, about, tensors, statistics_digest = check_name(file_name), {}, {}, ""
     if cache.statistics is not None:
@@ -237,11 +237,11 @@ def load_prompt_cache(
 
     Args:
         file_name: the file.
-        return_metadata: whether to return the file's other entries as well.
+        return_metadata: whether to return the file's metadata, too.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is not complete, or its statistics are missing or belong to another
+        ValueError: if the file is incomplete, or its statistics are missing or belong to another
             cache.
     """
     file = Path(file_name)
@@ -250,7 +250,7 @@ def load_prompt_cache(
     try:
         layers, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
         statistics_digest = dict(metadata).get(_DIGEST)
-    except Exception as error:  # of any kind, for a file that is something else
+    except Exception as error:  # a file of another kind causes errors of any type
         raise ValueError(f"{file} is not a prompt cache ({one_line(error)})") from error
     if not layers:
         raise ValueError(f"{file} is not a prompt cache (it has no layers)")

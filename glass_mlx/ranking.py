@@ -28,7 +28,7 @@ def check_prior_weight(prior_weight: float) -> None:
 def fuse(local: np.ndarray, prior: np.ndarray, prior_weight: float) -> np.ndarray:
     """Fuse two rankings by weighted rank aggregation (GLASS, arXiv 2508.14302).
 
-    Sorting by the result gives the permutation r that minimises
+    Sorting by the result gives the permutation r that minimizes
     `(1 - λ) * d(r, local) + λ * d(r, prior)`, where d is the squared Spearman distance
     `sum_j (r_j - s_j)^2`. It is the MAP estimate if both rankings are Mallows-distributed around r
     (docs/method.md has the proof).
@@ -51,7 +51,7 @@ def fuse(local: np.ndarray, prior: np.ndarray, prior_weight: float) -> np.ndarra
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Return Spearman's rank correlation of two rankings (m,) of 1..m: 1 - 6 d / (m (m^2 - 1)).
 
-    d is the squared Spearman distance sum_j (a_j - b_j)^2. With a single neuron it is 1.
+    d is the squared Spearman distance sum_j (a_j - b_j)^2. The correlation of a single neuron is 1.
     """
     m = len(a)
     distance = np.square((a - b).astype(np.float64)).sum()

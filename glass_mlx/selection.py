@@ -31,12 +31,12 @@ class Selection:
 
 
 def neurons_to_keep(width: int, density: float, multiple: int = 1) -> int:
-    """Compute how many neurons an FFN keeps.
+    """Return the number of neurons that an FFN keeps.
 
     Args:
         width: the FFN's number of neurons m.
         density: the share to keep, in (0, 1].
-        multiple: what the number is rounded to, unless all neurons are kept.
+        multiple: the multiple that the number is rounded to, unless all neurons are kept.
 
     Returns:
         k, between min(multiple, m) and m.
@@ -52,13 +52,13 @@ def neurons_to_keep(width: int, density: float, multiple: int = 1) -> int:
 def densities(
     widths: Mapping[str, int], density: float, kept_dense: Collection[str]
 ) -> dict[str, float]:
-    """Distribute a density over FFNs: some stay dense, and the others share what is left equally.
+    """Distribute a density over FFNs: some stay dense, and the others share the rest equally.
 
     Args:
         widths: the number of neurons m of each FFN.
         density: the share of all neurons to keep, in (0, 1].
-        kept_dense: the FFNs that keep all their neurons. If that left less than half of `density`
-            for the others, all FFNs get `density`.
+        kept_dense: the FFNs that keep all their neurons. If this would leave less than half of
+            `density` for the others, all FFNs get `density`.
 
     Returns:
         The density of each FFN.
@@ -81,7 +81,8 @@ def select(
     Args:
         scores: (m,) importance of each neuron, by FFN.
         density: the share to keep, in (0, 1].
-        multiples: what each FFN's number of kept neurons is rounded to; see `neurons_to_keep`.
+        multiples: the multiple that each FFN's number of kept neurons is rounded to; see
+            `neurons_to_keep`.
         kept_dense: FFNs that keep all their neurons at the others' expense; see `densities`.
 
     Returns:
@@ -99,28 +100,28 @@ def select(
 def jaccard(a: Selection, b: Selection) -> dict[str, float]:
     """Return the Jaccard index of two selections by FFN: intersection over union."""
     return {
-        path: len(both := np.intersect1d(kept, b.indices[path]))
-        / (len(kept) + len(b.indices[path]) - len(both))
+        path: len(shared := np.intersect1d(kept, b.indices[path]))
+        / (len(kept) + len(b.indices[path]) - len(shared))
         for path, kept in a.indices.items()
     }
 
 
 class Selector:
-    """Chooses the neurons to keep from local statistics and a prior.
+    """The choice of the neurons to keep, from local statistics and a prior.
 
     Args:
         config: how neurons are ranked and how many are kept.
-        multiples: what each FFN's number of kept neurons is rounded to, by the FFN's path.
-        prior: the model's prior, or None to select by the local statistics alone.
+        multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
+        prior: the model's prior, or None to select from the local statistics alone.
 
     Attributes:
-        config: the same, with a number for the density "auto".
+        config: the configuration, with a number in place of the density "auto".
         density: the share of neurons to keep.
-        prior: the same.
+        prior: the model's prior, or None.
 
     Raises:
-        ValueError: if the prior does not have the statistic that the configuration names, or no
-            density curve for the density "auto".
+        ValueError: if the prior lacks the statistic that the configuration names, or the density
+            curve that the density "auto" needs.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Selector:
             return local_ranks
         prior_ranks = self.prior.ranks(self.config.prior_statistic)
         weight = self.prior_weight(local)
-        return {path: fuse(own, prior_ranks[path], weight) for path, own in local_ranks.items()}
+        return {path: fuse(r, prior_ranks[path], weight) for path, r in local_ranks.items()}
 
     def select(self, local: LocalStatistics) -> Selection:
         """Choose the neurons to keep."""

@@ -1,4 +1,4 @@
-"""What is known of a model, found once and used by any number of generations."""
+"""The facts about a model, found once and used by any number of generations."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -19,26 +19,26 @@ from glass_mlx.statistics import STATISTICS, LocalStatistics
 import mlx.nn as nn
 import numpy as np
 
-# In prefill, the last FFN computes only what is observed; this many tokens per chunk are enough.
+# In prefill, the last FFN runs only to be observed. This many tokens per chunk are enough.
 _MAX_SAMPLES = 128
 
 
 class _Facts:
-    """What is known of a model, without a reference to the model itself.
+    """The facts about a model, without a reference to the model itself.
 
     Args:
         model: the model.
 
     Attributes:
         ffns: its FFNs in the order of the layers.
-        weight_bytes: the bytes of weights that it reads for one token.
-        found_prior: the prior that was found last.
+        weight_bytes: the bytes of weights that it reads per token.
+        latest_prior: the result of the latest search for a prior.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.ffns = find_ffns(model)
         self.weight_bytes = weight_bytes(model)
-        self.found_prior: _FoundPrior | None = None
+        self.latest_prior: _FoundPrior | None = None
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
 
     @cached_property
@@ -46,7 +46,7 @@ class _Facts:
         """A sample of the weights of each FFN."""
         return sample_weights(self.ffns)
 
-    def are_of(self, model: nn.Module) -> bool:
+    def matches(self, model: nn.Module) -> bool:
         """Return whether a model has the arrays that these facts were found with."""
         arrays = named_arrays(model)
         return len(arrays) == len(self._arrays) and all(
@@ -55,17 +55,17 @@ class _Facts:
         )
 
 
-# By the identity of a model, because nn.Module cannot be the key of a dictionary. An entry goes
-# when its model does.
+# The keys are identities of models, because nn.Module cannot be the key of a dictionary. An entry
+# is removed together with its model.
 _facts_by_model: dict[int, tuple["weakref.ref[nn.Module]", _Facts]] = {}
 
 
 def _facts_of(model: nn.Module) -> _Facts:
-    """Return what is known of a model. It is found again if the model's arrays were replaced."""
+    """Return the facts about a model, and find them again if the model's arrays were replaced."""
     entry = _facts_by_model.get(id(model))
     if entry is not None:
         reference, facts = entry
-        if reference() is model and facts.are_of(model):
+        if reference() is model and facts.matches(model):
             return facts
     facts = _Facts(model)
     _facts_by_model[id(model)] = weakref.ref(model), facts
@@ -74,10 +74,10 @@ def _facts_of(model: nn.Module) -> _Facts:
 
 
 class Session:
-    """What is known of a model: its FFNs, its fingerprint, its prior, its transposed copies.
+    """The facts about a model: its FFNs, its fingerprint, its prior, its transposed copies.
 
-    All sessions of one model share what was found, and keep it for later generations. If arrays of
-    the model are replaced, everything is found again. A change within an array is not noticed.
+    All sessions of one model share these facts and keep them for later generations. If arrays of
+    the model are replaced, the facts are found again. A change within an array is not noticed.
 
     Args:
         model: a model from `load` or from `mlx_lm.load`.
@@ -95,7 +95,7 @@ class Session:
 
     @staticmethod
     def of(model: "nn.Module | Session") -> "Session":
-        """Return a session of a model, or a given session, brought up to date with its model."""
+        """Return a new session of a model, or update a given session and return it."""
         if not isinstance(model, Session):
             return Session(model)
         model._facts = _facts_of(model.model)
@@ -113,7 +113,7 @@ class Session:
 
     @property
     def multiples(self) -> dict[str, int]:
-        """What each FFN's number of kept neurons is rounded to, by its path."""
+        """The multiple that each FFN's number of kept neurons is rounded to, by its path."""
         return {ffn.path: ffn.multiple for ffn in self.ffns}
 
     @property
@@ -123,7 +123,7 @@ class Session:
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes of weights that the dense model reads for one token."""
+        """The bytes of weights that the dense model reads per token."""
         return self._facts.weight_bytes
 
     def find_prior(
@@ -142,7 +142,7 @@ class Session:
             prior: a prior, its file, or `hub:user/repo`, which is downloaded. Default: search the
                 model's folder, the user's cache and this package, in this order.
             folder: the model's folder, if known.
-            name: the user's name for the model, for the command that builds a prior.
+            name: the model's name in the command that the error message suggests.
             report: called with a line for each place that was searched.
 
         Raises:
@@ -151,24 +151,24 @@ class Session:
             ValueError: if the given prior, or the one in the model's folder, is damaged or belongs
                 to another model, or if it cannot be downloaded.
         """
-        found = self._facts.found_prior
-        if found is None or not found.answers(prior, folder):
+        latest = self._facts.latest_prior
+        if latest is None or not latest.answers(prior, folder):
             lines: list[str] = []
             try:
                 match = find_prior(self.widths, self.fingerprint, prior, folder, name, lines.append)
             finally:
                 for line in lines:
                     report(line)
-            self._facts.found_prior = _FoundPrior(
+            self._facts.latest_prior = _FoundPrior(
                 match, prior, folder, _states(prior, folder, match), tuple(lines)
             )
             return match
-        for line in found.lines:
+        for line in latest.lines:
             report(line)
-        return found.match
+        return latest.match
 
     def selector(self, config: GlassConfig, prior: GlobalPrior | None) -> Selector:
-        """Return what chooses neurons by a configuration and a prior; see `Selector`."""
+        """Return the selector for a configuration and a prior; see `Selector`."""
         return Selector(config, self.multiples, prior)
 
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
@@ -186,7 +186,7 @@ class Session:
     def sliced_model(
         self, down_policy: str, reload: Callable[[], nn.Module] | None = None
     ) -> SlicedModel:
-        """Return a sliced model without slices yet; see `SlicedModel`."""
+        """Return a sliced model that has no slices yet; see `SlicedModel`."""
         return SlicedModel(self.model, self.ffns, down_policy, reload)
 
     def slice(self, selection: Selection, down_policy: str) -> nn.Module:
@@ -222,10 +222,10 @@ class _FoundPrior:
 
 def _states(request: Request, folder: Path | None, match: GlobalPrior) -> tuple[Any, ...]:
     """Return the states of all files and folders on which a search depends."""
-    searched = [] if request is not None else [cached_priors(), packaged_priors()]
+    places = [] if request is not None else [cached_priors(), packaged_priors()]
     if folder is not None:
-        searched.append(folder / FILE_NAME)
-    return tuple(map(_state, [*searched, Path(match.source)]))
+        places.append(folder / FILE_NAME)
+    return tuple(map(_state, [*places, Path(match.source)]))
 
 
 def _state(path: Path) -> tuple[Any, ...]:
@@ -248,9 +248,9 @@ def resolve_prior(
 
     Args:
         model: the model, or a session of it.
-        prior: see `Session.find_prior`, as for the other arguments and the errors.
+        prior: see `Session.find_prior`, also for the other arguments and the errors.
         folder: the model's folder, if known.
-        name: the user's name for the model.
+        name: the model's name in the command that the error message suggests.
         report: called with a line for each place that was searched.
     """
     return Session.of(model).find_prior(prior, folder, name, report)

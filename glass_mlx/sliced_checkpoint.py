@@ -1,4 +1,4 @@
-"""Writing a sliced model as an ordinary checkpoint, which stock mlx-lm loads and runs."""
+"""Write a sliced model as an ordinary checkpoint, which stock mlx-lm loads and runs."""
 
 import copy
 import sys
@@ -45,7 +45,7 @@ def write_sliced_checkpoint(
 
     Raises:
         OSError: if the checkpoint cannot be written.
-        ValueError: if `output` exists, or no configuration describes such a model.
+        ValueError: if `output` exists, or no configuration describes the sliced model.
     """
     if output.exists():
         raise ValueError(f"there is something at {output}; name a folder that does not exist yet")
@@ -62,7 +62,7 @@ def write_sliced_checkpoint(
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         try:
             load_model(temporary, lazy=True, **options)
-        except Exception as error:  # mlx-lm can refuse a checkpoint in any way
+        except Exception as error:  # mlx-lm raises exceptions of many types
             raise ValueError(
                 f"mlx-lm does not load the sliced checkpoint: {one_line(error)}"
             ) from error
@@ -70,9 +70,10 @@ def write_sliced_checkpoint(
 
 
 def narrowed(model: nn.Module, config: dict[str, Any], width: int, kept: int) -> dict[str, Any]:
-    """Find the configuration of a model whose FFNs have fewer neurons, and nothing else changed.
+    """Return a model's configuration with fewer neurons in each FFN and no other difference.
 
-    Every value that may be the width is tried by building the model, so no list of names is needed.
+    Each value that may be the width is changed, and a model is built to check the result. No list
+    of configuration keys is needed.
 
     Args:
         model: the model.
@@ -81,7 +82,7 @@ def narrowed(model: nn.Module, config: dict[str, Any], width: int, kept: int) ->
         kept: the number of neurons after slicing.
 
     Raises:
-        ValueError: if there is no such configuration.
+        ValueError: if no configuration has only this difference.
     """
     original = _build(model, config)
     expected = None if original is None else (_shapes(original)[0], {kept})
@@ -110,7 +111,7 @@ def _build(model: nn.Module, config: dict[str, Any]) -> nn.Module | None:
 
 
 def _with_width(config: dict[str, Any], width: int, kept: int) -> Iterator[dict[str, Any]]:
-    """Yield configurations in which one value that may be the width is smaller."""
+    """Yield configurations in which one value, which may be the width, is reduced."""
     smaller = {width: kept, 2 * width: 2 * kept}
     for key, value in config.items():
         if isinstance(value, dict):

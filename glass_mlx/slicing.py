@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-# A slice that already has this share of its new neurons is left as it is.
+# A slice that already has this share of its new neurons is kept.
 _MIN_OVERLAP = 0.95
 
-# A mean over this many tokens is shrunk to half of its value, because few tokens say little.
+# A mean over this many tokens is shrunk to half of its value, because it is not reliable yet.
 _SHRINKAGE_TOKENS = 16
 
 # This many threads copy as fast as a CPU's memory allows.
@@ -25,7 +25,8 @@ _MAX_THREADS = 4
 def mean_compensation(local: LocalStatistics) -> dict[str, MeanCompensation]:
     """Return the constants that replace dropped neurons, by FFN: their mean over the text.
 
-    Means over few tokens are shrunk towards zero. Nothing is returned while there is little text.
+    Means over few tokens are shrunk towards zero. The result is empty until there are
+    enough generated tokens (see `LocalStatistics.has_enough_text`).
     """
     text = local.text
     if not local.has_enough_text:
@@ -45,7 +46,7 @@ def mean_compensation(local: LocalStatistics) -> dict[str, MeanCompensation]:
 class SlicedModel:
     """A model with sliced FFNs. `update` changes its slices in place.
 
-    There is one set of slices, so that a renewal moves only the neurons that changed. Read `model`
+    There is one set of slices, so that a renewal moves only the neurons that changed. Get `model`
     again after every update, and make a second `SlicedModel` for a second selection.
 
     Args:
@@ -65,18 +66,18 @@ class SlicedModel:
     ) -> None:
         self._dense, self._ffns = dense, ffns
         self._policy, self._reload = down_policy, reload
-        # For each FFN, its neurons in the order of their places, and its sliced projections.
+        # For each FFN, its kept neurons in the slice's order, and its sliced projections.
         self._slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
         self._is_compensated = False
 
     @property
     def model(self) -> nn.Module:
-        """The sliced model as it is after the latest update."""
+        """The sliced model after the latest update."""
         return with_modules(self._dense, {path: parts for path, (_, parts) in self._slices.items()})
 
     @property
     def selection(self) -> Selection:
-        """The neurons that are in the slices."""
+        """The neurons in the slices."""
         indices = {path: np.sort(kept) for path, (kept, _) in self._slices.items()}
         return Selection(indices, {ffn.path: ffn.width for ffn in self._ffns})
 
@@ -85,8 +86,8 @@ class SlicedModel:
     ) -> None:
         """Bring the slices up to date with a selection.
 
-        An FFN whose slice already has nearly all of its neurons keeps that slice, with its
-        compensation. The first time that there is compensation, every FFN gets it.
+        An FFN whose slice already has nearly all of the selected neurons keeps that slice and its
+        compensation. The first update that has compensation gives it to every FFN.
 
         Args:
             selection: the neurons to keep.
@@ -157,7 +158,7 @@ def _extra_cpu_streams() -> list[mx.ThreadLocalStream]:
 
 
 def _streams() -> list[mx.Stream | mx.ThreadLocalStream]:
-    """Return the streams that make slices, one FFN each: on a CPU a stream is a single thread."""
+    """Return the streams to slice FFNs on in parallel. On a CPU, each stream is one thread."""
     device = mx.default_device()
     return [mx.default_stream(device), *(_extra_cpu_streams() if device == mx.cpu else [])]
 

@@ -10,7 +10,7 @@ import numpy as np
 # A token whose hidden vector has a smaller norm counts as zero and adds nothing.
 _MIN_NORM = 1e-30
 
-# Once this many generated tokens were read densely, they rank neurons instead of the prompt.
+# Once the dense model has read this many generated tokens, they rank neurons instead of the prompt.
 MIN_GENERATED_TOKENS = 8
 
 
@@ -58,7 +58,7 @@ def _identity(mean: np.ndarray) -> np.ndarray:
     return mean
 
 
-# For each statistic, what a chunk adds to its sums (S, 1, m), and a function of the mean over
+# For each statistic, a chunk's contribution to the sums (S, 1, m), and a function of the mean over
 # tokens that gives the scores.
 _Statistic = tuple[Callable[[_Chunk], mx.array], Callable[[np.ndarray], np.ndarray]]
 STATISTICS: dict[str, _Statistic] = {
@@ -70,10 +70,10 @@ STATISTICS: dict[str, _Statistic] = {
 MEAN = "mean"
 _SUMS = STATISTICS | {MEAN: (_mean_sum, _identity)}
 
-# Entries of a state besides the sums of the statistics.
+# Entries of a state in addition to the sums of the statistics.
 _OUTPUTS, _TOKENS = "outputs", "tokens"
 
-# The statistics of a prior: those above, and one that takes a backward pass (`calibration.impact`).
+# The statistics of a prior: those above, and one that needs a backward pass (`calibration.impact`).
 IMPACT = "impact"
 PRIOR_STATISTICS = (*STATISTICS, IMPACT)
 
@@ -85,14 +85,14 @@ class NeuronStatistics:
 
     - "activation" (A-GLASS, arXiv 2508.14302): mean_t |h_tj| / ||h_t||_2
     - "griffin": sqrt(mean_t (h_tj / ||h_t||_2)^2), which ranks neurons as GRIFFIN's sum does
-      (arXiv 2404.01365) and does not grow with the number of tokens
+      (arXiv 2404.01365) but does not grow with the number of tokens
     - "mean" (`MEAN`): mean_t h_tj
 
-    Sums are float32 and lazy. The hidden vectors that `update` returns depend on them, so they are
-    computed together with the layer and no hidden vector outlives it. If nothing uses the layer's
-    output, evaluate `sums`.
+    Sums are float32 and lazy. The hidden vectors that `update` returns depend on the sums, so the
+    sums are computed together with the layer, and no hidden vector outlives the layer. If nothing
+    uses the layer's output, evaluate `sums`.
 
-    `update_outputs` adds the mean of the FFNs' outputs.
+    `update_outputs` sums the outputs of the FFNs, for `mean_outputs`.
 
     Args:
         widths: the number of neurons m of each FFN, by its path in the model.
@@ -118,7 +118,7 @@ class NeuronStatistics:
             for path, m in widths.items()
         }
         self.outputs: dict[str, mx.array] = {}
-        self.dtype = mx.float32  # of the hidden vectors
+        self.dtype = mx.float32  # the dtype of the hidden vectors, once there are any
         self._sequences = sequences
         self._tokens = {path: np.zeros(sequences) for path in widths}
 
@@ -146,15 +146,15 @@ class NeuronStatistics:
         squares = _squares(values)
         norm = mx.sqrt(squares.sum(-1))
         weight = mx.where(norm > _MIN_NORM, 1 / mx.maximum(norm, _MIN_NORM), 0)
-        counted = mx.ones_like(weight)
+        token_mask = mx.ones_like(weight)
         if mask is None:
             self._tokens[path] = self._tokens[path] + values.shape[1]
         else:
             mask = mask.reshape(self._sequences, -1).astype(np.float32)
-            counted = mx.array(mask)
-            weight = weight * counted
+            token_mask = mx.array(mask)
+            weight = weight * token_mask
             self._tokens[path] = self._tokens[path] + mask.sum(-1)
-        chunk = _Chunk(values, squares, counted, weight)
+        chunk = _Chunk(values, squares, token_mask, weight)
         sums = self.sums[path]
         for name in self.names:
             sums[name] = sums[name] + _SUMS[name][0](chunk).squeeze(1)
@@ -162,9 +162,9 @@ class NeuronStatistics:
 
     def update_outputs(self, path: str, outputs: mx.array) -> mx.array:
         """Add the outputs (..., out) of a chunk's tokens; return them, depending on the sum."""
-        added = outputs.reshape(-1, outputs.shape[-1]).astype(mx.float32).sum(0)
+        chunk_sum = outputs.reshape(-1, outputs.shape[-1]).astype(mx.float32).sum(0)
         total = self.outputs.get(path)
-        self.outputs[path] = added if total is None else total + added
+        self.outputs[path] = chunk_sum if total is None else total + chunk_sum
         return mx.depends(outputs, [self.outputs[path]])
 
     def mean_outputs(self) -> dict[str, mx.array]:
@@ -178,20 +178,20 @@ class NeuronStatistics:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens added, for the FFN with the most."""
+        """The number of tokens added to the FFN that has the most."""
         return max(int(count.sum()) for count in self._tokens.values())
 
     def scores(self, name: str) -> dict[str, np.ndarray]:
         """Return one statistic of every FFN, (m,) float32, larger for a more active neuron."""
         return {
-            path: self._finished(name, np.array(sums[name]).sum(0), self._tokens[path].sum())
+            path: self._to_scores(name, np.array(sums[name]).sum(0), self._tokens[path].sum())
             for path, sums in self.sums.items()
         }
 
     def sequence_scores(self, name: str) -> dict[str, np.ndarray]:
         """Return one statistic of every FFN separately for each sequence, (S, m) float32."""
         return {
-            path: self._finished(name, np.array(sums[name]), self._tokens[path][:, None])
+            path: self._to_scores(name, np.array(sums[name]), self._tokens[path][:, None])
             for path, sums in self.sums.items()
         }
 
@@ -207,7 +207,7 @@ class NeuronStatistics:
 
     @staticmethod
     def restored(state: Mapping[str, np.ndarray], dtype: mx.Dtype) -> "NeuronStatistics":
-        """Return the statistics that a `state` describes, of hidden vectors of a dtype."""
+        """Restore statistics from a `state`, and the dtype of their hidden vectors."""
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, values in state.items():
             path, _, name = key.rpartition(".")
@@ -225,13 +225,13 @@ class NeuronStatistics:
         return restored
 
     @staticmethod
-    def _finished(name: str, sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def _to_scores(name: str, sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         return _SUMS[name][1](sums / np.maximum(tokens, 1)).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class LocalStatistics:
-    """What the dense model shows in one generation or conversation.
+    """The statistics of the text that the dense model has read in a generation or conversation.
 
     Attributes:
         prompt: statistics of the prompt.
@@ -265,10 +265,10 @@ class LocalStatistics:
 
     @property
     def has_enough_text(self) -> bool:
-        """Whether there are enough generated tokens to rank neurons by them alone."""
+        """Whether there are enough generated tokens to rank neurons from these alone."""
         return self.text.tokens >= MIN_GENERATED_TOKENS
 
     @property
     def basis(self) -> NeuronStatistics:
-        """The statistics that rank the neurons: of the text if there is enough, or the prompt."""
+        """The statistics that rank neurons: the text's if it is long enough, or the prompt's."""
         return self.text if self.has_enough_text else self.prompt

@@ -43,26 +43,26 @@ def stream_generate(
     """Generate text with the feed-forward neurons that matter for the prompt.
 
     The dense model reads the prompt and computes the first tokens. A model whose FFNs are sliced
-    for this text computes the others. From time to time the dense model reads the text again, which
-    corrects the cache, and the slices are renewed. The given model's weights do not change.
+    for this text computes the others. At intervals, the dense model reads the text again, which
+    corrects the cache and renews the slices. The given model's weights do not change.
 
     Args:
         model: a model from `load` or from `mlx_lm.load`, or a `Session` of one.
         tokenizer: its tokenizer.
         prompt: text, or token ids.
-        max_tokens: how many tokens to generate at most; -1 for no limit.
+        max_tokens: the maximum number of tokens to generate; -1 for no limit.
         draft_model: must be None; speculative decoding cannot be combined with slicing.
         config: how to slice. Default: `GlassConfig()`.
         prior: a prior, its file or `hub:user/repo`; None to search for it (see `resolve_prior`);
-            False to select by the local statistics alone.
+            False to select neurons from the local statistics alone.
         reload: loads the model once more without evaluating its arrays, as in
             `lambda: load(name, lazy=True)[0]`. If it is given, the dense weights of each FFN are
-            released as soon as its slice exists. When they are used again, they come back from
-            the model's files. This takes less memory, but loads the weights with every renewal.
+            released as soon as its slice exists. When they are needed again, they are loaded from
+            the model's files. This saves memory, but every renewal loads the weights.
         **kwargs: fields of `GlassConfig`, such as `density`, which replace those of `config`. All
             others are passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` from
             `glass_mlx.make_prompt_cache` only the new tokens are read, and the statistics of
-            earlier turns count as well; with one from mlx-lm only those of the new tokens count.
+            earlier turns count, too; with a cache from mlx-lm only the new tokens count.
 
     Yields:
         mlx-lm's responses, with a `Report` in `glass`.
@@ -85,30 +85,30 @@ def stream_generate(
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
     if prior is False:
-        _check_evidence(tokens, kwargs.get("prompt_cache"), config)
+        _check_statistics(tokens, kwargs.get("prompt_cache"), config)
     session = Session.of(model)
-    found = None if prior is False else session.find_prior(prior, model_folder(tokenizer))
-    selector = session.selector(config, found)
+    model_prior = None if prior is False else session.find_prior(prior, model_folder(tokenizer))
+    selector = session.selector(config, model_prior)
     kwargs.pop("num_draft_tokens", None)  # mlx-lm ignores it, too, without a draft model
     steps = _steps(session, selector, tokens, max_tokens, reload, **kwargs)
     return _responses(steps, session.model, tokenizer, tokens.size, max_tokens)
 
 
 def check_max_tokens(max_tokens: int) -> None:
-    """Raise ValueError for a generation of no tokens."""
+    """Raise ValueError if no tokens are to be generated."""
     if max_tokens == 0:
         raise ValueError("the number of tokens to generate must not be zero; -1 means no limit")
 
 
-def _check_evidence(tokens: mx.array, cache: list[Any] | None, config: GlassConfig) -> None:
-    """Raise ValueError if the first selection would be made by a single token."""
+def _check_statistics(tokens: mx.array, cache: list[Any] | None, config: GlassConfig) -> None:
+    """Raise ValueError if the first selection would rest on a single token."""
     read_before = getattr(cache, "tokens", ())
     if len(read_before) + tokens.size == 1 and config.warmup <= MIN_GENERATED_TOKENS:
         raise ValueError("a prompt of one token does not tell which neurons matter; use a prior")
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
-    """Return the token ids (T,) of a prompt. Text that starts with BOS gets no second one."""
+    """Return the token ids (T,) of a prompt. Text that starts with BOS gets no second BOS."""
     if isinstance(prompt, mx.array):
         return prompt
     if isinstance(prompt, str):
@@ -126,7 +126,7 @@ def _steps(
     reload: Callable[[], nn.Module] | None,
     **options: Any,
 ) -> Generator[Step, None, None]:
-    """Generate tokens into a prompt cache, and record them in it when the generation ends."""
+    """Generate tokens, and record them in the prompt cache when the generation ends."""
     prefill = {
         "progress": options.pop("prompt_progress_callback", None),
         "input_embeddings": options.pop("input_embeddings", None),
@@ -141,7 +141,7 @@ def _steps(
     decoder = Decoder(session.model, cache, prompt, max_tokens, **options)
     try:
         yield from Generation(session, selector, decoder, statistics, reload).steps(**prefill)
-    except GeneratorExit:  # the caller has enough
+    except GeneratorExit:  # the caller stopped early
         record.add(decoder.tokens)
         raise
     record.add(decoder.tokens)
@@ -154,7 +154,7 @@ def _responses(
     prompt_tokens: int,
     max_tokens: int,
 ) -> Generator[GenerationResponse, None, None]:
-    """Turn tokens into text and count them, up to an end-of-sequence token."""
+    """Turn tokens into responses, up to an end-of-sequence token."""
     detokenizer = tokenizer.detokenizer
     with (
         wired_limit(model, [generation_stream]),  # type: ignore[list-item]

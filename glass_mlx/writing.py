@@ -1,4 +1,4 @@
-"""Text that a model writes by itself, many sequences at once."""
+"""Sample text from a model, many sequences at once."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -16,12 +16,12 @@ def stop_sequences(tokenizer: TokenizerWrapper) -> list[list[int]]:
 
 
 class Writer:
-    """Samples text from a model, many sequences at once.
+    """A sampler of text from a model, many sequences at once.
 
     Args:
         model: the model.
         temperature: the sampling temperature.
-        seed: the same seed and batch give the same text.
+        seed: numbers that seed the sampling. The same seed and batch give the same text.
         progress: called at every step with the number of tokens written.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where slices can be made in an mlx-lm model, and how. Nothing here ranks neurons."""
+"""Find, observe and slice the FFNs of mlx-lm models. Nothing here ranks neurons."""
 
 from .discovery import find_ffns, has_experts
 from .ffn import FFN

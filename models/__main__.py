@@ -27,7 +27,7 @@ def table(architectures: list[Architecture]) -> str:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m glass_mlx.models", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
+    parser.add_argument("--json", action="store_true", help="Print a JSON list of objects.")
     args = parser.parse_args()
     bar = tqdm(survey(), total=len(names()), unit="model", leave=False, dynamic_ncols=True)
     architectures = list(bar)

@@ -38,8 +38,8 @@ _KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# Values that the architectures' configurations have in common. Each architecture takes those that
-# it has.
+# Values that the architectures' configurations have in common. Each architecture uses those that
+# its configuration has.
 COMMON: dict[str, Any] = {
     # sizes
     "vocab_size": 256,
@@ -150,8 +150,8 @@ _LONGCAT = {
     "mla_scale_kv_lora": True,
 }
 
-# Values that differ from the common ones. If a text_config is a name, it is the configuration of
-# the architecture with that name.
+# Values that differ from the common ones. A text_config that is a string names the architecture
+# whose configuration it takes.
 PARTICULAR: dict[str, dict[str, Any]] = {
     "afm7": {"hidden_dim": 64, "hidden_dim_scale_factor": 2.0, "num_kv_reuse_layers": 1},
     "apertus": {"post_norm": False, "qk_norm": True},
@@ -387,12 +387,12 @@ PARTICULAR: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Whether an architecture can be sliced.
+    """An architecture, and whether it can be sliced.
 
     Attributes:
         architecture: the name of mlx-lm's module.
         ffn: the form of its FFNs, and whether it has routed experts.
-        sites: the number of FFNs in its tiny model of four layers that can be sliced.
+        sites: the number of FFNs that can be sliced in its tiny model with four layers.
         supported: whether it can be sliced.
         reason: the reason why not, or "".
     """
@@ -443,16 +443,16 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
 
     Args:
         name: the architecture.
-        seed: of the weights.
+        seed: the seed of the weights.
         changes: values that replace those of `configuration`.
 
     Raises:
-        ImportError: if it needs a package that is not installed.
+        ImportError: if the architecture needs a package that is not installed.
     """
     module = _module(name)
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(configuration(name) | changes))
-    # Matrices that are initialised to zero would hide what the rest of the model computes.
+    # Matrices that are initialized to zero would hide what the rest of the model computes.
     zero = [(path, a) for path, a in named_arrays(model) if a.ndim > 1 and not a.any()]
     model.update(tree_unflatten([(path, 0.1 * mx.random.normal(a.shape)) for path, a in zero]))
     model.eval()
@@ -461,7 +461,7 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 
 def survey() -> Iterator[Architecture]:
-    """Yield for every architecture whether a tiny model of it can be sliced."""
+    """Yield every architecture, with whether its tiny model can be sliced."""
     for name in names():
         try:
             model = tiny_model(name)

@@ -1,7 +1,7 @@
-"""Finding the FFNs of a model by what its modules compute.
+"""Find the FFNs of a model by what its modules compute.
 
-Whether a module is an FFN that can be sliced is tested by running it with a few random neurons, so
-its class, its names and its activation do not matter.
+Each module is run with a few random neurons to test whether it is an FFN that can be sliced, so its
+class, its names and its activation do not matter.
 """
 
 import copy
@@ -20,7 +20,7 @@ from .ffn import FFN, LAYOUTS
 from .linear import inputs, is_linear, outputs
 from .modules import layer_order
 
-# Model types whose FFN looks sliceable and is not.
+# Model types whose FFN looks sliceable but is not.
 REFUSED = {
     "gemma3n": "its activation depends on the mean over all neurons of a layer",
     "bitnet": "it normalises over all neurons of a layer",
@@ -44,7 +44,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         The FFNs in the order of the layers.
 
     Raises:
-        ValueError: if there is none, or if slicing them would be unsound, with the reason.
+        ValueError: if there are none, or if slicing them would be unsound, with the reason.
     """
     kind = getattr(model, "model_type", type(model).__name__)
     if kind in REFUSED:
@@ -56,12 +56,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             "give adapter_path to glass_mlx.load, which fuses them"
         )
     tested: dict[Any, bool] = {}
-    found = (
+    matches = (
         _find_ffn(path, module, tested)
         for path, module in modules.items()
         if not _EXPERT.search(path)
     )
-    ffns = [ffn for ffn in found if ffn is not None]
+    ffns = [ffn for ffn in matches if ffn is not None]
     if not ffns:
         reason = (
             "all its neurons are in routed experts, which are not sliced"
@@ -73,7 +73,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Tell whether a model has routed experts, in a list or with their weights in one array."""
+    """Return whether a model has routed experts, in a list or with their weights in one array."""
     return any(
         isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) or _EXPERT.search(path)
         for path, module in model.named_modules()
@@ -81,7 +81,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def _find_ffn(path: str, module: nn.Module, tested: dict[Any, bool]) -> FFN | None:
-    """Return the FFN that a module is, or None if it cannot be sliced.
+    """Return a module as an FFN, or None if it cannot be sliced.
 
     The projections are direct children of the module. Its other parts, such as an activation or
     norms before and after, do not matter as long as the module treats its neurons one by one.
@@ -89,7 +89,7 @@ def _find_ffn(path: str, module: nn.Module, tested: dict[Any, bool]) -> FFN | No
     Args:
         path: the module's path in the model.
         module: the module.
-        tested: results of earlier tests by what was tested, which this function adds to.
+        tested: the results of earlier tests by kind of module. This function adds to them.
     """
     candidates = list(_candidates(path, module))
     identity = _identity(module) if candidates else None
@@ -110,7 +110,7 @@ def _identity(module: nn.Module) -> Any:
 
 
 def _candidates(path: str, module: nn.Module) -> Iterator[FFN]:
-    """Yield the FFNs that a module can be, judging by the shapes of its layers."""
+    """Yield the FFNs that a module may be, judging by the shapes of its layers."""
     layers = {name: layer for name, layer in module.children().items() if is_linear(layer)}
     for name, down in layers.items():
         m = inputs(down)
@@ -126,7 +126,7 @@ def _candidates(path: str, module: nn.Module) -> Iterator[FFN]:
 
 
 class _TrialLinear(nn.Linear):
-    """A linear layer with given weights. Creating it leaves MLX's random state alone."""
+    """A linear layer with given weights. Creating it does not change MLX's random state."""
 
     def __init__(self, weight: mx.array, bias: mx.array | None) -> None:
         nn.Module.__init__(self)
@@ -136,7 +136,7 @@ class _TrialLinear(nn.Linear):
 
 
 def _trial_ffn(ffn: FFN, key: mx.array) -> FFN:
-    """Return a small random FFN with the layers of another one, their layout and their biases."""
+    """Return a small random FFN that has the layers, layout and biases of a given FFN."""
     keys = iter(mx.random.split(key, 6))
 
     def trial(layer: nn.Module, rows: int, columns: int) -> nn.Linear:
@@ -173,11 +173,11 @@ def _is_sum_over_neurons(module: nn.Module, ffn: FFN) -> bool:
         sum_of_parts = run_only(0, 2, 3) + run_only(1, 4, 5, 6, 7) - nothing
         scale, error = mx.abs(everything - nothing).max(), mx.abs(sum_of_parts - everything).max()
         return bool(mx.logical_and(error >= 0, error < 1e-4 * scale))  # false for NaN
-    except Exception:  # a module that is no FFN can fail in any way
+    except Exception:  # a module that is not an FFN can fail in any way
         return False
 
 
 def _required_arguments(module: nn.Module) -> int:
-    """Count the arguments that a module needs besides its input."""
+    """Count the arguments that a module needs in addition to its input."""
     parameters = inspect.signature(module).parameters.values()
     return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) - 1

@@ -98,7 +98,7 @@ class FFN:
         return self._transposed.layer
 
     def sliced(self, indices: np.ndarray, policy: str) -> dict[str, nn.Module]:
-        """Return modules that compute only some neurons, to put in the place of the FFN's own.
+        """Return modules that compute only some neurons, to replace the FFN's projections.
 
         Args:
             indices: (k,) neurons to keep, strictly increasing.
@@ -124,7 +124,7 @@ class FFN:
 
         Args:
             parts: a result of `sliced`, which changes.
-            before: (k,) the neurons in the slice, in the order of their places.
+            before: (k,) the neurons in the slice, in the slice's order.
             indices: (k,) the neurons to keep from now on.
 
         Returns:
@@ -152,14 +152,14 @@ class FFN:
 
         Args:
             parts: a result of `sliced`; down's bias changes.
-            kept: (k,) the neurons in the slice, in the order of their places.
+            kept: (k,) the neurons in the slice, in the slice's order.
             means: the values that replace the dropped neurons.
         """
         name, down = self.contract
         add_mean_compensation(down, parts[name], kept, means)
 
     def release(self, fresh: "FFN") -> None:
-        """Free the dense weights, and have them loaded again as those of `fresh` when needed."""
+        """Free the dense weights. When they are needed again, the weights of `fresh` are loaded."""
         self._transposed = None
         for name, layer in self.layers.items():
             layer.update(fresh.layers[name].parameters())

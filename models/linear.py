@@ -10,7 +10,7 @@ import numpy as np
 
 
 def is_linear(module: object) -> bool:
-    """Tell whether a module can be sliced here. Subclasses may compute something else."""
+    """Return whether a module can be sliced here. Subclasses may compute something else."""
     return type(module) in (nn.Linear, nn.QuantizedLinear)
 
 
@@ -103,13 +103,13 @@ def put_outputs(
 
 
 def _arrays_by_output(layer: nn.Module) -> list[str]:
-    """Name the arrays of a layer. Each has one row per output."""
+    """List the names of a layer's arrays. Each array has one row per output."""
     names = ("weight", "scales", "biases", "bias")
     return [name for name in names if layer.get(name) is not None]
 
 
 def _widest_dtype(array: mx.array) -> mx.Dtype:
-    """Choose the dtype to move rows as, because MLX's CPU backend moves element by element."""
+    """Return the widest dtype for copying rows: MLX's CPU backend copies element by element."""
     fits = mx.default_device() == mx.cpu and array.ndim == 2 and array[0].nbytes % 8 == 0
     return mx.uint64 if fits else array.dtype
 
@@ -138,7 +138,7 @@ class ScatteredLinear(nn.Module):
 class NeuronMajorLinear(nn.Module):
     """A transposed copy of a quantized layer: one row per input, quantized along the outputs.
 
-    Rows can be sliced exactly and at once. The price is a second rounding of the weights.
+    Rows can be sliced directly and exactly. The price is a second rounding of the weights.
     """
 
     def __init__(self, layer: nn.QuantizedLinear) -> None:
@@ -147,7 +147,7 @@ class NeuronMajorLinear(nn.Module):
         if outputs(layer) % layer.group_size:
             raise ValueError(
                 f"the down policy neuron-major cannot quantize {outputs(layer)} outputs in groups "
-                f"of {layer.group_size}; use another one"
+                f"of {layer.group_size}; use another policy"
             )
         rows = mx.contiguous(dense_weight(layer).T)
         self.weight, self.scales, *biases = mx.quantize(rows, self.group_size, self.bits, self.mode)
@@ -187,8 +187,8 @@ def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray) -> nn.Module:
 
 NEURON_MAJOR = "neuron-major"
 
-# How a quantized layer gives up some of its inputs. Columns share the scales of their groups, so
-# they cannot be copied as they are; docs/results.md compares the policies.
+# How to drop some inputs of a quantized layer. Columns share the scales of their groups, so they
+# cannot be copied unchanged. docs/results.md compares the policies.
 DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]] = {
     NEURON_MAJOR: lambda layer, indices: take_transposed(layer, indices, NeuronMajorLinear(layer)),
     "requantize": _requantized,
@@ -199,8 +199,8 @@ DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]] 
 def default_down_policy() -> str:
     """Return the policy that suits the device that MLX computes on.
 
-    On a CPU the neuron-major product is 3.5 times as fast as the usual one, and its slices are
-    rows. On Metal the usual one has the tuned kernels (qmv_fast), and quantizing is fast.
+    On a CPU the neuron-major product is 3.5 times as fast as the usual product, and its slices are
+    rows. On Metal the usual product has the tuned kernels (qmv_fast), and quantizing is fast.
     """
     return NEURON_MAJOR if mx.default_device() == mx.cpu else "requantize"
 
@@ -209,7 +209,7 @@ def input_multiple(layer: nn.Module) -> int:
     """Return the multiple to round the number of kept inputs to.
 
     Metal's fast matrix-vector kernels read quantized rows in blocks of 512 inputs (256 from 6 bits
-    on). If a block is too coarse for the layer, its inputs still come in whole groups.
+    on). If a block is too coarse for the layer, its inputs are kept in whole groups instead.
     """
     if not isinstance(layer, nn.QuantizedLinear):
         return 32
@@ -226,7 +226,7 @@ def take_inputs(layer: nn.Module, indices: np.ndarray, policy: str = "requantize
         policy: a key of `DOWN_POLICIES`, for quantized layers. "requantize" quantizes the kept
             columns again in the layer's own format: the fewest bytes, with a small error.
             "neuron-major" takes rows of a copy of the layer that is quantized along the outputs:
-            as few bytes and as small an error (see `take_transposed` for making the copy once).
+            as few bytes, and a similar error (`take_transposed` uses a copy that was made before).
             "scatter" keeps the whole layer and puts the k inputs among zeros: exact, but no bytes
             are saved.
 
@@ -234,8 +234,8 @@ def take_inputs(layer: nn.Module, indices: np.ndarray, policy: str = "requantize
         A layer that maps (..., k) to (..., out).
 
     Raises:
-        ValueError: for indices out of range, an unknown policy, with "requantize" a k that is not
-            a multiple of the layer's group size, with "neuron-major" an output size that is not.
+        ValueError: for indices out of range, for an unknown policy, or if the layer's group size
+            does not divide k ("requantize") or the number of outputs ("neuron-major").
     """
     check_indices(indices, inputs(layer))
     if policy not in DOWN_POLICIES:
@@ -264,7 +264,7 @@ def put_inputs(
         indices: (n,) inputs of the layer to copy there.
 
     Returns:
-        Whether this is possible. It is not if inputs share scales.
+        Whether the slice was changed, which is impossible if inputs share scales.
     """
     if type(sliced) is not nn.Linear:
         return False
@@ -296,7 +296,7 @@ def add_mean_compensation(
     Args:
         layer: weights (out, in).
         sliced: a result of `take_inputs`, which changes.
-        kept: (k,) the inputs in the slice, in the order of their places.
+        kept: (k,) the inputs in the slice, in the slice's order.
         means: the values that replace the dropped inputs.
     """
     bias, sliced_without_bias = layer.get("bias"), _with_arrays(sliced, bias=None)

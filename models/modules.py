@@ -1,4 +1,4 @@
-"""Replacing modules of a model without changing the model."""
+"""Replace modules of a model without changing the model."""
 
 import copy
 import re
@@ -23,8 +23,8 @@ def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
 def with_modules(model: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) -> nn.Module:
     """Return a model with some modules replaced. The given model does not change.
 
-    Only the modules between the root and a replaced module are copied. Everything else, and so
-    every array, is shared. Nothing has to be undone, and several such models can run at once.
+    Only the modules between the root and a replaced module are copied. Everything else is shared,
+    including every array. Nothing has to be undone, and several such models can run at once.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""Observing the hidden vectors of FFNs while a model runs."""
+"""Observe the hidden vectors of FFNs while a model runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from .discovery import find_ffns
 from .ffn import FFN
 from .modules import with_modules
 
-# (FFN path, hidden vectors) to the hidden vectors that the FFN continues with.
+# Maps (FFN path, hidden vectors) to the hidden vectors that the FFN continues with.
 Observer = Callable[[str, mx.array], mx.array]
 
 
@@ -38,7 +38,7 @@ class SampledFFN(nn.Module):
     Args:
         module: the FFN.
         tapped: the same FFN with taps.
-        max_samples: how many tokens to show at most. At least half as many are shown.
+        max_samples: the maximum number of tokens to show. At least half as many are shown.
     """
 
     def __init__(self, module: nn.Module, tapped: nn.Module, max_samples: int) -> None:
@@ -58,7 +58,7 @@ class SampledFFN(nn.Module):
 def tap(
     ffn: FFN, observe: Observer, observe_output: Observer | None = None
 ) -> dict[str, nn.Module]:
-    """Return modules that show an FFN's hidden vectors, to put in the place of the FFN's own.
+    """Return modules that show an FFN's hidden vectors, to replace the FFN's projections.
 
     Args:
         ffn: the FFN.
@@ -83,7 +83,7 @@ def with_taps(
         observe: called with an FFN's path and its hidden vectors (..., m). The FFN continues with
             the hidden vectors that it returns.
         observe_output: called in the same way with the outputs of FFNs without an output bias.
-        max_samples: how many tokens of a text the last layer's FFN shows at most (see
+        max_samples: the maximum number of tokens of a text that the last layer's FFN shows (see
             `SampledFFN`). Default: all.
         ffns: the model's FFNs. Default: found by `find_ffns`.
     """

@@ -29,10 +29,10 @@ def sample_weights(ffns: list[FFN]) -> dict[str, np.ndarray]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of weights that decoding one token reads.
+    """Return the bytes of weights that decoding reads per token.
 
-    These are all weights, except embeddings that are looked up and not multiplied with. Every
-    expert of a mixture counts, whether or not a token is routed to it.
+    These are all weights except embeddings that are only looked up. Every expert of a mixture
+    counts, whether or not a token is routed to it.
     """
     layers = dict(model.named_modules()).values()
     heads = {outputs(layer) for layer in layers if is_linear(layer)}

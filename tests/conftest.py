@@ -1,4 +1,4 @@
-"""Fixtures: the real built-in model, loaded once, and commands run in this process."""
+"""Shared fixtures: the built-in model, loaded once, and a runner for commands."""
 
 import io
 import sys
@@ -20,13 +20,13 @@ def default_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def default_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
-    """The built-in model in float32, on which tests are fast on a CPU."""
+    """Load the built-in model in float32, which is fast on a CPU."""
     return load(dtype="float32", dequantize=True)
 
 
 @pytest.fixture(scope="session")
 def quantized_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
-    """The built-in model with its 4-bit weights."""
+    """Load the built-in model with its 4-bit weights."""
     return load(dtype="float32")
 
 
@@ -34,7 +34,7 @@ def quantized_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
 def run_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run a command's main with some arguments; return exit code, output and errors."""
+    """Return a function that runs a command and returns its exit code, stdout and stderr."""
 
     def run(main: Callable[[], None], *arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["glass-mlx", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""What must hold for every model whose FFNs can be sliced, and tiny models to check it on."""
+"""Shared helpers: tiny models and their files, and the invariants of every sliceable model."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ QUANTIZATION_MODES = [
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for `tiny_model` whose 256 tokens are one letter each."""
+    """Return a tokenizer for `tiny_model` with 256 tokens of one character each."""
     vocabulary = {chr(0x4E00 + i): i for i in range(256)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=chr(0x4E00)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -58,7 +58,7 @@ CHAT_TEMPLATE = (
 
 
 def chat_tokenizer() -> TokenizerWrapper:
-    """The letter tokenizer with a chat template: 上 a user's turn 不 下 the answer 不."""
+    """Return the letter tokenizer with a chat template: 上 user's turn 不 下 answer 不."""
     tokenizer = letter_tokenizer()
     tokenizer.eos_token = "不"
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -66,7 +66,7 @@ def chat_tokenizer() -> TokenizerWrapper:
 
 
 def save_tiny_folder(folder: Path, architecture: str = "llama", **quantization: Any) -> Path:
-    """An mlx-lm model folder with a tiny model, quantized or not, and a tokenizer."""
+    """Save a tiny model, optionally quantized, and its tokenizer as an mlx-lm model folder."""
     folder.mkdir()
     model, config = tiny_model(architecture), configuration(architecture)
     if quantization:
@@ -78,7 +78,7 @@ def save_tiny_folder(folder: Path, architecture: str = "llama", **quantization: 
     return folder
 
 
-# llama.cpp's names of the tensors of mlx-lm's models.
+# From mlx-lm's tensor names to llama.cpp's.
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "lm_head": "output",
@@ -100,7 +100,7 @@ GGUF_GEMMA_NAMES = GGUF_NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-# llama.cpp's names of mlx-lm's model types.
+# From mlx-lm's model types to llama.cpp's architectures.
 GGUF_ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -116,14 +116,14 @@ def write_gguf(
     leave_out: str = "",
     **metadata: str | int,
 ) -> None:
-    """Write a tiny model in the same way as llama.cpp's converter.
+    """Write a tiny model to a GGUF file as llama.cpp's converter does.
 
     Args:
-        model: a model of `tiny_model`.
+        model: a model from `tiny_model`.
         file: the GGUF file to write.
-        kind: the format of matrices.
-        leave_out: the name of a tensor that is not written.
-        **metadata: more keys and values.
+        kind: the tensor format of matrices.
+        leave_out: the name of a tensor to omit.
+        **metadata: additional metadata keys and values.
     """
     architecture = GGUF_ARCHITECTURES[model.args.model_type]
     writer = gguf.GGUFWriter(file, architecture)
@@ -199,24 +199,24 @@ def _gguf_values(values: np.ndarray, name: str, architecture: str, args: Any) ->
 
 
 def made_prior(model: nn.Module, seed: int = 0) -> GlobalPrior:
-    """A prior with random scores."""
+    """Return a prior with random scores."""
     generator = np.random.default_rng(seed)
     scores, spread = (
         {f.path: generator.random(f.width, np.float32) for f in find_ffns(model)} for _ in range(2)
     )
-    both = {"activation": scores, "griffin": {path: v**2 for path, v in scores.items()}}
-    spreads = dict.fromkeys(both, spread)
-    return GlobalPrior(both, fingerprint(model), {"model": "tiny"}, spreads)
+    by_statistic = {"activation": scores, "griffin": {path: v**2 for path, v in scores.items()}}
+    spreads = dict.fromkeys(by_statistic, spread)
+    return GlobalPrior(by_statistic, fingerprint(model), {"model": "tiny"}, spreads)
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, int]]:
-    """Which modules and arrays a model is made of."""
+    """Return the identities of a model's modules and arrays."""
     modules = [(path, id(module)) for path, module in model.named_modules()]
     return modules + [(path, id(array)) for path, array in tree_flatten(model.parameters())]
 
 
 def random_selection(model: nn.Module, seed: int = 0, share: float = 0.5) -> Selection:
-    """Keep random neurons, in whole multiples."""
+    """Select random neurons, in multiples of `ffn.multiple`."""
     generator = np.random.default_rng(seed)
     indices, widths = {}, {}
     for ffn in find_ffns(model):
@@ -229,7 +229,7 @@ def random_selection(model: nn.Module, seed: int = 0, share: float = 0.5) -> Sel
 def local_statistics(
     model: nn.Module, prompt: int, generated: int, seed: int = 0
 ) -> LocalStatistics:
-    """Local statistics of random hidden vectors."""
+    """Return local statistics of random hidden vectors."""
     ffns, rng = find_ffns(model), np.random.default_rng(seed)
     statistics = LocalStatistics.empty({ffn.path: ffn.width for ffn in ffns})
     for part, tokens in ((statistics.prompt, prompt), (statistics.text, generated)):
@@ -240,7 +240,7 @@ def local_statistics(
 
 
 class Masked(nn.Module):
-    """A projection whose dropped inputs are replaced by zero, or by constants."""
+    """A projection whose dropped inputs are replaced with zeros or constants."""
 
     def __init__(
         self, layer: nn.Module, kept: np.ndarray, width: int, constants: mx.array | None
@@ -258,7 +258,7 @@ class Masked(nn.Module):
 def masked_model(
     model: nn.Module, selection: Selection, constants: dict[str, mx.array] | None = None
 ) -> nn.Module:
-    """The dense model with the dropped neurons replaced: what slicing must agree with."""
+    """Return the dense model with dropped neurons masked: the reference for slicing."""
     masks = {}
     for ffn in find_ffns(model):
         (name, down), values = ffn.contract, (constants or {}).get(ffn.path)
@@ -269,7 +269,7 @@ def masked_model(
 def statistics_of(
     model: nn.Module, chunks: list[mx.array], cached: bool
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics of a prompt that is read in chunks."""
+    """Return the statistics of a prompt that is prefilled in chunks."""
     ffns = find_ffns(model)
     statistics = NeuronStatistics({ffn.path: ffn.width for ffn in ffns}, tuple(STATISTICS))
     tapped = with_taps(model, statistics.update)
@@ -289,15 +289,15 @@ def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array])
     """Check slicing and statistics on one model.
 
     Args:
-        model: a model; it must be the same afterwards.
-        forward: computes the logits of some tokens with a model like it.
+        model: the model, which the checks must leave unchanged.
+        forward: a function that computes logits of fixed tokens with the model that it gets.
     """
     before = snapshot(model)
     dense = forward(model)
 
-    everything = random_selection(model, share=1.0)
+    all_neurons = random_selection(model, share=1.0)
     for policy in DOWN_POLICIES:
-        assert mx.array_equal(forward(slice_model(model, everything, policy)), dense)
+        assert mx.array_equal(forward(slice_model(model, all_neurons, policy)), dense)
 
     selection = random_selection(model)
     sliced = forward(slice_model(model, selection, "scatter"))
@@ -317,8 +317,8 @@ def check_invariants(model: nn.Module, forward: Callable[[nn.Module], mx.array])
     assert mx.array_equal(forward(model), dense)
 
 
-def reordered(ffn: FFN, order: np.ndarray) -> dict[str, nn.Module]:
-    """The projections of an FFN with its neurons in another order."""
+def permuted_projections(ffn: FFN, order: np.ndarray) -> dict[str, nn.Module]:
+    """Return an FFN's projections with its neurons permuted."""
     rows, parts = mx.array(LAYOUTS[ffn.layout](order, ffn.width)), {}
     for name, layer in ffn.expand.items():
         parts[name] = copy.copy(layer)
@@ -332,7 +332,12 @@ def reordered(ffn: FFN, order: np.ndarray) -> dict[str, nn.Module]:
 
 
 def check_statistics(model: nn.Module, tokens: mx.array) -> None:
-    """Check that statistics do not depend on how a prompt (B, T) is read, but follow neurons."""
+    """Check that statistics do not depend on prefill chunks and follow permuted neurons.
+
+    Args:
+        model: the model.
+        tokens: token ids of shape (B, T).
+    """
     whole = statistics_of(model, [tokens], cached=True)
     parts = [tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]]
     assert_same_scores(whole, statistics_of(model, parts, cached=True))
@@ -340,20 +345,20 @@ def check_statistics(model: nn.Module, tokens: mx.array) -> None:
 
     generator = np.random.default_rng(1)
     orders = {ffn.path: generator.permutation(ffn.width) for ffn in find_ffns(model)}
-    permuted = {ffn.path: reordered(ffn, orders[ffn.path]) for ffn in find_ffns(model)}
-    other = with_modules(model, permuted)
-    moved = statistics_of(other, [tokens], cached=True)
+    modules = {f.path: permuted_projections(f, orders[f.path]) for f in find_ffns(model)}
+    permuted_model = with_modules(model, modules)
+    permuted_scores = statistics_of(permuted_model, [tokens], cached=True)
     expected = {
         name: {path: values[orders[path]] for path, values in scores.items()}
         for name, scores in whole.items()
     }
-    assert_same_scores(expected, moved)
+    assert_same_scores(expected, permuted_scores)
     dense = model(tokens)
-    assert mx.linalg.norm(other(tokens) - dense) < 1e-4 * mx.linalg.norm(dense)
+    assert mx.linalg.norm(permuted_model(tokens) - dense) < 1e-4 * mx.linalg.norm(dense)
 
 
 class Network(nn.Module):
-    """A feed-forward network with unusual names, in one of several forms."""
+    """A feed-forward network with unusual parameter names in one of four layouts."""
 
     WIDTH = 256
 
@@ -383,7 +388,7 @@ class Network(nn.Module):
 
 
 class OneFFN(nn.Module):
-    """A model that is one FFN."""
+    """A model that consists of one FFN."""
 
     def __init__(self, network):
         super().__init__()

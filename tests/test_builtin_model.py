@@ -1,9 +1,10 @@
-"""The built-in model: a real one, converted, sliced, and with its shipped prior."""
+"""The built-in model: conversion, slicing and the packaged prior."""
 
 from glass_mlx import resolve_prior, stream_generate
 from glass_mlx.models import find_ffns
 from glass_mlx.models.linear import dense_weight
-from helpers import check_invariants
+from glass_mlx.selection import jaccard, select
+from helpers import check_invariants, statistics_of
 
 import gguf
 import mlx.core as mx
@@ -29,15 +30,15 @@ PROMPT = "Why is the sky blue?"
 pytestmark = pytest.mark.slow
 
 
-def multiplied(module: nn.Module) -> np.ndarray:
-    """The matrix or vector that a module multiplies with."""
+def effective_weight(module: nn.Module) -> np.ndarray:
+    """Return the matrix or vector that a module multiplies by."""
     if isinstance(module, nn.QuantizedEmbedding):
         parts = (module.weight, module.scales, module.biases, module.group_size, module.bits)
         return np.array(mx.dequantize(*parts))
     return np.array(module.weight if isinstance(module, nn.RMSNorm) else dense_weight(module))
 
 
-def test_it_multiplies_with_the_numbers_in_its_file(default_gguf, quantized_model):
+def test_weights_equal_the_tensors_in_the_gguf_file(default_gguf, quantized_model):
     modules = dict(quantized_model[0].named_modules())
     tensors = gguf.GGUFReader(default_gguf).tensors
     for tensor in tensors:
@@ -47,12 +48,12 @@ def test_it_multiplies_with_the_numbers_in_its_file(default_gguf, quantized_mode
             path = f"model.layers.{layer}.{NAMES[inner]}"
         else:
             path = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[name]
-        ours = multiplied(modules[path])
-        theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
+        converted = effective_weight(modules[path])
+        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         if heads := {"attn_q": 9, "attn_k": 3}.get(name.split(".")[-1]):
             # llama.cpp stores the two halves of a head's rotary dimensions interleaved
-            ours = ours.reshape(heads, 2, 32, 576).swapaxes(1, 2).reshape(theirs.shape)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=path)
+            converted = converted.reshape(heads, 2, 32, 576).swapaxes(1, 2).reshape(expected.shape)
+        np.testing.assert_allclose(converted, expected, rtol=1e-6, atol=1e-6, err_msg=path)
     assert (
         len(tensors)
         == 272
@@ -62,14 +63,14 @@ def test_it_multiplies_with_the_numbers_in_its_file(default_gguf, quantized_mode
     )
 
 
-def test_its_quantized_weights_are_kept(quantized_model):
+def test_quantized_weights_are_kept(quantized_model):
     layers = [m for _, m in quantized_model[0].named_modules() if type(m) is nn.QuantizedLinear]
     assert len(layers) == 210
     assert {(m.bits, m.group_size) for m in layers} == {(4, 32)}
     assert quantized_model[0].model.embed_tokens.bits == 8
 
 
-def test_it_knows_the_capital_of_france(default_model):
+def test_the_model_knows_the_capital_of_france(default_model):
     model, tokenizer = default_model
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -98,7 +99,7 @@ def test_all_neurons_give_the_dense_tokens_and_logits_bit_for_bit(default_model)
 
 
 @pytest.mark.parametrize("fixture", ["default_model", "quantized_model"])
-def test_the_shipped_prior_is_for_it_in_every_precision(fixture, request):
+def test_the_packaged_prior_fits_the_model_in_every_precision(fixture, request):
     model, _ = request.getfixturevalue(fixture)
     prior = resolve_prior(model)
     assert prior.about["tokens"] >= 16000
@@ -109,10 +110,7 @@ def test_the_shipped_prior_is_for_it_in_every_precision(fixture, request):
 
 
 def test_the_prior_agrees_with_text_better_than_chance(default_model):
-    """Its top half and that of a real text share far more than the third that chance gives."""
-    from glass_mlx.selection import jaccard, select
-    from helpers import statistics_of
-
+    """The top halves by prior and by text overlap far more than the 1/3 expected by chance."""
     model, tokenizer = default_model
     text = tokenizer.encode("The old harbour was quiet. A single lamp burned in the window, " * 3)
     multiples = {ffn.path: ffn.multiple for ffn in find_ffns(model)}
@@ -122,7 +120,7 @@ def test_the_prior_agrees_with_text_better_than_chance(default_model):
     assert np.mean(list(jaccard(a, b).values())) > 0.4
 
 
-def test_at_a_high_density_the_answer_stays_close_to_the_dense_one(default_model):
+def test_the_answer_at_high_density_stays_close_to_the_dense_answer(default_model):
     model, tokenizer = default_model
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)

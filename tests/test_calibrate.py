@@ -18,19 +18,19 @@ import pytest
 
 TOOL = Path(__file__).parents[1] / "tools/build_priors.py"
 
-# Runs the command, and stops its process after every checkpoint until SIGCONT arrives.
-STOPPING = """
+# Run the command, but stop its process after every checkpoint until SIGCONT arrives.
+STOPPING_PROGRAM = """
 import os, signal
-import glass_mlx.calibration.building as measuring
+from glass_mlx.calibration import building
 from glass_mlx.calibrate import main
 
-save_checkpoint = measuring.save_checkpoint
+save_checkpoint = building.save_checkpoint
 
 def save_and_stop(*arguments):
     save_checkpoint(*arguments)
     os.kill(os.getpid(), signal.SIGSTOP)
 
-measuring.save_checkpoint = save_and_stop
+building.save_checkpoint = save_and_stop
 main()
 """
 
@@ -53,38 +53,38 @@ def start(folder, output, *program, **options):
 
 
 def start_and_wait_for_checkpoint(folder, output):
-    process = start(folder, output, "-c", STOPPING)
+    process = start(folder, output, "-c", STOPPING_PROGRAM)
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
     return process
 
 
 @pytest.mark.slow
-def test_killed_or_without_disk_the_command_continues_to_the_same_file(folder, tmp_path):
-    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    done = start(folder, whole)
-    out, err = done.communicate()
-    assert done.returncode == 0, err
-    assert out.startswith(f"Wrote {whole}: ")
+def test_a_run_killed_or_out_of_disk_space_resumes_to_the_same_file(folder, tmp_path):
+    whole_file, resumed_file = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    complete_run = start(folder, whole_file)
+    out, err = complete_run.communicate()
+    assert complete_run.returncode == 0, err
+    assert out.startswith(f"Wrote {whole_file}: ")
     assert "Peak memory: " in out
 
     partial = tmp_path / "parts.safetensors.partial"
-    killed = start_and_wait_for_checkpoint(folder, parts)
+    killed_run = start_and_wait_for_checkpoint(folder, resumed_file)
     assert partial.exists()
-    refused = start(folder, parts)
-    assert "another run is writing" in refused.communicate()[1]
-    assert refused.returncode == 2
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert not parts.exists()
+    second_run = start(folder, resumed_file)
+    assert "another run is writing" in second_run.communicate()[1]
+    assert second_run.returncode == 2
+    killed_run.send_signal(signal.SIGKILL)
+    killed_run.communicate()
+    assert not resumed_file.exists()
     (tmp_path / ".parts.safetensors.partial.glass-x").mkdir()  # as if killed while writing
     (tmp_path / ".parts.safetensors.mine").mkdir()
 
-    interrupted = start_and_wait_for_checkpoint(folder, parts)
-    interrupted.send_signal(signal.SIGINT)
-    interrupted.send_signal(signal.SIGCONT)
-    _, err = interrupted.communicate()
-    assert interrupted.returncode == 130
+    interrupted_run = start_and_wait_for_checkpoint(folder, resumed_file)
+    interrupted_run.send_signal(signal.SIGINT)
+    interrupted_run.send_signal(signal.SIGCONT)
+    _, err = interrupted_run.communicate()
+    assert interrupted_run.returncode == 130
     assert "Interrupted" in err
     assert "Traceback" not in err
 
@@ -92,19 +92,19 @@ def test_killed_or_without_disk_the_command_continues_to_the_same_file(folder, t
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    stuck = start(folder, parts, preexec_fn=full_disk)
-    _, err = stuck.communicate()
-    assert stuck.returncode == 2
+    full_disk_run = start(folder, resumed_file, preexec_fn=full_disk)
+    _, err = full_disk_run.communicate()
+    assert full_disk_run.returncode == 2
     assert err.splitlines()[-1].startswith("build_priors: error: ")
     assert "cannot be written" in err
     assert "Traceback" not in err
 
-    done = start(folder, parts)
-    _, err = done.communicate()
-    assert done.returncode == 0, err
-    assert parts.read_bytes() == whole.read_bytes()
+    complete_run = start(folder, resumed_file)
+    _, err = complete_run.communicate()
+    assert complete_run.returncode == 0, err
+    assert resumed_file.read_bytes() == whole_file.read_bytes()
     assert {f.name for f in tmp_path.iterdir()} == {
-        *("tiny", whole.name, parts.name, ".parts.safetensors.mine")
+        *("tiny", whole_file.name, resumed_file.name, ".parts.safetensors.mine")
     }
 
 
@@ -119,7 +119,7 @@ def run(monkeypatch, capsys, *arguments):
     return code, captured.out, captured.err.splitlines()[-1] if captured.err else ""
 
 
-def test_the_command_writes_a_prior_that_the_model_finds_and_shows_it(
+def test_the_command_writes_and_shows_a_prior_that_the_model_finds(
     folder, tmp_path, monkeypatch, capsys
 ):
     output = folder / FILE_NAME
@@ -165,11 +165,11 @@ def test_the_command_writes_a_prior_that_the_model_finds_and_shows_it(
         (["--show", "x"], "not allowed with argument"),
     ],
 )
-def test_bad_input_ends_with_one_sentence(
+def test_bad_input_is_reported_in_one_sentence(
     folder, tmp_path, monkeypatch, capsys, arguments, message
 ):
-    before = ["--model", folder, "--output", tmp_path / "out"]
-    code, out, err = run(monkeypatch, capsys, *before, *arguments)
+    required = ["--model", folder, "--output", tmp_path / "out"]
+    code, out, err = run(monkeypatch, capsys, *required, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith(
         "build_priors.py: error: " if "argument" in err else "build_priors: error: "
@@ -192,15 +192,15 @@ def test_a_damaged_prior_is_not_shown(tmp_path, monkeypatch, capsys):
 
 
 def test_the_module_runs_the_command(folder, tmp_path):
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "glass_mlx.calibrate", "--help"],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"COLUMNS": "100"},
     )
-    assert "--recipe" in done.stdout
-    assert json.dumps(done.stderr) == '""'
+    assert "--recipe" in result.stdout
+    assert json.dumps(result.stderr) == '""'
 
 
 def test_show_describes_a_prior_before_it_needs_matplotlib(tmp_path, monkeypatch, capsys):

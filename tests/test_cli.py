@@ -1,4 +1,4 @@
-"""One entry point for all commands."""
+"""The single entry point for all commands."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ def test_arguments_are_passed_on(run_command):
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
-def test_without_a_command_they_are_listed(run_command, arguments, code):
+def test_without_a_command_all_commands_are_listed(run_command, arguments, code):
     assert run_command(main, *arguments)[0] == code
     for name, (_, purpose) in COMMANDS.items():
         assert name in run_command(main, *arguments)[1]

@@ -1,4 +1,4 @@
-"""The values that a user decides on are checked where they are given."""
+"""GlassConfig validates its values in its constructor."""
 
 from glass_mlx.config import GlassConfig
 from glass_mlx.statistics import MEAN
@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("options", "message"),
     [
         ({"warmup": 0}, "warm-up must be at least 1"),
         ({"refresh": 1}, "at least 2 tokens, or 0"),
@@ -21,6 +21,6 @@ import pytest
         ({"density": "auto", "max_kl": 0}, "bound on KL must be positive"),
     ],
 )
-def test_values_out_of_range_are_refused(wrong, message):
+def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        GlassConfig(**wrong)
+        GlassConfig(**options)

@@ -1,3 +1,5 @@
+"""One generation, compared with mlx-lm and with the method step by step."""
+
 import gc
 import weakref
 from types import SimpleNamespace
@@ -36,10 +38,10 @@ def tokenizer():
 
 @pytest.fixture
 def model():
-    return tiny_model("llama", seed=49)  # writes few tokens twice
+    return tiny_model("llama", seed=49)  # with this seed, few tokens repeat
 
 
-# One selection, after the prompt.
+# Select once, after the prompt.
 STATIC = {"warmup": 1, "refresh": 0, "prior_weight": 0.5, "statistic": "activation"}
 
 
@@ -57,20 +59,20 @@ def test_all_neurons_give_the_dense_tokens_and_logits_bit_for_bit(model, tokeniz
             )
         )
         mx.random.seed(3)
-        ours = run(model, tokenizer, n=20, density=1.0, sampler=make_sampler(temp))
-        assert [r.token for r in ours] == [r.token for r in dense]
-        assert [r.text for r in ours] == [r.text for r in dense]
-        for a, b in zip(ours, dense, strict=True):
+        responses = run(model, tokenizer, n=20, density=1.0, sampler=make_sampler(temp))
+        assert [r.token for r in responses] == [r.token for r in dense]
+        assert [r.text for r in responses] == [r.text for r in dense]
+        for a, b in zip(responses, dense, strict=True):
             assert mx.array_equal(a.logprobs, b.logprobs)
-        assert [r.finish_reason for r in ours] == [r.finish_reason for r in dense]
-        assert [r.generation_tokens for r in ours] == [r.generation_tokens for r in dense]
-        assert ours[-1].prompt_tokens == dense[-1].prompt_tokens == len(PROMPT)
+        assert [r.finish_reason for r in responses] == [r.finish_reason for r in dense]
+        assert [r.generation_tokens for r in responses] == [r.generation_tokens for r in dense]
+        assert responses[-1].prompt_tokens == dense[-1].prompt_tokens == len(PROMPT)
 
 
 @pytest.mark.parametrize("statistic", ["activation", "griffin"])
 @pytest.mark.parametrize("chunk", [2048, 3])
-def test_it_decodes_with_the_fused_selection_of_the_prompt(model, tokenizer, statistic, chunk):
-    """Against the method step by step: statistics, ranks, fusion, selection, masking."""
+def test_decoding_uses_the_fused_selection_of_the_prompt(model, tokenizer, statistic, chunk):
+    """Compare with the method step by step: statistics, ranks, fusion, selection, masking."""
     prior = made_prior(model)
     prior.scores["griffin"] = made_prior(model, seed=5).scores["griffin"]
     local = statistics_of(model, [mx.array([PROMPT])], cached=True)[statistic]
@@ -97,7 +99,7 @@ def test_it_decodes_with_the_fused_selection_of_the_prompt(model, tokenizer, sta
         assert np.array_equal(responses[-1].glass.selection.indices[path], kept)
 
 
-def test_the_first_token_is_dense_and_the_report_says_so(model, tokenizer):
+def test_the_first_token_is_dense_and_reported_as_dense(model, tokenizer):
     first, *_, last = run(model, tokenizer)
     assert first.glass.density_got == 1.0
     assert first.glass.sliced_bytes == first.glass.dense_bytes
@@ -110,12 +112,12 @@ def test_the_first_token_is_dense_and_the_report_says_so(model, tokenizer):
     assert last.glass.slice_time > 0
 
 
-def test_the_model_is_never_touched(model, tokenizer):
+def test_the_model_is_never_modified(model, tokenizer):
     before = snapshot(model)
     stream = stream_generate(model, tokenizer, PROMPT, prior=made_prior(model), density=0.5)
     for _ in range(3):
         next(stream)
-        assert snapshot(model) == before  # in the middle of a generation, too
+        assert snapshot(model) == before  # also during a generation
     stream.close()
     run(model, tokenizer)
 
@@ -128,7 +130,7 @@ def test_the_model_is_never_touched(model, tokenizer):
 
 
 def test_a_model_that_keeps_references_to_its_modules_is_refused(model, tokenizer):
-    """Replaced modules would not be run, and the selection would be of nothing."""
+    """The model would not run the replaced modules, so slicing would have no effect."""
 
     class Detached(nn.Module):
         def __init__(self):
@@ -151,20 +153,20 @@ def test_options_may_be_none_as_in_mlx_lm(model, tokenizer):
     options = ("sampler", "logits_processors", "prompt_cache", "prompt_progress_callback")
     plain = run(model, tokenizer)
     options += ("down_policy",)
-    ours = run(model, tokenizer, **dict.fromkeys(options), num_draft_tokens=3)
-    assert [r.token for r in ours] == [r.token for r in plain]
-    assert ours[-1].glass.prior == "given"
+    responses = run(model, tokenizer, **dict.fromkeys(options), num_draft_tokens=3)
+    assert [r.token for r in responses] == [r.token for r in plain]
+    assert responses[-1].glass.prior == "given"
 
 
-def test_two_generations_at_once_do_not_disturb_each_other(model, tokenizer):
+def test_concurrent_generations_do_not_interfere(model, tokenizer):
     prompts, prior = ([1, 2, 3, 4], [250, 9, 77, 31, 5]), made_prior(model)
-    alone = [[r.token for r in run(model, tokenizer, p, prior=prior)] for p in prompts]
+    expected = [[r.token for r in run(model, tokenizer, p, prior=prior)] for p in prompts]
     streams = [
         stream_generate(model, tokenizer, p, max_tokens=12, density=0.5, prior=prior, **STATIC)
         for p in prompts
     ]
-    together = list(zip(*streams, strict=True))
-    assert [[pair[i].token for pair in together] for i in range(2)] == alone
+    pairs = list(zip(*streams, strict=True))
+    assert [[pair[i].token for pair in pairs] for i in range(2)] == expected
 
 
 def test_one_token_uses_the_prior_alone(model, tokenizer):
@@ -178,21 +180,21 @@ def test_one_token_uses_the_prior_alone(model, tokenizer):
         run(model, tokenizer, prompt=[5], prior=False)
 
 
-def test_without_a_prior_the_prompt_decides(model, tokenizer):
-    alone = run(model, tokenizer, prior=False)[-1].glass
-    zero = run(model, tokenizer, prior_weight=0.0)[-1].glass
-    assert (alone.prior, alone.prior_weight) == ("none", 0.0)
-    for path, kept in zero.selection.indices.items():
-        assert np.array_equal(alone.selection.indices[path], kept)
+def test_without_a_prior_only_the_prompt_counts(model, tokenizer):
+    no_prior = run(model, tokenizer, prior=False)[-1].glass
+    zero_weight = run(model, tokenizer, prior_weight=0.0)[-1].glass
+    assert (no_prior.prior, no_prior.prior_weight) == ("none", 0.0)
+    for path, kept in zero_weight.selection.indices.items():
+        assert np.array_equal(no_prior.selection.indices[path], kept)
 
 
-RENEWED = {"warmup": 3, "refresh": 4}
-# From a token in the middle of a slice on, between two readings.
-QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": len(PROMPT) + 6}
+RENEWAL = {"warmup": 3, "refresh": 4}
+# Cache quantization starts in the middle of a sliced stretch, between two renewals.
+QUANTIZED_CACHE = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": len(PROMPT) + 6}
 
 
-@pytest.mark.parametrize("options", [{}, RENEWED])
-def test_logits_processors_see_the_prompt_and_all_that_was_generated(model, tokenizer, options):
+@pytest.mark.parametrize("options", [{}, RENEWAL])
+def test_logits_processors_see_the_prompt_and_all_generated_tokens(model, tokenizer, options):
     seen = {}
 
     def record(tokens, logits):
@@ -201,17 +203,18 @@ def test_logits_processors_see_the_prompt_and_all_that_was_generated(model, toke
 
     responses = run(model, tokenizer, n=20, logits_processors=[record], **options)
     tokens = [r.token for r in responses]
-    known = seen[min(seen)]  # mlx-lm does not show all of a prompt that is read in chunks
-    assert known[-1] == PROMPT[-1]
+    visible_prompt = seen[min(seen)]  # mlx-lm shows only part of a chunked prompt
+    assert visible_prompt[-1] == PROMPT[-1]
     for i in range(1, 20):
-        assert seen[min(seen) + i] == known + tokens[:i]
+        assert seen[min(seen) + i] == visible_prompt + tokens[:i]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize(
-    "options", [{}, RENEWED, RENEWED | QUANTIZED | {"quantized_kv_start": 0}, RENEWED | QUANTIZED]
+    "options",
+    [{}, RENEWAL, RENEWAL | QUANTIZED_CACHE | {"quantized_kv_start": 0}, RENEWAL | QUANTIZED_CACHE],
 )
-def test_the_cache_ends_where_that_of_mlx_lm_does(tokenizer, kind, options):
+def test_the_cache_ends_at_the_same_offset_as_in_mlx_lm(tokenizer, kind, options):
     if kind == "gemma3_text" and "kv_bits" in options:
         pytest.skip("mlx-lm does not quantize rotating caches")
     model = tiny_model(kind, head_dim=32)
@@ -224,21 +227,21 @@ def test_the_cache_ends_where_that_of_mlx_lm_does(tokenizer, kind, options):
 
 
 @pytest.mark.parametrize("end", range(14))
-def test_an_end_of_sequence_is_in_the_cache_as_in_mlx_lm(model, tokenizer, end):
-    tokens = [r.token for r in run(model, tokenizer, n=14, **RENEWED)]
+def test_the_end_of_sequence_token_is_cached_as_in_mlx_lm(model, tokenizer, end):
+    tokens = [r.token for r in run(model, tokenizer, n=14, **RENEWAL)]
     if tokens[end] in tokens[:end]:
-        pytest.skip("the token comes earlier, too")
+        pytest.skip("the token also occurs earlier")
     tokenizer.eos_token_ids = {tokens[end]}
     cache = make_prompt_cache(model)
-    responses = run(model, tokenizer, n=30, prompt_cache=cache, **RENEWED)
+    responses = run(model, tokenizer, n=30, prompt_cache=cache, **RENEWAL)
     assert [r.token for r in responses] == tokens[: end + 1]
     assert responses[-1].finish_reason == "stop"
     assert cache[0].offset == len(PROMPT) + end + 1
 
 
-def test_renewal_counts_what_it_does(model, tokenizer):
-    reports = [r.glass for r in run(model, tokenizer, n=20, **RENEWED)]
-    # Dense are the warm-up of 3, and the tokens after 4, 8, 12 and 16 of them.
+def test_reports_count_dense_tokens_reread_tokens_and_selections(model, tokenizer):
+    reports = [r.glass for r in run(model, tokenizer, n=20, **RENEWAL)]
+    # The 3 warm-up tokens are dense, and so is the token after each of 4, 8, 12 and 16 tokens.
     assert [i for i, report in enumerate(reports) if report.dense] == [0, 1, 2, 4, 8, 12, 16]
     last = reports[-1]
     assert (last.dense_tokens, last.reread_tokens, last.selections) == (7, 1 + 3 * 3, 5)
@@ -256,8 +259,8 @@ def test_repetition_penalty_matches_mlx_lm(model, tokenizer):
         )
     ]
     processors = make_logits_processors(repetition_penalty=1.5)
-    ours = run(model, tokenizer, density=1.0, logits_processors=processors)
-    assert [r.token for r in ours] == dense
+    responses = run(model, tokenizer, density=1.0, logits_processors=processors)
+    assert [r.token for r in responses] == dense
 
 
 def test_generation_stops_at_eos(model, tokenizer):
@@ -271,13 +274,13 @@ def test_generation_stops_at_eos(model, tokenizer):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_it_generates_as_many_tokens_as_asked_for(model, tokenizer, n):
+def test_generation_stops_at_max_tokens(model, tokenizer, n):
     responses = run(model, tokenizer, n=n)
     assert len(responses) == n
     assert responses[-1].finish_reason == "length"
 
 
-def test_no_limit(model, tokenizer):
+def test_negative_max_tokens_means_no_limit(model, tokenizer):
     stream = stream_generate(
         model, tokenizer, PROMPT, max_tokens=-1, prior=made_prior(model), density=0.5
     )
@@ -290,16 +293,16 @@ def test_no_limit(model, tokenizer):
 def test_cache_options_are_passed_on(tokenizer, options):
     model = tiny_model("llama", head_dim=32)
     dense = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=12, **options)
-    ours = run(model, tokenizer, density=1.0, **options)
-    assert [r.token for r in ours] == [r.token for r in dense]
+    responses = run(model, tokenizer, density=1.0, **options)
+    assert [r.token for r in responses] == [r.token for r in dense]
 
 
-def test_a_prompt_cache_goes_on_where_it_was(model, tokenizer):
+def test_generation_continues_from_a_prompt_cache(model, tokenizer):
     cache = make_prompt_cache(model)
     model(mx.array([PROMPT[:6]]), cache=cache)
-    ours = run(model, tokenizer, prompt=PROMPT[6:], density=1.0, prompt_cache=cache)
-    whole = run(model, tokenizer, density=1.0)
-    assert [r.token for r in ours] == [r.token for r in whole]
+    continued = run(model, tokenizer, prompt=PROMPT[6:], density=1.0, prompt_cache=cache)
+    at_once = run(model, tokenizer, density=1.0)
+    assert [r.token for r in continued] == [r.token for r in at_once]
 
 
 def test_progress_is_reported(model, tokenizer):
@@ -351,63 +354,66 @@ def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsy
         ({"prior": "missing.safetensors"}, "missing.safetensors"),
     ],
 )
-def test_bad_values_are_refused_before_anything_is_computed(model, tokenizer, options, message):
+def test_bad_values_are_refused_before_any_computation(model, tokenizer, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(model, tokenizer, **options)
 
 
-def test_the_prior_ranks_by_a_statistic_of_its_own(model, tokenizer):
+def test_the_prior_can_rank_by_another_statistic(model, tokenizer):
     prior = made_prior(model)
     other = {path: 1 - values for path, values in prior.scores["activation"].items()}
     prior.scores["impact"] = other
 
-    def kept(**options):
+    def last_report(**options):
         return run(model, tokenizer, n=2, prior=prior, prior_weight=1.0, **options)[-1].glass
 
-    by_impact = kept(prior_statistic="impact")
+    by_impact = last_report(prior_statistic="impact")
     assert (by_impact.statistic, by_impact.prior_statistic) == ("activation", "impact")
     for path, indices in by_impact.selection.indices.items():
         assert set(indices) == set(np.argsort(other[path])[-64:])
-        assert not set(indices) & set(kept().selection.indices[path])
+        assert not set(indices) & set(last_report().selection.indices[path])
     with pytest.raises(
         ValueError, match="has no statistic 'x'; it has activation, griffin, impact"
     ):
-        kept(prior_statistic="x")
+        last_report(prior_statistic="x")
 
 
 @pytest.mark.parametrize("quantization", [{}, {"group_size": 32, "bits": 4}])
 @pytest.mark.parametrize("refresh", [0, 4])
-def test_released_weights_are_freed_and_come_back(tmp_path, tokenizer, quantization, refresh):
+def test_released_weights_are_freed_and_reloaded(tmp_path, tokenizer, quantization, refresh):
     folder = save_tiny_folder(tmp_path / "tiny", **quantization)
     options = {"warmup": 3, "refresh": refresh}
     model, _ = load(str(folder))
     dense = model(mx.array([PROMPT]))
     expected = run(model, tokenizer, **options)
-    # Not identities: a new array may have the address of one that was freed.
-    held = {path: weakref.ref(a) for path, a in tree_flatten(model.parameters()) if "mlp" in path}
-    loaded = []
+    # Weak references, not identities: a new array may reuse a freed array's address.
+    references = {
+        path: weakref.ref(a) for path, a in tree_flatten(model.parameters()) if "mlp" in path
+    }
+    reloads = []
 
     def reload():
-        loaded.append(load(str(folder), lazy=True)[0])
-        return loaded[-1]
+        reloads.append(load(str(folder), lazy=True)[0])
+        return reloads[-1]
 
     responses = run(model, tokenizer, reload=reload, **options)
     assert [r.token for r in responses] == [r.token for r in expected]
-    now = {path for path, _ in tree_flatten(model.parameters()) if "mlp" in path}
-    assert now == held.keys()
-    assert not any(array() is not None for array in held.values())
-    assert len(loaded) == responses[-1].glass.selections
+    paths = {path for path, _ in tree_flatten(model.parameters()) if "mlp" in path}
+    assert paths == references.keys()
+    assert not any(array() is not None for array in references.values())
+    assert len(reloads) == responses[-1].glass.selections
     assert mx.array_equal(model(mx.array([PROMPT])), dense)
 
 
-def test_less_is_held_when_dense_weights_are_released(tmp_path, tokenizer):
+def test_releasing_dense_weights_lowers_held_memory(tmp_path, tokenizer):
     folder = save_tiny_folder(tmp_path / "tiny")
-    ffns = 4 * 3 * 64 * 128 * 4
+    ffn_bytes = 4 * 3 * 64 * 128 * 4
 
-    def held(**options):
+    def held_bytes(**options):
         model, _ = load(str(folder))
         gc.collect()
         return run(model, tokenizer, **options)[-1].glass.held_bytes
 
-    usual, released = held(), held(reload=lambda: load(str(folder), lazy=True)[0])
-    assert usual - released == pytest.approx(ffns, rel=0.05)
+    default = held_bytes()
+    released = held_bytes(reload=lambda: load(str(folder), lazy=True)[0])
+    assert default - released == pytest.approx(ffn_bytes, rel=0.05)

@@ -1,3 +1,5 @@
+"""Export of a sliced model as a checkpoint that stock mlx-lm loads."""
+
 import json
 import subprocess
 import sys
@@ -22,8 +24,8 @@ import pytest
 TOKENS = mx.array([[1, 7, 3, 200, 9]])
 
 
-def made_folder(tmp_path, architecture="llama", **quantization):
-    """A model's folder with its prior, and a file of prompts."""
+def make_folder(tmp_path, architecture="llama", **quantization):
+    """Save a model with its prior, and a file of prompts; return the model's folder."""
     folder = save_tiny_folder(tmp_path / "dense", architecture, **quantization)
     made_prior(load(str(folder))[0]).save(folder / FILE_NAME)
     (tmp_path / "prompts.txt").write_text("丁七万\n丈三上\n")
@@ -31,7 +33,7 @@ def made_folder(tmp_path, architecture="llama", **quantization):
 
 
 def run(monkeypatch, tmp_path, *options):
-    """The command, into the folder `out`, which stock mlx-lm loads afterwards."""
+    """Export into the folder `out` and load the result with stock mlx-lm."""
     arguments = [*("--model", tmp_path / "dense"), *("--output", tmp_path / "out"), *options]
     monkeypatch.setattr("sys.argv", ["export", *map(str, arguments)])
     main()
@@ -47,7 +49,7 @@ def run(monkeypatch, tmp_path, *options):
 def test_stock_mlx_lm_computes_what_the_sliced_model_does(
     tmp_path, monkeypatch, architecture, quantization, capsys
 ):
-    folder = made_folder(tmp_path, architecture, **quantization)
+    folder = make_folder(tmp_path, architecture, **quantization)
     exported, _ = run(monkeypatch, tmp_path, "--density", 0.5)
     dense, _ = load(str(folder))
     session, config = Session(dense), GlassConfig(density=0.5, prior_weight=1.0)
@@ -61,21 +63,21 @@ def test_stock_mlx_lm_computes_what_the_sliced_model_does(
 
 
 def test_a_process_without_this_package_generates_the_same_text(tmp_path, monkeypatch):
-    made_folder(tmp_path)
+    make_folder(tmp_path)
     run(monkeypatch, tmp_path, "--density", 0.5)
     options = ["--model", tmp_path / "out", "--prompt", "丁七万", "-m", "8", "--temp", "0"]
     stock = "import sys; sys.modules['glass_mlx'] = None; from mlx_lm.generate import main; main()"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", stock, *map(str, options)], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     model, tokenizer = load(str(tmp_path / "out"))
     expected = mlx_lm.generate(model, tokenizer, "丁七万", max_tokens=8)
-    assert done.stdout.split("==========")[1].strip() == expected
+    assert result.stdout.split("==========")[1].strip() == expected
 
 
-def test_prompts_are_answered_and_the_answers_count(tmp_path, monkeypatch):
-    folder = made_folder(tmp_path)
+def test_generated_answers_determine_the_selection(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path)
     options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12, "--no-prior"]
     exported, _ = run(monkeypatch, tmp_path, *options, "--density", 0.5)
     dense, tokenizer = load(str(folder))
@@ -99,7 +101,7 @@ def test_prompts_are_answered_and_the_answers_count(tmp_path, monkeypatch):
 
 
 def test_adapters_and_floats_are_exported(tmp_path, monkeypatch):
-    made_folder(tmp_path, group_size=32, bits=4)
+    make_folder(tmp_path, group_size=32, bits=4)
     exported, _ = run(monkeypatch, tmp_path, "--dequantize", "--dtype", "float32")
     assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert exported.layers[0].mlp.down_proj.weight.shape == (64, 64)
@@ -108,16 +110,18 @@ def test_adapters_and_floats_are_exported(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("gpt2", "no configuration with 128 instead of 256"),  # the width is 4 times another
+        ("gpt2", "no configuration with 128 instead of 256"),  # the width is 4 times another value
         ("openelm", "have 64, 128, 192, 256 neurons"),
         ("deepseek_v3", "have 64, 128 neurons"),  # shared experts
     ],
 )
-def test_where_no_width_fits_all_it_says_so(tmp_path, monkeypatch, capsys, architecture, message):
-    made_folder(tmp_path, architecture)
-    with pytest.raises(SystemExit) as ended:
+def test_models_without_a_common_ffn_width_are_refused(
+    tmp_path, monkeypatch, capsys, architecture, message
+):
+    make_folder(tmp_path, architecture)
+    with pytest.raises(SystemExit) as exit_info:
         run(monkeypatch, tmp_path)
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -133,16 +137,16 @@ def test_where_no_width_fits_all_it_says_so(tmp_path, monkeypatch, capsys, archi
         (["--tokens", "1"], "--tokens must be at least 2"),
     ],
 )
-def test_bad_input_ends_with_a_sentence(tmp_path, monkeypatch, capsys, options, message):
-    made_folder(tmp_path)
-    with pytest.raises(SystemExit) as ended:
+def test_bad_input_is_reported_in_one_sentence(tmp_path, monkeypatch, capsys, options, message):
+    make_folder(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
         run(monkeypatch, tmp_path, *options)
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
-    made_folder(tmp_path)
+def test_existing_output_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path)
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path)
@@ -151,28 +155,28 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "read_width"),
     [
-        ("qwen", lambda config: config["intermediate_size"] // 2),  # which says twice the width
+        ("qwen", lambda config: config["intermediate_size"] // 2),  # it states twice the width
         ("lfm2", lambda config: config["intermediate_size"]),
         ("gemma3", lambda config: config["text_config"]["intermediate_size"]),
     ],
 )
-def test_the_width_is_found_wherever_it_stands(name, place):
+def test_the_width_is_replaced_in_every_form_of_configuration(name, read_width):
     model, config = tiny_model(name), configuration(name)
-    assert place(narrowed(model, config, 128, 96)) == 96
+    assert read_width(narrowed(model, config, 128, 96)) == 96
 
 
 def test_prior_and_answers_are_fused(tmp_path, monkeypatch):
-    folder = made_folder(tmp_path)
+    folder = make_folder(tmp_path)
     prior = made_prior(load(str(folder))[0])
     options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12]
-    one, _ = run(monkeypatch, tmp_path, *options, "--prior-weight", "1")
-    about = json.loads((tmp_path / "out" / "config.json").read_text())["glass"]
-    assert (about["prompts"], about["prior_weight"], about["prior"]) == (2, 1.0, FILE_NAME)
+    exported, _ = run(monkeypatch, tmp_path, *options, "--prior-weight", "1")
+    metadata = json.loads((tmp_path / "out" / "config.json").read_text())["glass"]
+    assert (metadata["prompts"], metadata["prior_weight"], metadata["prior"]) == (2, 1.0, FILE_NAME)
     dense, _ = load(str(folder))
     session, config = Session(dense), GlassConfig(density=0.5, prior_weight=1.0)
     selector = session.selector(config, replace(prior, about={}))
     selection = selector.select(session.empty_statistics())
     sliced = slice_model(dense, selection, "requantize")
-    assert mx.array_equal(one(TOKENS), sliced(TOKENS))
+    assert mx.array_equal(exported(TOKENS), sliced(TOKENS))

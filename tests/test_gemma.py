@@ -1,6 +1,6 @@
-"""A real model of another family than the built-in one: GeGLU, windows, tied and scaled embeddings.
+"""A real model of another family: GeGLU, sliding windows, tied and scaled embeddings.
 
-The Gemma terms of use apply to it, so it is fetched by hand, with tools/research/fetch_gemma.py.
+The Gemma terms of use apply, so tests never download it; tools/research/fetch_gemma.py does.
 """
 
 from glass_mlx import load, stream_generate
@@ -16,7 +16,7 @@ from fetch_gemma import gemma_gguf
 @pytest.fixture(scope="module")
 def gemma():
     if not gemma_gguf().is_file():
-        pytest.skip("Gemma 3 270M is not here; python tools/research/fetch_gemma.py fetches it")
+        pytest.skip("Gemma 3 270M is missing; python tools/research/fetch_gemma.py downloads it")
     return load(str(gemma_gguf()), dtype="float32", dequantize=True)
 
 
@@ -34,7 +34,7 @@ def test_generation(gemma):
     prompt, options = "The capital of France is", {"max_tokens": 24}
     dense = [r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, **options)]
     options |= {"prior": made_prior(model), "warmup": 4, "refresh": 8}
-    # First all neurons, with the text read again, and then a real slice.
+    # First keep all neurons, with tokens read again at renewals; then slice.
     responses = list(stream_generate(model, tokenizer, prompt, density=0.9999, **options))
     assert [r.token for r in responses] == dense
     assert "France" in "".join(r.text for r in responses)

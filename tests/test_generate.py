@@ -1,4 +1,4 @@
-"""The command, in this process and as users start it."""
+"""The generate command, in this process and in a subprocess."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def command(run_command):
     return partial(run_command, main)
 
 
-def test_it_answers_and_prints_statistics(command, folder):
+def test_the_command_answers_and_prints_statistics(command, folder):
     options = ("--density", 0.5, "--warmup", 2, "--refresh", 4)
     code, out, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, *options)
     lines = out.splitlines()
@@ -43,7 +43,7 @@ def test_it_answers_and_prints_statistics(command, folder):
     assert str(folder / "glass_prior.safetensors") in lines[6]
 
 
-def test_quiet_output_is_the_text_alone(command, folder):
+def test_quiet_output_is_only_the_text(command, folder):
     _, loud, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--density", 0.5)
     code, out, err = command(
         "--model", folder, "-p", "丁七丄", "-m", 8, "--density", 0.5, "--verbose", "F"
@@ -56,22 +56,22 @@ def test_the_prompt_can_come_from_standard_input(command, folder):
     assert command(*arguments, "-p", "-", stdin="丁七丄") == command(*arguments, "-p", "丁七丄")
 
 
-def test_dense_is_mlx_lm(command, folder):
+def test_dense_generation_gives_the_text_of_density_1(command, folder):
     code, out, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--dense")
     assert code == 0
     assert "GLASS" not in out
-    _, ours, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--density", 1)
-    assert ours.splitlines()[1] == out.splitlines()[1]
+    _, all_neurons, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--density", 1)
+    assert all_neurons.splitlines()[1] == out.splitlines()[1]
 
 
-def test_the_seed_decides(command, folder):
+def test_the_seed_determines_the_text(command, folder):
     arguments = ("--model", folder, "-p", "丁七丄", "-m", 20, "--temp", 1.5, "--verbose", "F")
     one, two = command(*arguments, "--seed", 1), command(*arguments, "--seed", 2)
     assert one == command(*arguments, "--seed", 1)
     assert one != two
 
 
-def test_it_takes_every_flag_of_mlx_lm():
+def test_every_flag_of_mlx_lm_is_accepted():
     ours = set(setup_arg_parser()._option_string_actions)
     assert set(mlx_lm_arg_parser()._option_string_actions) <= ours
 
@@ -96,7 +96,7 @@ def test_it_takes_every_flag_of_mlx_lm():
         (["--no-prior", "--prior", "x"], "not allowed with argument"),
     ],
 )
-def test_bad_input_ends_with_one_sentence(command, folder, arguments, message):
+def test_bad_input_is_reported_in_one_sentence(command, folder, arguments, message):
     code, out, err = command("--model", folder, *arguments)
     assert code == 2
     assert out == ""
@@ -114,7 +114,7 @@ def test_a_prior_for_another_model_is_refused(command, folder, tmp_path):
     assert "is not for this model: it was measured on a model with other weights" in err
 
 
-def test_no_prior_says_how_to_build_one(command, folder):
+def test_without_a_prior_the_error_says_how_to_build_one(command, folder):
     (folder / "glass_prior.safetensors").unlink()
     code, _, err = command("--model", folder)
     assert code == 2
@@ -143,9 +143,9 @@ def test_interruption_is_quiet(command, folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_main_job_on_the_built_in_model(default_gguf):
-    """As a user would start it; four-bit weights, the shipped prior, streamed text."""
-    done = subprocess.run(
+def test_generation_with_the_built_in_model(default_gguf):
+    """Run the command as users do: 4-bit weights, the packaged prior, streamed text."""
+    result = subprocess.run(
         [
             *(sys.executable, "-m", "glass_mlx.generate", "--ignore-chat-template"),
             *("-p", "The capital of France is", "-m", "4", "--warmup", "1"),
@@ -154,15 +154,13 @@ def test_the_main_job_on_the_built_in_model(default_gguf):
         text=True,
         cwd=Path(__file__).parent,
     )
-    assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
-    assert "density 0.899 (asked 0.9)" in done.stdout
-    assert "priors/SmolLM2-135M-Instruct.safetensors" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert "density 0.899 (asked 0.9)" in result.stdout
+    assert "priors/SmolLM2-135M-Instruct.safetensors" in result.stdout
 
 
-def test_no_prior_is_built_unasked_and_one_is_kept_and_used_when_asked_for(
-    command, folder, tmp_path, monkeypatch
-):
+def test_a_prior_is_built_only_on_request_and_then_reused(command, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("glass_mlx.generate.BUILD_TOKENS", 300)
     (folder / "glass_prior.safetensors").unlink()
@@ -174,33 +172,33 @@ def test_no_prior_is_built_unasked_and_one_is_kept_and_used_when_asked_for(
 
     code, out, err = command(*arguments, "--build-prior")
     assert code == 0
-    (built,) = (tmp_path / "cache/priors").iterdir()
-    assert built.name.startswith("tiny-")
-    assert f"prior {built}" in out
-    assert "tok/s" in err  # its progress
+    (prior_file,) = (tmp_path / "cache/priors").iterdir()
+    assert prior_file.name.startswith("tiny-")
+    assert f"prior {prior_file}" in out
+    assert "tok/s" in err  # the progress display
     assert "measuring one into" in err
-    content = built.read_bytes()
+    content = prior_file.read_bytes()
 
     code, out, err = command(*arguments, "--build-prior")
     assert code == 0
-    assert f"using {built}" in err
+    assert f"using {prior_file}" in err
     assert "measuring" not in err
-    assert built.read_bytes() == content
+    assert prior_file.read_bytes() == content
     assert command(*arguments)[0] == 0
 
 
-def test_it_says_where_it_looked_for_the_prior(command, folder, tmp_path):
+def test_it_reports_where_it_searched_for_the_prior(command, folder, tmp_path):
     file = folder / "glass_prior.safetensors"
     arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
     assert f"prior: using {file}" in command(*arguments)[2]
-    moved = tmp_path / "moved.safetensors"
-    file.rename(moved)
+    moved_file = tmp_path / "moved.safetensors"
+    file.rename(moved_file)
     _, _, err = command(*arguments)
     assert f"prior: no glass_prior.safetensors in the model's folder {folder}" in err
     assert "; none for this model in " in err
-    assert err.count("\n") == 2  # one line on the prior, and one error
-    assert f"prior: using {moved}" in command(*arguments, "--prior", moved)[2]
-    assert command(*arguments, "--prior", moved, "--verbose", "F")[2] == ""
+    assert err.count("\n") == 2  # one line about the prior and one error
+    assert f"prior: using {moved_file}" in command(*arguments, "--prior", moved_file)[2]
+    assert command(*arguments, "--prior", moved_file, "--verbose", "F")[2] == ""
 
 
 def test_the_prior_can_rank_by_another_statistic(command, folder):

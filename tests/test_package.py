@@ -1,4 +1,4 @@
-"""What is built from a clone is complete and works elsewhere."""
+"""The sdist and the wheel are complete, and the wheel works outside the clone."""
 
 import os
 import subprocess
@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXPECTED = {
+    "glass_mlx/py.typed",
     "glass_mlx/generate.py",
+    "glass_mlx/calibration/building.py",
+    "glass_mlx/fidelity/test_prompts.txt",
     "glass_mlx/models/__init__.py",
     "glass_mlx/models/ffn.py",
     "glass_mlx/priors/SmolLM2-135M-Instruct.safetensors",
@@ -21,31 +24,31 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """A folder with the sdist, and the wheel that is built from it."""
+def distributions(tmp_path_factory) -> Path:
+    """Build the sdist, and the wheel from it; return their folder."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 
-def test_the_sdist_is_complete(built):
-    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+def test_the_sdist_is_complete(distributions):
+    with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert names >= EXPECTED
 
 
-def test_the_wheel_is_complete_and_has_one_top_level_package(built):
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+def test_the_wheel_is_complete_and_has_one_top_level_package(distributions):
+    with zipfile.ZipFile(next(distributions.glob("*.whl"))) as archive:
         names = set(archive.namelist())
     assert names >= EXPECTED
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"glass_mlx"}
 
 
-def test_the_wheel_works_outside_the_clone(built, tmp_path):
-    wheel = next(built.glob("*.whl"))
+def test_the_wheel_works_outside_the_clone(distributions, tmp_path):
+    wheel = next(distributions.glob("*.whl"))
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
     subprocess.run([*install, str(tmp_path), str(wheel)], check=True, capture_output=True)
     code = (
@@ -58,9 +61,9 @@ def test_the_wheel_works_outside_the_clone(built, tmp_path):
         "GLASS_MLX_CACHE": str(tmp_path / "cache"),
     }
     command = [sys.executable, "-c", code]
-    done = subprocess.run(
+    result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    where, priors = done.stdout.splitlines()
-    assert where == str(tmp_path / "glass_mlx/__init__.py")
+    location, priors = result.stdout.splitlines()
+    assert location == str(tmp_path / "glass_mlx/__init__.py")
     assert priors == "['SmolLM2-135M-Instruct']"

@@ -1,3 +1,5 @@
+"""Ranks of scores and their fusion."""
+
 from itertools import permutations
 
 from glass_mlx.ranking import fuse, ranks
@@ -17,7 +19,7 @@ def test_equal_scores_rank_by_position():
 @pytest.mark.parametrize("m", range(1, 8))
 @pytest.mark.parametrize("prior_weight", [0.0, 0.3, 0.5, 1.0])
 def test_fused_order_is_the_map_ranking(m, prior_weight):
-    """Against all permutations, under a Mallows model with squared Spearman distance."""
+    """Compare with all permutations under a Mallows model with squared Spearman distance."""
     generator = np.random.default_rng(m)
     local, prior = (generator.permutation(m) + 1 for _ in range(2))
     candidates = np.array(list(permutations(range(1, m + 1))))

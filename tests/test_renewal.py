@@ -1,10 +1,12 @@
+"""When neurons are selected and the selection renewed."""
+
 from itertools import islice
 
 from glass_mlx.config import GlassConfig
 from glass_mlx.renewal import selection_points
 
 
-def test_renewals_are_spaced_out():
+def test_intervals_between_renewals_grow():
     assert list(islice(selection_points(GlassConfig()), 12)) == [
         *(16, 32, 64, 96, 128),
         *(192, 256, 320, 384),

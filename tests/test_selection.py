@@ -1,3 +1,5 @@
+"""Selections of neurons by score."""
+
 from glass_mlx.selection import densities, jaccard, neurons_to_keep, select
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
         (8192, 0.45, 512, 3584),
     ],
 )
-def test_budget_rounds_to_multiples_and_stays_within_the_width(width, density, multiple, kept):
+def test_neurons_to_keep_are_multiples_within_the_width(width, density, multiple, kept):
     assert neurons_to_keep(width, density, multiple) == kept
 
 
@@ -37,11 +39,12 @@ def test_the_density_counts_neurons_over_ffns_of_different_widths():
     assert select(scores, 0.5, {"a": 32, "b": 32}).density == pytest.approx(64 / 96)
 
 
-def test_what_is_kept_whole_is_taken_from_the_others():
+def test_ffns_kept_dense_lower_the_density_of_the_others():
     widths = {"a": 64, "b": 32, "c": 32}
     assert densities(widths, 0.5, ()) == {"a": 0.5, "b": 0.5, "c": 0.5}
     assert densities(widths, 0.5, ["b"]) == {"a": pytest.approx(1 / 3), "b": 1, "c": 1 / 3}
-    assert densities(widths, 0.3, ["b"]) == {"a": 0.3, "b": 0.3, "c": 0.3}  # too little is left
+    # Too few neurons would remain for a and c.
+    assert densities(widths, 0.3, ["b"]) == {"a": 0.3, "b": 0.3, "c": 0.3}
     assert densities(widths, 0.5, ["a", "b", "c"]) == {"a": 0.5, "b": 0.5, "c": 0.5}
     assert densities(widths, 1.0, ["b"]) == {"a": 1, "b": 1, "c": 1}
     scores = {path: np.arange(width) for path, width in widths.items()}
@@ -50,7 +53,7 @@ def test_what_is_kept_whole_is_taken_from_the_others():
     assert selection.density == 0.5
 
 
-def test_jaccard():
+def test_jaccard_index_by_ffn():
     a = select({"f": np.array([4.0, 3, 2, 1])}, 0.5, {"f": 1})
     b = select({"f": np.array([4.0, 1, 2, 3])}, 0.5, {"f": 1})
     assert jaccard(a, a) == {"f": 1.0}

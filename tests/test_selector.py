@@ -1,3 +1,5 @@
+"""Selection from local statistics and a prior."""
+
 from dataclasses import replace
 
 from glass_mlx.config import GlassConfig
@@ -14,20 +16,22 @@ def model():
     return tiny_model("llama", intermediate_size=1280)
 
 
-def test_the_text_takes_over_from_the_prompt_when_there_is_enough(model):
-    few, enough = local_statistics(model, 20, 7), local_statistics(model, 20, 8)
-    assert few.basis is few.prompt
-    assert enough.basis is enough.text
+def test_enough_generated_tokens_replace_the_prompt(model):
+    short_text, long_text = local_statistics(model, 20, 7), local_statistics(model, 20, 8)
+    assert short_text.basis is short_text.prompt
+    assert long_text.basis is long_text.text
     selector = Session(model).selector(GlassConfig(density=0.5), made_prior(model))
-    alone = local_statistics(model, 0, 8)
-    for path, scores in enough.text.scores("griffin").items():
-        alone.text.sums[path] = enough.text.sums[path]
-        assert np.array_equal(scores, alone.text.scores("griffin")[path])
-    ours, theirs = selector.select(enough), selector.select(alone)
-    assert all(np.array_equal(kept, theirs.indices[path]) for path, kept in ours.indices.items())
+    text_only = local_statistics(model, 0, 8)
+    for path, scores in long_text.text.scores("griffin").items():
+        text_only.text.sums[path] = long_text.text.sums[path]
+        assert np.array_equal(scores, text_only.text.scores("griffin")[path])
+    selection, expected = selector.select(long_text), selector.select(text_only)
+    assert all(
+        np.array_equal(kept, expected.indices[path]) for path, kept in selection.indices.items()
+    )
 
 
-def test_one_token_takes_the_prior_and_no_prior_the_text(model):
+def test_the_prior_weight_is_1_for_one_token_and_0_without_a_prior(model):
     session, config = Session(model), GlassConfig(prior_weight=0.3)
     selector = session.selector(config, made_prior(model))
     assert selector.prior_weight(local_statistics(model, 1, 0)) == 1
@@ -35,14 +39,14 @@ def test_one_token_takes_the_prior_and_no_prior_the_text(model):
     assert session.selector(config, None).prior_weight(local_statistics(model, 2, 9)) == 0
 
 
-def test_ffns_that_the_prior_says_so_of_are_kept_whole(model):
+def test_ffns_that_the_prior_lists_are_kept_dense(model):
     session, prior = Session(model), made_prior(model)
     first = session.ffns[0].path
     prior = replace(prior, about=prior.about | {"whole": [first]})
     config = GlassConfig(density=0.75)
-    kept = session.selector(config, prior).select(local_statistics(model, 9, 9))
-    assert len(kept.indices[first]) == 1280
-    assert kept.density == pytest.approx(0.75, abs=0.02)
+    selection = session.selector(config, prior).select(local_statistics(model, 9, 9))
+    assert len(selection.indices[first]) == 1280
+    assert selection.density == pytest.approx(0.75, abs=0.02)
     uniform = session.selector(replace(config, uniform=True), prior)
-    kept = uniform.select(local_statistics(model, 9, 9))
-    assert len(kept.indices[first]) == 960
+    selection = uniform.select(local_statistics(model, 9, 9))
+    assert len(selection.indices[first]) == 960

@@ -1,4 +1,4 @@
-"""What is known of a model is found once, and found again when the model changes."""
+"""A session prepares a model once, and again when the model changes."""
 
 import copy
 import gc
@@ -26,17 +26,17 @@ def model():
 
 @pytest.fixture
 def counts(monkeypatch):
-    """How often each step of the preparation runs."""
+    """Count how often each step of the preparation runs."""
     counts = {}
 
     def count(module, name):
         function = getattr(module, name)
 
-        def counted(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             counts[name] = counts.get(name, 0) + 1
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(module, name, wrapper)
 
     count(discovery, "_find_ffn")  # per module
     count(discovery, "_is_sum_over_neurons")  # per kind of module
@@ -48,17 +48,19 @@ def counts(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_second_generation_prepares_nothing_again(model, counts, tmp_path, monkeypatch, wrapped):
+@pytest.mark.parametrize("in_session", [False, True])
+def test_a_second_generation_repeats_no_preparation(
+    model, counts, tmp_path, monkeypatch, in_session
+):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path))
     nn.quantize(model, 32, 4)
     made_prior(model).save(tmp_path / "priors" / FILE_NAME)
-    tokenizer, given = letter_tokenizer(), Session(model) if wrapped else model
+    tokenizer, source = letter_tokenizer(), Session(model) if in_session else model
     options = OPTIONS | {"down_policy": "neuron-major"}
 
     counts.clear()
-    first = [r.token for r in stream_generate(given, tokenizer, [1, 2, 3], **options)]
-    if not wrapped:
+    first = [r.token for r in stream_generate(source, tokenizer, [1, 2, 3], **options)]
+    if not in_session:
         assert counts["_find_ffn"] == len(model.named_modules())
     assert counts["dense_weight"] == 4
     assert counts["mismatch"] == 1
@@ -67,7 +69,7 @@ def test_a_second_generation_prepares_nothing_again(model, counts, tmp_path, mon
     assert counts["_TransposedCopy"] == 4
 
     counts.clear()
-    assert [r.token for r in stream_generate(given, tokenizer, [1, 2, 3], **options)] == first
+    assert [r.token for r in stream_generate(source, tokenizer, [1, 2, 3], **options)] == first
     assert counts == {}
 
 
@@ -88,7 +90,7 @@ def quantize(model):
 
 
 @pytest.mark.parametrize("change", [replace_a_module, replace_weights, replace_attention, quantize])
-def test_everything_is_found_again_when_arrays_are_replaced(model, change):
+def test_replacing_arrays_invalidates_a_session(model, change):
     session = Session(model)
     ffns, size = session.ffns, session.weight_bytes
     assert Session(model).ffns is ffns
@@ -101,16 +103,16 @@ def test_everything_is_found_again_when_arrays_are_replaced(model, change):
     assert (session.weight_bytes == size) == (change in (replace_a_module, replace_attention))
 
 
-def test_a_session_that_is_kept_follows_its_model(model):
-    """Slices of the float weights would give another text than those of the quantized ones."""
+def test_an_existing_session_follows_its_model(model):
+    """Stale slices of the float weights would give other logits than the quantized weights."""
     session, tokenizer, prior = Session(model), letter_tokenizer(), made_prior(model)
     options = OPTIONS | {"prior": prior, "down_policy": "requantize"}
     nn.quantize(model, 32, 4)
-    kept, other = (
-        [r.logprobs for r in stream_generate(given, tokenizer, [1, 2, 3], **options)]
-        for given in (session, model)
+    by_session, by_model = (
+        [r.logprobs for r in stream_generate(model_or_session, tokenizer, [1, 2, 3], **options)]
+        for model_or_session in (session, model)
     )
-    assert all(mx.array_equal(a, b) for a, b in zip(kept, other, strict=True))
+    assert all(mx.array_equal(a, b) for a, b in zip(by_session, by_model, strict=True))
     with pytest.raises(ValueError, match="not for this model"):
         session.find_prior(made_prior(tiny_model("llama", seed=1)))
     model.layers[0].mlp.up_proj.lora_a = mx.zeros((1,))
@@ -118,7 +120,7 @@ def test_a_session_that_is_kept_follows_its_model(model):
         stream_generate(session, tokenizer, [1, 2, 3], **options)
 
 
-def test_copies_of_a_model_are_other_models(model):
+def test_copies_of_a_model_have_separate_sessions(model):
     ffns = Session(model).ffns
     for other in (copy.copy(model), copy.deepcopy(model)):
         assert Session(other).ffns is not ffns
@@ -126,7 +128,7 @@ def test_copies_of_a_model_are_other_models(model):
     assert Session(model).ffns is ffns
 
 
-def test_a_model_is_freed_when_its_last_reference_goes():
+def test_a_model_is_freed_with_its_last_reference():
     model = tiny_model("llama")
     made_prior(model)
     list(stream_generate(model, letter_tokenizer(), [1, 2, 3], prior=made_prior(model), **OPTIONS))
@@ -137,7 +139,7 @@ def test_a_model_is_freed_when_its_last_reference_goes():
     gc.disable()
     try:
         del model
-        assert weights() is None  # although the slices are there
+        assert weights() is None  # although the slices still exist
         assert vocabulary() is sliced.lm_head.weight
     finally:
         gc.enable()
@@ -152,8 +154,8 @@ def test_a_prior_is_read_again_when_its_file_changes(model, tmp_path):
     made_prior(model, seed=2).save(prior_file)
     second = session.find_prior(prior_file)
     assert second is not first
-    given = made_prior(model)
-    assert session.find_prior(given) is given
+    prior = made_prior(model)
+    assert session.find_prior(prior) is prior
     assert session.find_prior(prior_file).scores.keys() == second.scores.keys()
 
 
@@ -161,11 +163,11 @@ def test_a_prior_is_searched_for_again_when_one_is_added(model, tmp_path, monkey
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path))
     folder, session, lines = tmp_path / "model", Session(model), []
     folder.mkdir()
-    for added in (tmp_path / "priors/b.safetensors", tmp_path / "priors/a.safetensors"):
-        made_prior(model).save(added)
+    for new_file in (tmp_path / "priors/b.safetensors", tmp_path / "priors/a.safetensors"):
+        made_prior(model).save(new_file)
         for _ in range(2):
-            assert session.find_prior(folder=folder, report=lines.append).source == str(added)
-            assert lines.pop() == f"using {added}"
+            assert session.find_prior(folder=folder, report=lines.append).source == str(new_file)
+            assert lines.pop() == f"using {new_file}"
             assert lines.pop().startswith("no glass_prior.safetensors")
     made_prior(model).save(folder / FILE_NAME)
     assert session.find_prior(folder=folder).source == str(folder / FILE_NAME)

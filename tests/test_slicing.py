@@ -1,3 +1,5 @@
+"""Sliced models and their updates."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 from glass_mlx.models import MeanCompensation, find_ffns
@@ -18,19 +20,19 @@ def model():
     return tiny_model("llama", intermediate_size=1280)
 
 
-def test_slices_are_made_in_any_thread(model):
+def test_slices_can_be_made_in_any_thread(model):
     mx.eval(model.parameters())
     selection = random_selection(model)
 
     def logits():
         return np.array(slice_model(model, selection, "requantize")(mx.array([[1, 2, 3]])))
 
-    here = logits()
-    with ThreadPoolExecutor(1) as other:
-        assert np.array_equal(other.submit(logits).result(), here)
+    expected = logits()
+    with ThreadPoolExecutor(1) as executor:
+        assert np.array_equal(executor.submit(logits).result(), expected)
 
 
-def test_compensation_is_means_shrunk_towards_zero(model):
+def test_mean_compensation_shrinks_means_towards_zero(model):
     assert mean_compensation(local_statistics(model, 20, 7)) == {}
     statistics = Session(model).empty_statistics()
     path = find_ffns(model)[0].path
@@ -47,12 +49,12 @@ def test_compensation_is_means_shrunk_towards_zero(model):
     assert np.allclose(means.output, means.inputs @ down, atol=1e-3)
 
 
-def moved(selection, path, count, seed=0):
-    """A selection in which some neurons of one FFN are others."""
-    generator, own = np.random.default_rng(seed), selection.indices[path]
-    others = np.setdiff1d(np.arange(selection.widths[path]), own)
-    stay = generator.permutation(own)[count:]
-    kept = np.sort([*stay, *generator.permutation(others)[:count]]).astype(np.int32)
+def replace_neurons(selection, path, count, seed=0):
+    """Return a selection with `count` neurons of one FFN replaced by others."""
+    generator, current = np.random.default_rng(seed), selection.indices[path]
+    others = np.setdiff1d(np.arange(selection.widths[path]), current)
+    remaining = generator.permutation(current)[count:]
+    kept = np.sort([*remaining, *generator.permutation(others)[:count]]).astype(np.int32)
     return Selection(selection.indices | {path: kept}, selection.widths)
 
 
@@ -63,17 +65,18 @@ def test_slices_that_would_hardly_change_are_kept(model):
     assert all(np.array_equal(kept.indices[path], first.indices[path]) for path in first.indices)
     paths = [*first.indices]
     before = [mx.array(dict(one.named_modules())[f"{p}.gate_proj"].weight) for p in paths]
-    second = moved(moved(first, paths[0], 20), paths[1], 40)  # of 640: 97 % stay, and 94 %
+    # 97 % and 94 % of the 640 neurons stay.
+    second = replace_neurons(replace_neurons(first, paths[0], 20), paths[1], 40)
     sliced.update(second)
     two, kept = sliced.model, sliced.selection
     assert np.array_equal(kept.indices[paths[0]], first.indices[paths[0]])
     assert np.array_equal(kept.indices[paths[1]], second.indices[paths[1]])
     after = [dict(two.named_modules())[f"{p}.gate_proj"].weight for p in paths]
     assert mx.array_equal(before[0], after[0])
-    assert (before[1] != after[1]).any(axis=1).sum() == 40  # rows; the others are where they were
+    assert (before[1] != after[1]).any(axis=1).sum() == 40  # rows; all others keep their places
 
 
-def test_the_first_compensation_reaches_slices_that_would_be_kept(model):
+def test_the_first_compensation_also_updates_slices_that_would_be_kept(model):
     sliced, selection = SlicedModel(model, find_ffns(model), "requantize"), random_selection(model)
     sliced.update(selection)
     bias = dict.fromkeys(selection.indices)
@@ -86,7 +89,7 @@ def test_the_first_compensation_reaches_slices_that_would_be_kept(model):
         for path, before in bias.items():
             after = modules[f"{path}.down_proj"].bias
             assert (turn == 0) == (before is None)
-            assert before is None or mx.array_equal(before, after)  # a kept slice keeps its own
+            assert before is None or mx.array_equal(before, after)  # a kept slice keeps its bias
             bias[path] = after
 
 
@@ -99,7 +102,7 @@ def test_the_first_compensation_reaches_slices_that_would_be_kept(model):
         (8, "neuron-major"),
     ],
 )
-def test_a_moved_slice_computes_what_a_new_one_does(architecture, bits, policy):
+def test_an_updated_slice_computes_the_same_as_a_new_slice(architecture, bits, policy):
     model = tiny_model(architecture)
     if bits:
         nn.quantize(model, 32, bits)
@@ -113,19 +116,19 @@ def test_a_moved_slice_computes_what_a_new_one_does(architecture, bits, policy):
     x = mx.random.normal((2, 64))
     for turn in range(3):
         for path in selection.indices:
-            selection = moved(selection, path, 12 + 9 * turn, turn)
+            selection = replace_neurons(selection, path, 12 + 9 * turn, turn)
         widths = selection.widths.items()
         means = {path: MeanCompensation(mx.random.normal((m,))) for path, m in widths}
         fresh = SlicedModel(model, ffns, policy)
-        for updated in (sliced, fresh):
-            updated.update(selection, means)
+        for target in (sliced, fresh):
+            target.update(selection, means)
         for path, indices in sliced.selection.indices.items():
             assert np.array_equal(indices, selection.indices[path])
-            ours, theirs = (dict(m.model.named_modules())[path](x) for m in (sliced, fresh))
-            assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+            output, expected = (dict(m.model.named_modules())[path](x) for m in (sliced, fresh))
+            assert mx.allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_slice_of_another_size_is_made_anew(model):
+def test_a_slice_of_another_size_is_rebuilt(model):
     sliced = SlicedModel(model, find_ffns(model), "requantize")
     sliced.update(random_selection(model, share=0.5))
     wider = random_selection(model, share=0.75)

@@ -1,3 +1,5 @@
+"""Statistics of hidden vectors."""
+
 from glass_mlx.statistics import NeuronStatistics
 
 import mlx.core as mx
@@ -43,14 +45,14 @@ def test_zero_vectors_and_half_precision_stay_finite():
     np.testing.assert_allclose(statistics.scores("griffin")["f"], 0.5**1.5)
 
 
-def test_hidden_vectors_come_back_and_bring_the_sums_with_them():
+def test_update_returns_the_hidden_vectors():
     statistics = NeuronStatistics({"f": 5})
     h = mx.array(hidden(3, 5))
-    same = statistics.update("f", h)
-    assert mx.array_equal(same, h)
+    returned = statistics.update("f", h)
+    assert mx.array_equal(returned, h)
 
 
-def test_sequences_of_a_batch_have_scores_of_their_own():
+def test_each_sequence_of_a_batch_has_separate_scores():
     h = hidden(2, 4, 5)
     mask = np.array([[0, 1, 1, 1], [1, 1, 0, 0]])
     batch = NeuronStatistics({"f": 5}, ("activation", "griffin"), sequences=2)

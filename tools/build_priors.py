@@ -1,4 +1,4 @@
-"""Measure the global prior of a model and write it to a file; see `glass_mlx.calibrate`."""
+"""Run `glass_mlx.calibrate`, which measures the global prior of a model."""
 
 from glass_mlx.calibrate import main
 

@@ -1,4 +1,4 @@
-"""Measure how close sliced models stay to the dense one: `glass_mlx.fidelity`."""
+"""Run `glass_mlx.fidelity`, which measures how close sliced models stay to the dense model."""
 
 from glass_mlx.fidelity.__main__ import main
 

@@ -1,4 +1,4 @@
-"""Measure how fast a model decodes, dense and sliced: `glass_mlx.latency`."""
+"""Run `glass_mlx.latency`, which measures how fast a model decodes, dense and sliced."""
 
 from glass_mlx.latency.__main__ import main
 

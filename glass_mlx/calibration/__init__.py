@@ -1,1 +1,1 @@
-"""Measuring a prior; `python -m glass_mlx.calibrate` is the command."""
+"""The measurement of a prior; the command is `python -m glass_mlx.calibrate`."""

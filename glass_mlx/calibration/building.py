@@ -2,7 +2,7 @@
 
 Sequences are written batch by batch (`calibration.texts`), and then read densely to measure the
 neurons of the FFNs. Each sequence gives one score for each neuron and statistic; the prior holds
-their mean and spread. The memory beside the model does not grow with the number of tokens.
+their mean and spread. The memory used beyond the model's does not grow with the number of tokens.
 """
 
 import json
@@ -51,15 +51,15 @@ class CalibrationSettings:
     Attributes:
         recipes: the texts to measure on. Their weights are also their shares of the tokens.
             Default: see `default_recipes`.
-        statistics: what to measure, of `PRIOR_STATISTICS`.
+        statistics: the statistics to measure, a subset of `statistics.PRIOR_STATISTICS`.
         tokens: the minimum number of tokens to measure.
         sequences: the minimum number of sequences to measure, instead of tokens.
-        length: tokens a sequence.
+        length: tokens per sequence.
         batch_size: sequences written at once.
         temperature: the sampling temperature.
         seed: the same seed gives the same prior, whether or not the run is interrupted.
-        until_stable: stop before `tokens` when `stability.overall_stability` of the two halves of
-            the sequences reaches this.
+        until_stable: stop before `tokens` once `calibration.stability.overall_stability` of the two
+            halves of the sequences reaches this value.
         corpus_field: the field of a JSONL corpus that holds the text.
         curve_texts: the number of texts for the model's density curve (`calibration.curve`); 0 for
             no curve. A prior without the statistic that decoding ranks by has no curve.
@@ -109,7 +109,7 @@ class CalibrationSettings:
 
 
 def default_recipes(tokenizer: TokenizerWrapper) -> tuple[Recipe, ...]:
-    """Return the recipes that are measured if none are given (docs/experiments.md has why)."""
+    """Return the recipes to measure by default (docs/experiments.md explains the choice)."""
     kinds = ("bos", "chat") if tokenizer.has_chat_template else ("bos",)
     return tuple(map(Recipe, kinds))
 
@@ -121,19 +121,19 @@ def build(
     settings: CalibrationSettings | None = None,
     name: str = "",
 ) -> GlobalPrior:
-    """Measure a global prior into a file. The same call continues an interrupted one.
+    """Measure a global prior and write it to a file. Repeating the call continues it.
 
     Args:
         model: the dense model.
         tokenizer: its tokenizer.
-        output: the file to write. A file beside it holds what was measured so far.
+        output: the file to write. A file beside it holds the measurements so far.
         settings: how to measure.
-        name: the model's name, for the record.
+        name: the model's name, which the prior records.
 
     Raises:
         FileNotFoundError: if a corpus does not exist.
         OSError: if a file cannot be written.
-        ValueError: if another run is writing the file; also see `calibrate`.
+        ValueError: if another run is writing the file, or for the reasons given in `calibrate`.
     """
     if output.is_dir():
         raise ValueError(f"{output} is a folder; give the name of a file")
@@ -159,14 +159,14 @@ def calibrate(
         model: the dense model.
         tokenizer: its tokenizer.
         settings: how to measure.
-        name: the model's name, for the record.
-        checkpoint: a file that is written after every batch with what was measured so far. If it
+        name: the model's name, which the prior records.
+        checkpoint: a file for the measurements so far, written after every batch. If the file
             exists, the calibration continues from it.
 
     Raises:
         FileNotFoundError: if a corpus does not exist.
         ValueError: if the model cannot be sliced, a recipe does not suit the tokenizer or gives no
-            text, or the checkpoint is of another calibration.
+            text, or the checkpoint comes from another calibration.
     """
     settings = settings or CalibrationSettings()
     session = Session.of(model)
@@ -212,7 +212,7 @@ def _start_mixture(
 
 
 def _describe(model: nn.Module, settings: CalibrationSettings, name: str) -> dict[str, Any]:
-    """Describe the model and the settings, for the record."""
+    """Return the description of the model and the settings that the prior records."""
     listed_elsewhere = ("recipes", "statistics", "curve_texts")
     return made_with() | {
         "model": name,
@@ -227,7 +227,7 @@ def _describe(model: nn.Module, settings: CalibrationSettings, name: str) -> dic
 
 
 def _float_type(model: nn.Module) -> str:
-    """Return the floating type of the model's first such array, which the model computes in."""
+    """Return the type of the model's first floating-point array, which the model computes in."""
     dtypes = (array.dtype for _, array in named_arrays(model))
     dtype = next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))
     return str(dtype).removeprefix("mlx.core.")
@@ -243,7 +243,7 @@ def _measure_mixture(
     """Write and read batch after batch until enough is measured.
 
     Args:
-        session: what is known of the dense model.
+        session: the dense model's session.
         tokenizer: its tokenizer.
         mixture: the recipes, to which the measurements are added.
         settings: how to measure.
@@ -298,7 +298,7 @@ def _make_sources(
     settings: CalibrationSettings,
     progress: Callable[[int], object],
 ) -> dict[MeasuredRecipe, BatchSource]:
-    """Return what writes or reads the texts of each recipe. Each recipe has its own seed."""
+    """Return the source of each recipe's texts. Each recipe has its own seed."""
     return {
         recipe: make_source(
             recipe.recipe,
@@ -325,22 +325,24 @@ def _next_batch(
         return None
     tokens, sequences = mixture.tokens, mixture.sequences
     if settings.sequences is not None:
-        left = settings.sequences - sequences
+        remaining = settings.sequences - sequences
     else:
         tokens_per_sequence = tokens / sequences if sequences else settings.length
-        left = math.ceil((settings.tokens - tokens) / tokens_per_sequence)
-    # Every recipe is measured, on one sequence at least.
-    recipes = [r for r in mixture.recipes if not r.exhausted and (left > 0 or r.sequences == 0)]
+        remaining = math.ceil((settings.tokens - tokens) / tokens_per_sequence)
+    # Every recipe is measured on at least one sequence.
+    recipes = [
+        r for r in mixture.recipes if not r.exhausted and (remaining > 0 or r.sequences == 0)
+    ]
     if not recipes:
         return None
     recipe = min(recipes, key=lambda r: r.moments.tokens / r.recipe.weight)
-    return recipe, max(1, min(settings.batch_size, left))
+    return recipe, max(1, min(settings.batch_size, remaining))
 
 
 def _make_prior(
     mixture: Mixture, weights: dict[str, np.ndarray], about: dict[str, Any]
 ) -> GlobalPrior:
-    """Make a prior from everything that was measured.
+    """Make a prior from the measurements of all recipes.
 
     Args:
         mixture: the recipes and their measurements.
@@ -371,7 +373,7 @@ def _make_prior(
 def _with_curve(
     model: nn.Module, tokenizer: TokenizerWrapper, prior: GlobalPrior, settings: CalibrationSettings
 ) -> GlobalPrior:
-    """Return the prior with a density curve, or without if the model writes no suitable text."""
+    """Return the prior with a density curve, or unchanged if the model writes no suitable text."""
     with (
         tqdm(
             total=READINGS_PER_TEXT * settings.curve_texts, desc="density curve", unit="read"

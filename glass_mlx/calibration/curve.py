@@ -1,7 +1,7 @@
-"""Measuring a prior's density curve, and which FFNs are better kept dense.
+"""Measure a prior's density curve, and choose the FFNs that are better kept dense.
 
 Both are measured once, on text that the model writes itself, with the selection that decoding uses
-by default. The curve is stored in `about["curve"]` of the prior, the FFNs in `about["whole"]`.
+by default. The prior's `about["curve"]` holds the curve, and `about["whole"]` the FFNs.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-# The readings by a sliced model that each text takes, for progress bars.
+# The number of readings by a sliced model per text, for progress bars.
 READINGS_PER_TEXT = 4 + len(DENSITIES)
 
-# Users sample at about this temperature; the texts of a prior are sampled at a higher one.
+# Users sample at about this temperature. The texts of a prior have a higher temperature.
 _TEMPERATURE = 0.7
 
 
@@ -53,8 +53,8 @@ def measure_curve(
         texts: how many texts to measure on.
         length: tokens per text.
         batch_size: texts written at once.
-        seed: of the texts.
-        progress: called with the number of readings done, `READINGS_PER_TEXT` per text in all.
+        seed: the seed of the texts.
+        progress: called with the number of new readings, `READINGS_PER_TEXT` for each text.
 
     Returns:
         Entries for `about` of the prior: "whole", the FFNs to keep dense, and "curve", with the
@@ -65,34 +65,35 @@ def measure_curve(
     """
     frame = _frame(tokenizer)
     kind = "bos" if frame is None else "chat"
-    # A prior's texts have a seed of two numbers, so these texts differ from those.
+    # A prior's texts have a seed of two numbers, so a seed of three gives different texts.
     writer = Writer(model, _TEMPERATURE, [seed, 0, 0], lambda count: None)
     source = make_source(Recipe(kind), writer, tokenizer, length, frame)
     shortest = max(length // 4, 2 * GlassConfig.warmup)
-    written = _write_texts(source, texts, batch_size)
-    scored = [text for text in written if len(text.written) >= shortest]
-    progress(READINGS_PER_TEXT * (texts - len(scored)))
-    if not scored:
-        raise ValueError("the model writes no text that is long enough to measure one on")
+    all_texts = _write_texts(source, texts, batch_size)
+    long_texts = [text for text in all_texts if len(text.written) >= shortest]
+    progress(READINGS_PER_TEXT * (texts - len(long_texts)))
+    if not long_texts:
+        raise ValueError("the model writes no text that is long enough to measure a curve on")
     session = Session.of(model)
-    kept_dense = _choose_kept_dense(session, prior, scored, progress)
+    kept_dense = _choose_kept_dense(session, prior, long_texts, progress)
     prior = replace(prior, about=prior.about | {"whole": kept_dense})
     configs = [GlassConfig(density=density) for density in DENSITIES]
+    kl_by_density = _kl(session, prior, long_texts, configs, progress)
     return {
         "whole": kept_dense,
         "curve": {
             "densities": [*DENSITIES],
-            "kl": [round(float(kl), 6) for kl in _kl(session, prior, scored, configs, progress)],
+            "kl": [round(float(kl), 6) for kl in kl_by_density],
             "recipe": kind,
-            "texts": len(scored),
-            "tokens": sum(len(text.written) - 1 for text in scored),
+            "texts": len(long_texts),
+            "tokens": sum(len(text.written) - 1 for text in long_texts),
             "temperature": _TEMPERATURE,
         },
     }
 
 
 def _frame(tokenizer: TokenizerWrapper) -> ChatFrame | None:
-    """Return the text around a user's turn, or None if the model cannot ask itself a question."""
+    """Return the chat frame, or None if the model cannot ask itself a question."""
     try:
         return chat_frame(tokenizer)
     except ValueError:
@@ -117,9 +118,9 @@ def _choose_kept_dense(
 ) -> list[str]:
     """Choose FFNs to keep dense at the others' expense: those that lower KL at density 0.5.
 
-    In some models the first FFNs are worth far more than the others, and in others nothing is
-    gained; docs/experiments.md has figures. The first, the second and the last are tried, in this
-    order.
+    In some models the first FFNs matter far more than the others; in other models, keeping FFNs
+    dense gains nothing (docs/experiments.md has figures). The first, the second and the last are
+    tried, in this order.
     """
     paths = [ffn.path for ffn in session.ffns]
     kept_dense: list[str] = []

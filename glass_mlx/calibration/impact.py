@@ -1,4 +1,4 @@
-"""How much each neuron matters to the loss of the next token: one backward pass a sequence."""
+"""Measure each neuron's impact on the next-token loss, with one backward pass per sequence."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def _pass_through_vjp(
     hidden, mask, total = primals
     impact = mx.abs(hidden.astype(mx.float32) * cotangent.astype(mx.float32))
     impact = (mask.reshape(1, -1) @ impact.reshape(-1, impact.shape[-1])).reshape(total.shape)
-    # The gradient depends on the impact, so that the impact is computed at once and holds nothing.
+    # The gradient depends on the impact, so the impact is computed at once and holds no memory.
     return mx.depends(cotangent, impact), mx.zeros_like(mask), impact
 
 
@@ -57,8 +57,8 @@ def _recomputing_layer(
 
     Args:
         layer: the layer.
-        totals: what gradients are needed for. A recomputed function returns gradients for its
-            arguments alone, so that the totals must be among them.
+        totals: the arrays that need gradients. A recomputed function returns gradients for its
+            arguments alone, so the totals must be among them.
         observe: returns the layer to run, given the totals.
     """
     layer = copy.copy(layer)
@@ -77,7 +77,7 @@ def _observed_model(model: nn.Module, ffns: list[FFN], totals: Totals, mask: mx.
     layers: dict[str, list[FFN]] = {}
     for ffn in ffns:
         layers.setdefault(_layer_path(ffn.path), []).append(ffn)
-    if "" in layers:  # no list of layers, so that nothing can be recomputed layer by layer
+    if "" in layers:  # no list of layers, so nothing can be recomputed layer by layer
         return with_taps(model, observer(totals))
     modules = dict(model.named_modules())
     replacements: dict[str, dict[str, nn.Module]] = {}
@@ -119,9 +119,9 @@ def measure_impact(
     contribution of a token does not depend on the length of the sequence. The paper does not fix
     these constants.
 
-    Layers are computed again in the backward pass. For T tokens, the memory beside the model is
-    each layer's input (T, hidden size), everything that one layer computes, and four arrays of the
-    size of the logits (T, vocabulary) in float32.
+    Layers are computed again in the backward pass. For T tokens, the memory needed in addition to
+    the model is each layer's input (T, hidden size), everything that one layer computes, and four
+    arrays of the size of the logits (T, vocabulary) in float32.
 
     Args:
         model: the dense model, or a session of it. It is in training mode during the call.

@@ -1,4 +1,4 @@
-"""A mixture of recipes: what was measured on each, and the weighted mean and spread of all."""
+"""A mixture of recipes: their measurements, and the weighted mean and spread."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +12,13 @@ import numpy as np
 
 @dataclass(eq=False)
 class MeasuredRecipe:
-    """One recipe, and what was measured on its texts so far.
+    """One recipe, and the measurements on its texts so far.
 
     Attributes:
         recipe: the recipe.
         identity: its record; see `Recipe.identity`.
         moments: mean and variance of its scores.
-        frame: for chats, what the chat template writes around a user's turn.
+        frame: for chats, the tokens that the chat template writes around a user's turn.
         batches: the number of batches measured.
         exhausted: whether its corpus has no more texts.
     """
@@ -44,7 +44,7 @@ class Mixture:
     """Weighted statistics over the recipes of a prior.
 
     Args:
-        recipes: the recipes, each with what was measured on it.
+        recipes: the recipes and their measurements.
         statistics: the statistics that are measured.
     """
 

@@ -11,8 +11,8 @@ Half = Literal[0, 1]
 class SequenceMoments:
     """Mean and variance over sequences of per-neuron scores, in total and by halves.
 
-    Sequences go alternately to two halves. How well the halves agree shows how far the mean can be
-    trusted.
+    Sequences are assigned alternately to two halves. The agreement of the halves shows how reliable
+    the mean is.
 
     Args:
         widths: the number of neurons m of each FFN, by its path in the model.

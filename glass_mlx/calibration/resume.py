@@ -13,7 +13,7 @@ FORMAT = "glass-calibration-1"
 
 
 def save_checkpoint(file: Path, mixture: Mixture, identity: str) -> None:
-    """Write what was measured so far.
+    """Write the measurements so far.
 
     Args:
         file: the file.
@@ -50,13 +50,13 @@ def restore_checkpoint(file: Path, mixture: Mixture, identity: str) -> None:
         raise ValueError(f"{error}; delete it to begin again") from error
     if about["identity"] != identity:
         raise ValueError(
-            f"{file} is from another calibration that was interrupted; finish that one with its "
-            "own arguments, or delete the file"
+            f"{file} is from another calibration that was interrupted; finish that calibration "
+            "with its original arguments, or delete the file"
         )
     for n, (recipe, frame) in enumerate(zip(mixture.recipes, about["frames"], strict=True)):
         prefix = f"{n}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         recipe.moments.restore(state)
         recipe.batches = int(state["batches"][0])
-        # A template may write the date: continue with the text of the first run.
+        # A template may contain the date, so the template's text comes from the first run.
         recipe.frame = frame and ChatFrame(**frame)

@@ -1,4 +1,4 @@
-"""Scores of the neurons on sequences, one score a sequence and statistic."""
+"""Measure the scores of neurons on sequences: one score per neuron, sequence and statistic."""
 
 from glass_mlx.calibration.impact import measure_impact
 from glass_mlx.calibration.moments import SequenceMoments
@@ -13,7 +13,7 @@ import numpy as np
 # Scores by statistic and FFN path, (S, m) for S sequences.
 Scores = dict[str, dict[str, np.ndarray]]
 
-# The largest number of tokens read at once, which bounds the memory that reading takes.
+# The maximum number of tokens read at once, which bounds the memory for reading.
 _MAX_READ_TOKENS = 2048
 
 
@@ -23,12 +23,12 @@ def measure_sequences(
     statistics: tuple[str, ...],
     moments: SequenceMoments,
 ) -> None:
-    """Read sequences densely, some at once, and add their scores.
+    """Read sequences densely, several at once, and add their scores.
 
     Args:
-        session: what is known of the dense model.
+        session: the dense model's session.
         sequences: the sequences.
-        statistics: what to measure, of `PRIOR_STATISTICS`.
+        statistics: the statistics to measure, a subset of `PRIOR_STATISTICS`.
         moments: the sums to add the scores to.
 
     Raises:
@@ -63,11 +63,11 @@ def _streaming_scores(
     with_taps(session.model, observe, ffns=session.ffns)(tokens)
     mx.eval(running.sums)
     if running.tokens == 0:
-        raise ValueError("this model does not run the modules that it shows")
+        raise ValueError("this model does not run the modules that it exposes")
     return {name: running.sequence_scores(name) for name in statistics}
 
 
 def _impact_scores(session: Session, sequences: list[Sequence]) -> dict[str, np.ndarray]:
-    """Measure the impact in one backward pass a sequence, (S, m) by FFN path."""
+    """Measure the impact in one backward pass per sequence, (S, m) by FFN path."""
     impacts = [measure_impact(session, sequence.tokens, sequence.mask) for sequence in sequences]
     return {path: np.stack([np.array(impact[path]) for impact in impacts]) for path in impacts[0]}

@@ -25,7 +25,7 @@ def compare(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Stabili
         ranks_a, ranks_b = ranks(a[path]), ranks(b[path])
         stability["spearman"][path] = spearman(ranks_a, ranks_b)
         for density in DENSITIES:
-            # The same as `selection.select` and `jaccard`, without sorting again.
+            # The same as `selection.select` and `selection.jaccard`, without sorting again.
             smallest = len(ranks_a) - neurons_to_keep(len(ranks_a), density)
             kept = (ranks_a > smallest, ranks_b > smallest)
             share = np.logical_and(*kept).sum() / np.logical_or(*kept).sum()

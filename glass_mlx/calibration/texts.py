@@ -17,8 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 KINDS = ("bos", "chat", "corpus")
 
-# The first positions of a text that starts from nothing do not count: decoding never reaches such
-# early positions, and their activations differ from those of later ones (docs/experiments.md).
+# The first positions of a text that starts without context do not count: decoding never reaches
+# such early positions, and their activations differ from those of later ones (docs/experiments.md).
 SKIPPED_POSITIONS = 16
 
 # The largest share of a sequence that the user's turn of a conversation takes.
@@ -80,19 +80,19 @@ class Sequence:
 
     Attributes:
         tokens: its token ids.
-        mask: one flag a token: 1 if the token counts, 0 if it is only context.
+        mask: one flag per token: 1 if the token counts, 0 if it is only context.
     """
 
     tokens: list[int]
     mask: list[int]
 
 
-# From the size and the number of a batch to its sequences.
+# Maps the size and the number of a batch to its sequences.
 BatchSource = Callable[[int, int], list[Sequence]]
 
 
 def null_token(tokenizer: TokenizerWrapper) -> int:
-    """Return the token before any text; models without one separate documents by EOS.
+    """Return the token that comes before any text: BOS, or EOS for models without BOS.
 
     Raises:
         ValueError: if the tokenizer has neither token.
@@ -130,7 +130,7 @@ class ChatFrame:
     end: list[int]
 
 
-# Templates that write the date take it from here, so that the text does not depend on the day.
+# Templates that contain the date use this date, so the text does not depend on the day.
 _TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
 
 
@@ -181,7 +181,7 @@ def _write_chats(
     sequences = []
     for prompt, answer in zip(prompts, answers, strict=True):
         mask = [0] * len(prompt) + [1] * len(answer)
-        if answer[-1] in tokenizer.eos_token_ids:  # decoding stops there and never reads it
+        if answer[-1] in tokenizer.eos_token_ids:  # decoding does not read it
             mask[-1] = 0
         sequences.append(Sequence([*prompt, *answer], mask))
     return [sequence for sequence in sequences if any(sequence.mask)]
@@ -202,7 +202,10 @@ def _read_documents(file: Path, field: str) -> Iterator[str | dict[str, Any]]:
                 if not isinstance(record, dict) or not {field, "messages", "prompt"} & {*record}:
                     raise ValueError(f"line {n} has neither {field} nor messages nor prompt")
                 yield record
-        except (ValueError, RecursionError) as error:  # from UTF-8, from JSON, or the one above
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # from UTF-8, from JSON, or from the check above
             raise ValueError(f"the corpus {file} cannot be read: {error}") from error
 
 
@@ -276,14 +279,14 @@ def make_source(
         recipe: the kind of text.
         writer: writes the text, unless it comes from a corpus.
         tokenizer: the model's tokenizer.
-        length: tokens a sequence.
+        length: tokens per sequence.
         frame: for chats; see `chat_frame`.
         field: the field of a JSONL corpus that holds the text.
-        done: how many sequences of a corpus to skip because they are already measured.
+        done: how many sequences of a corpus to skip because they have been measured before.
 
     Returns:
         A function from the size and the number of a batch to its sequences. At the end of a corpus
-        it returns fewer, and then none.
+        it returns fewer sequences, and then none.
     """
     if recipe.file is not None:
         texts = islice(_read_corpus(recipe.file, field, tokenizer, length), done, None)

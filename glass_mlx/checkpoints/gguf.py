@@ -19,10 +19,10 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-# A weight file is closed when it holds more than this.
+# A weight file is complete when it holds more bytes than this.
 SHARD_BYTES = 4 << 30
 
-# The paths in mlx-lm's models of llama.cpp's tensors. `{}` is the layer.
+# Module paths in mlx-lm by the names of llama.cpp's tensors. `{}` is the layer.
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output": "lm_head",
@@ -51,14 +51,14 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Architecture:
-    """How mlx-lm writes one of llama.cpp's architectures.
+    """How mlx-lm represents one of llama.cpp's architectures.
 
     Attributes:
         model_type: its name in mlx-lm.
         names: module paths in mlx-lm by the names of llama.cpp's tensors.
-        has_permuted_rows: whether llama.cpp stores rows of the query and key projections in its
-            order for interleaved rotation.
-        norm_offset: what llama.cpp's converter adds to norm weights.
+        has_permuted_rows: whether llama.cpp stores the rows of the query and key projections in
+            the order of interleaved rotation.
+        norm_offset: the number that llama.cpp's converter adds to norm weights.
     """
 
     model_type: str
@@ -138,7 +138,7 @@ def convert(source: Path, folder: Path, dtype: str = "float16") -> None:
         config |= write_tokenizer(metadata.get, folder)
         modules = _convert_tensors(reader, config, architecture, getattr(mx, dtype))
         quantization = _write_weights(modules, folder)
-    except Exception as error:  # which library notices damage depends on its place
+    except Exception as error:  # many libraries can notice a damaged file
         raise ValueError(f"{source} cannot be used: {error}") from error
     if quantization:
         defaults = {"group_size": GROUP_SIZE, "bits": 4, "mode": "affine"}
@@ -150,7 +150,7 @@ def _build_config(metadata: Metadata, tensors: dict[str, gguf.ReaderTensor]) -> 
     """Build the contents of config.json.
 
     Raises:
-        ValueError: if the model has something that its architecture in mlx-lm does not have.
+        ValueError: if the model has a feature that its architecture in mlx-lm lacks.
     """
     hparam = metadata.get_hparam
     if hparam("expert_count", 0):
@@ -195,7 +195,7 @@ def _rope_scaling(
 
     Args:
         hparam: see `Metadata.get_hparam`.
-        factors: the frequency factors in a Llama 3 file, (half a head's dimensions,).
+        factors: (head_dim / 2,) the frequency factors in a Llama 3 file.
         theta: the base of the rotary frequencies.
 
     Raises:

@@ -1,7 +1,7 @@
 """Repack quantized GGUF tensors for MLX's affine mode without changing their integer codes.
 
 Block layouts follow the GGUF specification and llama.cpp. MLX's affine mode computes
-`weight = scale * code + bias`, here with one scale and one bias for 32 inputs.
+`weight = scale * code + bias`, here with one scale and one bias per 32 inputs.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ class AffineTensor(NamedTuple):
     """The parts of a tensor in MLX's affine mode, named as in `mlx.nn.QuantizedLinear`.
 
     Attributes:
-        weight: codes, one in an element or packed into words of 32 bits.
-        scales: float32, one for each group.
-        biases: float32, one for each group.
+        weight: codes, one per element or packed into words of 32 bits.
+        scales: float32, one per group.
+        biases: float32, one per group.
     """
 
     weight: np.ndarray
@@ -32,9 +32,9 @@ class BlockFormat(NamedTuple):
     """A GGUF block format that MLX's affine mode can hold.
 
     Attributes:
-        bits: of a code.
-        unpack: takes blocks (blocks, bytes of a block) apart. Codes have one of the shapes
-            (blocks, 32) and (blocks, 8, 32), scales and biases (blocks, 1) and (blocks, 8).
+        bits: the number of bits per code.
+        unpack: takes blocks (blocks, bytes per block) apart. Codes have the shape (blocks, 32) or
+            (blocks, 8, 32), scales and biases (blocks, 1) or (blocks, 8).
     """
 
     bits: int
@@ -45,7 +45,7 @@ def repack(data: np.ndarray, kind: GGMLQuantizationType) -> AffineTensor:
     """Repack one quantized GGUF tensor for MLX.
 
     Args:
-        data: the tensor's bytes, (rows, bytes of a row).
+        data: the tensor's bytes, (rows, bytes per row).
         kind: a key of `AFFINE_FORMATS`.
 
     Returns:

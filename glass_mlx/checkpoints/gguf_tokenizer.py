@@ -21,14 +21,14 @@ from tokenizers import (
     processors,
 )
 
-# Returns the metadata's value of a key, or the given default.
+# Returns the value of a metadata key, or the given default.
 Get = Callable[[str, Any], Any]
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 
 def _word_pattern(digits: str) -> Regex:
-    """Return the word pattern of GPT-4's descendants; `digits` matches digits of one word."""
+    """Return the word pattern of GPT-4's descendants; `digits` matches the digits of one word."""
     return Regex(
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -83,7 +83,7 @@ def write_tokenizer(get: Get, folder: Path) -> dict[str, Any]:
     """Write tokenizer.json and tokenizer_config.json for a GGUF file.
 
     Args:
-        get: returns the metadata's value of a key, or the given default.
+        get: returns the value of a metadata key, or the given default.
         folder: an existing folder.
 
     Returns:
@@ -158,7 +158,7 @@ def _byte_level_bpe(get: Get, vocabulary: dict[str, int]) -> Tokenizer:
     name = get("tokenizer.ggml.pre", None)
     if name not in PRE_TOKENIZERS:
         raise ValueError(
-            f"its pre-tokenizer {name!r} is not known; known are {', '.join(PRE_TOKENIZERS)}"
+            f"its pre-tokenizer {name!r} is not known, but only {', '.join(PRE_TOKENIZERS)}"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges", ())]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in _IGNORING_MERGES))

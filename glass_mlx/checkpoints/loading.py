@@ -42,7 +42,7 @@ def resolve(model: str | None, dtype: str | None = None) -> str:
     Args:
         model: a hub id, a folder, a GGUF file, or None for the built-in model.
         dtype: one of `DTYPES`, for GGUF files. Default: float16, or float32 if MLX computes
-            on the CPU, where half-precision products are some 30 times slower.
+            on the CPU, where half-precision products are about 30 times slower.
 
     Returns:
         A folder, or the unchanged hub id.
@@ -84,7 +84,7 @@ def _convert_into_cache(name: str, dtype: str, find_source: Callable[[], Path]) 
 
 
 def _conversion_name(file: Path) -> str:
-    """Name the conversion of a GGUF file; the name changes when the file changes."""
+    """Return the name of a GGUF file's conversion, which changes when the file changes."""
     status = file.stat()
     key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
     return f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -96,7 +96,7 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Check a converted model's files against its manifest."""
+    """Return whether a converted model's files match its manifest."""
     try:
         return bool(json.loads((folder / _MANIFEST).read_text()) == _file_sizes(folder))
     except (OSError, ValueError):
@@ -156,13 +156,13 @@ def load(
         model_config: see `mlx_lm.load`.
         adapter_path: a folder with LoRA, DoRA or full adapters, which are fused into the weights.
         lazy: whether to leave weights on disk until they are used.
-        return_config: whether to return the model's configuration as well.
+        return_config: whether to return the model's configuration, too.
         revision: the revision of a hub id.
         trust_remote_code: see `mlx_lm.load`.
         dtype: "float16", "bfloat16" or "float32", for computing and for all weights that are
             not quantized. Default: as stored; for GGUF files see `resolve`.
-        dequantize: whether to convert quantized weights to floats: more memory, but much faster
-            on a CPU.
+        dequantize: whether to convert quantized weights to floats. This uses more memory, but is
+            much faster on a CPU.
 
     Returns:
         Model and tokenizer, and with `return_config` the configuration.
@@ -212,7 +212,7 @@ def _fuse_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def _one_sentence(name: str) -> Iterator[None]:
-    """Report an error from any library that loads the model in one sentence."""
+    """Turn an error of any library that loads the model into one sentence."""
     try:
         yield
     except Exception as error:
@@ -221,7 +221,7 @@ def _one_sentence(name: str) -> Iterator[None]:
 
 
 def advice(model: nn.Module) -> str | None:
-    """Return a hint that makes the model faster, if MLX computes on the CPU and there is one."""
+    """Return a hint on how to make the model faster on a CPU, or None."""
     if mx.default_device() != mx.cpu:
         return None
     parameters = dict(tree_flatten(model.parameters()))

@@ -1,6 +1,6 @@
-"""Measure how close sliced models stay to the dense one, by method and density.
+"""Measure how close sliced models stay to the dense model, by method and density.
 
-The dense model continues the prompts; its continuations are kept on disk for later runs. Every
+The dense model continues the prompts. Its continuations are kept on disk for later runs. Every
 method is then scored on these continuations token by token. The dense model reads the prompt. The
 FFNs are sliced from the first generated token on or, in some methods, after a dense warm-up, with
 later renewals. With --json, a run that was interrupted continues from where it stopped.
@@ -50,46 +50,61 @@ _TASK_TEXTS = 16
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}")
+    parser.add_argument(
+        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
         default=PROMPTS,
-        help="a text file with one prompt per line, or JSONL with prompt or messages (%(default)s)",
+        help="A text file with one prompt per line, or JSONL with prompt or messages "
+        "(%(default)s).",
     )
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
+    parser.add_argument("--limit", type=int, help="Use only the first LIMIT prompts.")
     parser.add_argument(
         "--task",
         choices=TASKS,
-        help="score exact answers to questions of this kind instead of continuations of prompts",
+        help="Score exact answers to questions of this kind instead of continuations of prompts.",
     )
     parser.add_argument(
         "--ablation",
         choices=ABLATIONS,
-        help="print one of these tables instead. rankings: how well the beginning of a text and "
-        "the prior rank the neurons of the remainder; margins: how clear the cut between kept and "
-        "dropped neurons is; evidence: KL by the number of tokens before and after the selection",
+        help="Print one of these tables instead. rankings: how well the beginning of a text and "
+        "the prior rank neurons for the remainder; margins: how clear the cut between kept and "
+        "dropped neurons is; evidence: KL by the numbers of tokens before and after the selection.",
     )
-    parser.add_argument("--density", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--tokens", type=int, default=256, help="generated tokens per prompt")
-    parser.add_argument("--temp", type=float, default=0.7, help="sampling temperature")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts continued at once")
-    parser.add_argument("--prior", help="Default: found in the same way as by glass_mlx.generate")
+    parser.add_argument(
+        "--density",
+        type=float,
+        nargs="+",
+        default=[0.5],
+        help="Shares of the feed-forward neurons to keep (%(default)s).",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=256, help="Generated tokens per prompt (%(default)s)."
+    )
+    parser.add_argument(
+        "--temp", type=float, default=0.7, help="Sampling temperature (%(default)s)."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Sampling seed (%(default)s).")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="Prompts continued at once (%(default)s)."
+    )
+    parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=METHODS,
         metavar="METHOD",
         default=["dense", "prompt-only", "prior-only", "glass", "default", "oracle"],
-        help=f"some of {', '.join(METHODS)} (%(default)s)",
+        help=f"Methods to score, some of {', '.join(METHODS)} (%(default)s).",
     )
     parser.add_argument(
         "--prior-weight",
         type=float,
         nargs="+",
         default=[],
-        help="values of λ for --prior-weight-methods",
+        help="Values of λ for --prior-weight-methods.",
     )
     parser.add_argument(
         "--prior-weight-methods",
@@ -97,11 +112,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         choices=[name for name in METHODS if name not in UNFUSED_METHODS],
         metavar="METHOD",
         default=["glass"],
-        help="methods to score with every λ of --prior-weight as well (%(default)s)",
+        help="Methods to score with every λ of --prior-weight, too (%(default)s).",
     )
-    parser.add_argument("--json", type=Path, help="write one JSON line per method and density")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    parser.add_argument("--plots", type=Path, help="draw plots into this folder")
+    parser.add_argument("--json", type=Path, help="Write one JSON line per method and density.")
+    parser.add_argument("--markdown", type=Path, help="Write the table to this file, too.")
+    parser.add_argument("--plots", type=Path, help="Draw plots into this folder.")
     add_load_arguments(parser)
     return parser
 
@@ -112,14 +127,14 @@ def check(args: argparse.Namespace) -> None:
         check_density(density)
     for prior_weight in args.prior_weight:
         check_prior_weight(prior_weight)
-    for name, value, least in (
+    for name, value, minimum in (
         ("--tokens", args.tokens, 2),
         ("--batch-size", args.batch_size, 1),
         ("--limit", 1 if args.limit is None else args.limit, 1),
         ("--seed", args.seed, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, not {value}")
     if args.ablation and (args.json or args.markdown or args.plots or len(args.density) > 1):
         raise ValueError("--ablation prints one table, at one density, and writes no files")
     if args.plots:
@@ -135,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
         FileNotFoundError: if the model, the prior or the prompts do not exist.
         ValueError: for a bad value, or a model, prior or prompts that cannot be used.
     """
-    # 1) The model, its prior, the methods and the texts.
+    # 1) Load the model and its prior, choose the methods, and make the texts.
     check(args)
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     session = Session.of(model)
@@ -148,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
         print(format_ablation(ABLATIONS[args.ablation](session, prior, texts, args.density[0])))
         return
 
-    # 2) Outcomes of every method, density and text.
+    # 2) Score every method and density on every text.
     about = made_with() | {
         "model": model_name(args.model),
         "seed": args.seed,
@@ -163,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
     with locked(partial) if partial else nullcontext():
         outcomes = evaluate(evaluation, samples, digest, partial)
 
-    # 3) Tables, files and plots.
+    # 3) Print the table, and write files and plots.
     write_results(make_rows(outcomes, args.seed, about), args)
     if partial:
         partial.unlink()
@@ -187,7 +202,7 @@ def make_samples(
         samples = [Sample(text, []) for text in texts]
     samples = [sample for sample in samples if len(sample.text.written) > 1]
     if not samples:
-        raise ValueError("the model ends every text at once; there is nothing to score")
+        raise ValueError("the model ends every text immediately; there is nothing to score")
     return samples
 
 

@@ -1,4 +1,4 @@
-"""Tables beside fidelity itself: how well the rankings work, and how clear the selections are."""
+"""Tables that explain fidelity: how good the rankings are, and how clear the selections are."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 Row = dict[str, Any]
 
-# How many tokens of a text rank the neurons of its remainder, and the shortest remainder.
+# How many tokens of a text rank the neurons for its remainder, and the shortest remainder.
 _BEGINNINGS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _MIN_REMAINDER = 64
 
@@ -34,10 +34,10 @@ _HORIZONS = (16, 32, 64, 128)
 def ranking_quality(
     session: Session, prior: GlobalPrior, texts: Iterable[Continuation], density: float
 ) -> list[Row]:
-    """Measure how well the first tokens of a text, and the prior, rank the remainder's neurons.
+    """Measure how well the first tokens of a text, and the prior, rank neurons for the remainder.
 
     The remainder starts after the longest beginning. The figures are Spearman's correlations, as
-    means over FFNs and texts. They are bounded by how certain the ranking of the remainder is.
+    means over FFNs and texts. The certainty of the remainder's ranking bounds them.
 
     Args:
         session: the dense model's session.
@@ -125,7 +125,7 @@ def _margin(scores: np.ndarray, density: float) -> tuple[float, float]:
 def kl_by_evidence(
     session: Session, prior: GlobalPrior, texts: Iterable[Continuation], density: float
 ) -> list[Row]:
-    """Measure KL by the number of tokens before a single selection, and the number after it.
+    """Measure KL by the numbers of tokens before and after a single selection.
 
     Args:
         session: the dense model's session.

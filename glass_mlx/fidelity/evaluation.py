@@ -38,17 +38,17 @@ def cached_continuations(
         tokenizer: its tokenizer.
         prompts: the prompts.
         settings: how the model writes.
-        load_options: what the numbers depend on besides: how the weights were loaded.
+        load_options: how the weights were loaded, which also affects the continuations.
     """
     key = [made_with(), prompts, settings.tokens, settings.temperature, settings.seed]
     key += [settings.batch_size, *load_options, cache_name("", session.fingerprint)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = cache_folder() / "continuations" / f"{digest}.json"
     texts = json.loads(file.read_text()) if file.is_file() else []
-    total, done = settings.tokens * len(prompts), len(texts)
-    with tqdm(total=total, initial=settings.tokens * done, desc="writing", unit="tok") as bar:
+    total, cached = settings.tokens * len(prompts), len(texts)
+    with tqdm(total=total, initial=settings.tokens * cached, desc="writing", unit="tok") as bar:
         for batch in continue_prompts(
-            session.model, tokenizer, prompts, settings, done, bar.update
+            session.model, tokenizer, prompts, settings, cached, bar.update
         ):
             texts.extend(map(asdict, batch))
             with replacing(file) as temporary:
@@ -122,8 +122,8 @@ def _read_partial(partial: Path, digest: str) -> list[list[Any]]:
     head, *lines = partial.read_text().split("\n")
     if head != digest:
         raise ValueError(
-            f"{partial} is from another evaluation that was interrupted; finish that one with its "
-            "own arguments, or delete the file"
+            f"{partial} is from another evaluation that was interrupted; finish that evaluation "
+            "with its original arguments, or delete the file"
         )
     records = []
     for line in lines:

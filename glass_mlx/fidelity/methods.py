@@ -1,4 +1,4 @@
-"""The methods to compare, and the scores of each of them on a text."""
+"""The methods to compare, and their scores on a text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -81,9 +81,9 @@ class Evaluation:
         seed: the seed of random selections.
 
     Attributes:
-        session: the same.
-        prior: the same.
-        densities: the same.
+        session: the dense model's session.
+        prior: its prior.
+        densities: the densities to score every method at.
         configs: the configuration of each method, with the default density.
 
     Raises:
@@ -114,8 +114,8 @@ class Evaluation:
             sample: the text.
             number: its number, which the random selection depends on.
         """
-        sliced = [config for name, config in self.configs.items() if name != DENSE]
-        points = all_selection_points(sliced, len(sample.text.written))
+        sliced_configs = [config for name, config in self.configs.items() if name != DENSE]
+        points = all_selection_points(sliced_configs, len(sample.text.written))
         reading = DenseReading(self.session, sample.text, points)
         outcomes = {}
         for density in self.densities:
@@ -131,16 +131,16 @@ class Evaluation:
         if name == DENSE:
             return Scores.exact(reading)
         selector = self._selectors[name, density]
-        ranking = self._own_ranking(name, selector.config.statistic, reading, number)
+        ranking = self._fixed_ranking(name, selector.config.statistic, reading, number)
         if ranking is None:
             return score(reading, selector)
         selection = self._select(ranking, density)
         return score(reading, selector, lambda local: selection)
 
-    def _own_ranking(
+    def _fixed_ranking(
         self, name: str, statistic: str, reading: DenseReading, number: int
     ) -> Mapping[str, np.ndarray] | None:
-        """Return the scores of neurons in methods that ignore local statistics and the prior."""
+        """Return the neurons' scores for methods that ignore local statistics and the prior."""
         if name == "random":
             rng = np.random.default_rng([self._seed, number])
             return {path: rng.random(width) for path, width in self.session.widths.items()}

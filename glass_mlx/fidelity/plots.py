@@ -20,7 +20,7 @@ _KL = "KL, nats per token"
 
 
 class _Curve(NamedTuple):
-    """How a list of figures in a row is drawn, with its values at `(n + offset) * step`."""
+    """How to draw a list of figures in a row, with value n at `(n + offset) * step`."""
 
     title: str
     xlabel: str

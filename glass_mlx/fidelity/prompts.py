@@ -1,4 +1,4 @@
-"""Prompts, and what the dense model writes after them."""
+"""Prompts, and the dense model's continuations of them."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +33,8 @@ class WritingSettings:
     """How the dense model continues prompts.
 
     Attributes:
-        tokens: how many tokens to write at most after each prompt.
-        temperature: of sampling.
+        tokens: the maximum number of tokens to write after each prompt.
+        temperature: the sampling temperature.
         seed: the same seed and batch size give the same texts.
         batch_size: prompts continued at once. Default: all.
     """
@@ -72,7 +72,7 @@ def _user_message(prompt: str) -> Messages:
 
 
 def _messages_of(line: str, n: int) -> Messages:
-    """Return the messages of a JSON line, whose number is for the error."""
+    """Return the messages of a JSON line. An error names the line's number."""
     record = json.loads(line)
     if isinstance(record, dict) and isinstance(record.get("prompt"), str):
         return _user_message(record["prompt"])
@@ -105,8 +105,8 @@ def continue_prompts(
         tokenizer: its tokenizer.
         prompts: the prompts.
         settings: how the model writes.
-        done: how many prompts were continued before, in whole batches; these are skipped.
-        progress: called with the number of tokens of every step.
+        done: how many prompts to skip because they were continued before, in complete batches.
+        progress: called at every step with the number of tokens written.
 
     Yields:
         The continuations of a batch.

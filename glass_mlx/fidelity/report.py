@@ -1,4 +1,4 @@
-"""From the scores of single prompts to figures with intervals, and tables of them."""
+"""Summarize scores of single prompts as figures with intervals, and format these as tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 # The method that others are compared with.
 BASELINE = "prompt-only"
 
-# The number of tokens of each point of "kl_by_position".
+# The number of tokens per point of "kl_by_position".
 POSITION_BIN = 32
 
 _RESAMPLES = 2000
@@ -21,7 +21,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a method did on one prompt.
+    """The result of a method on one prompt.
 
     Attributes:
         kl: KL divergence from the dense model of each scored token, nats.
@@ -73,7 +73,7 @@ class Outcome:
 
 
 class _Estimate(NamedTuple):
-    """Mean KL and perplexity per token, and the same in each resample of the prompts."""
+    """Mean KL and perplexity per token, over the prompts and over each resample of them."""
 
     kl: float
     perplexity: float
@@ -153,7 +153,7 @@ def _curves(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
 
 
 def _changes(estimate: _Estimate, baseline: _Estimate) -> dict[str, Any]:
-    """Return the relative changes from a baseline, of KL only if the baseline's is never zero."""
+    """Return the changes from a baseline. KL is left out if the baseline's KL may be zero."""
     changes: dict[str, Any] = {}
     if np.all(baseline.kl_resamples > 0):
         ratios = estimate.kl_resamples / baseline.kl_resamples

@@ -1,6 +1,6 @@
 """Scoring a sliced model on the dense model's text, as the GLASS paper does.
 
-The dense model writes a continuation of a prompt. The sliced model is scored on it token by token,
+The dense model continues a prompt. The sliced model is scored on this continuation token by token,
 after the dense model has read the prompt. Tokens that the engine computes densely count as exact.
 Where the engine reads the text again, the sliced model continues from the dense model's cache.
 """
@@ -37,16 +37,16 @@ class _Checkpoint:
 
 
 class DenseReading:
-    """A continuation as the dense model reads it: the reference that others are scored against.
+    """A continuation as the dense model reads it: the reference for the scores of sliced models.
 
     Args:
         model: the dense model, or a session of it.
         text: the continuation, with at least two written tokens.
-        points: after how many generated tokens neurons may be selected; see
+        points: the numbers of generated tokens after which neurons may be selected; see
             `renewal.all_selection_points`.
 
     Attributes:
-        session: what is known of the model.
+        session: the dense model's session.
         tokens: T, the number of scored tokens: all written tokens except the first.
         following: (T,) the ids of these tokens.
         oracle: statistics of the whole continuation, which a selection cannot know.
@@ -67,8 +67,8 @@ class DenseReading:
         mx.eval([layer.state for layer in cache], statistics.prompt.sums)
         self._checkpoints = {0: _Checkpoint(copy.deepcopy(cache), statistics.copy())}
 
-        # 2) Read the text, and keep a checkpoint at every point. After n tokens the last one is
-        #    not read yet: the cache has the prompt and n - 1 more.
+        # 2) Read the text, and keep a checkpoint at every point. After n tokens the last token is
+        #    not read yet: the cache has the prompt and n - 1 more tokens.
         stops = sorted({min(n - 1, self.tokens) for n in points} | {0, self.tokens})
         reader = session.observed_on_text(statistics)
         logits: list[mx.array] = []
@@ -88,7 +88,7 @@ class DenseReading:
         self.dense = _log_probabilities(mx.concatenate(logits))
 
     def statistics(self, generated: int = 1) -> LocalStatistics:
-        """Return the local statistics after a number of generated tokens, the last one unread."""
+        """Return the local statistics after some generated tokens, the last of which is unread."""
         return self._checkpoints[generated - 1].statistics
 
     def negative_log_likelihood(self, logprobs: mx.array, start: int = 0) -> mx.array:
@@ -96,7 +96,7 @@ class DenseReading:
 
         Args:
             logprobs: (n, vocabulary) log-probabilities of scored tokens.
-            start: the number of the first of them.
+            start: the number of the first of these tokens.
         """
         following = self.following[start : start + len(logprobs), None]
         return -mx.take_along_axis(logprobs, following, axis=-1).squeeze(-1)
@@ -110,8 +110,8 @@ class DenseReading:
             stop: the scored token to stop before. Default: the end.
         """
         cache = copy.deepcopy(self._checkpoints[start].cache)
-        given = mx.array(self._written[start : self.tokens if stop is None else stop])
-        return _log_probabilities(model(given[None], cache=cache)[0].astype(mx.float32))
+        tokens = mx.array(self._written[start : self.tokens if stop is None else stop])
+        return _log_probabilities(model(tokens[None], cache=cache)[0].astype(mx.float32))
 
 
 def _log_probabilities(logits: mx.array) -> mx.array:
@@ -125,7 +125,7 @@ def divergence(p: mx.array, q: mx.array) -> mx.array:
 
 @dataclass
 class Scores:
-    """How a sliced model did on one continuation of T scored tokens.
+    """The scores of a sliced model on one continuation of T scored tokens.
 
     Attributes:
         kl: (T,) KL divergence from the dense model, nats.
@@ -158,12 +158,12 @@ class Scores:
 
 
 def score(reading: DenseReading, selector: Selector, select: Select | None = None) -> Scores:
-    """Score a way of slicing on a continuation, as the engine would generate it.
+    """Score a selector on a continuation, with slices and renewals as in the engine.
 
     Args:
         reading: the continuation, read with the points of the selector's configuration.
-        selector: what is sliced, and when.
-        select: what chooses the neurons. Default: the selector.
+        selector: determines when neurons are selected, and how they are sliced.
+        select: chooses the neurons. Default: the selector.
     """
     config, scores = selector.config, Scores.exact(reading)
     sliced = reading.session.sliced_model(config.down_policy)

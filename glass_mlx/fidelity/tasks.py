@@ -1,4 +1,4 @@
-"""Questions with one right answer. Pruning can break these while perplexity still looks fine."""
+"""Questions with one correct answer. Pruning can break these while perplexity still looks fine."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Sample(NamedTuple):
 
     Attributes:
         text: a prompt and its continuation.
-        answers: the ranges of scored tokens that hold an answer; none if the text is no task.
+        answers: the ranges of scored tokens that hold an answer; empty if the text is not a task.
             Every token of the continuation is scored except the first.
     """
 
@@ -44,7 +44,7 @@ TASKS: dict[str, Callable[[np.random.Generator], tuple[str, str]]] = {
 
 
 def write_task(kind: str, tokenizer: TokenizerWrapper, count: int, seed: int) -> Iterator[Sample]:
-    """Write texts of questions with their right answers, to be scored token by token.
+    """Write texts of questions with their correct answers, to be scored token by token.
 
     Args:
         kind: a key of `TASKS`.

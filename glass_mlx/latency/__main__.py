@@ -1,10 +1,10 @@
 """Measure how fast a model decodes, dense and sliced, alternating in one process.
 
 There is one row per method, density and prompt length. The methods are mlx-lm itself (dense),
-GRIFFIN's (one selection by the prompt alone), GLASS with one selection in our engine (glass), the
-same with the dense weights released (released), and the default, which reads the text again and
-renews the selection. The ceiling is what the bytes allow: the weights that dense decoding reads for
-a token, divided by those that sliced decoding reads.
+GRIFFIN (griffin: one selection from the prompt alone), GLASS with one selection (glass), the same
+with the dense weights released (released), and the default, which reads the text again and renews
+the selection (default). The ceiling is the speed-up that the bytes allow: the bytes of weights that
+dense decoding reads per token, divided by those that sliced decoding reads.
 """
 
 import argparse
@@ -48,21 +48,44 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--density", type=float, nargs="+", default=[0.5])
+    parser.add_argument(
+        "--density",
+        type=float,
+        nargs="+",
+        default=[0.5],
+        help="Shares of the feed-forward neurons to keep (%(default)s).",
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=[name for name in METHODS if name != DENSE],
         default=["griffin", "glass", "default"],
-        help="what to compare with dense mlx-lm (%(default)s)",
+        help="Methods to compare with dense mlx-lm (%(default)s).",
     )
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[64])
-    parser.add_argument("--generation-tokens", type=int, default=256)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
-    parser.add_argument("--json", type=Path, help="write one JSON line per row to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    parser.add_argument("--plot", type=Path, help="draw tokens/s and ceiling by density")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        nargs="+",
+        default=[64],
+        help="Lengths of the prompts (%(default)s).",
+    )
+    parser.add_argument(
+        "--generation-tokens",
+        type=int,
+        default=256,
+        help="Generated tokens per run (%(default)s).",
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="Timed runs of each method (%(default)s)."
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the random prompts (%(default)s)."
+    )
+    parser.add_argument("--json", type=Path, help="Write one JSON line per row to this file.")
+    parser.add_argument("--markdown", type=Path, help="Write the tables to this file, too.")
+    parser.add_argument(
+        "--plot", type=Path, help="Draw tokens/s and ceiling by density into this PNG file."
+    )
     return parser
 
 
@@ -94,11 +117,11 @@ def run(args: argparse.Namespace) -> None:
     session = Session.of(model)
     runs = measure(session, tokenizer, prior, settings, lambda: load_model(args, lazy=True)[0])
     warnings += [
-        slowdown_warning([run.decode_tps for run in done])
-        for (method, *_), done in runs.items()
+        slowdown_warning([run.decode_tps for run in mode_runs])
+        for (method, *_), mode_runs in runs.items()
         if method == DENSE
     ]
-    session = Session.of(model)  # another one, if weights were released
+    session = Session.of(model)  # the facts have changed if weights were released
     slicing_times = {
         density: time_slicing(session, prior, density, args.down_policy)
         for density in args.density

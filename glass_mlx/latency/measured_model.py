@@ -19,22 +19,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the model; see `load_model`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--model", help=f"hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}"
+        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
     )
     source.add_argument(
-        "--shape", choices=SHAPES, help="use random weights in the sizes of this model instead"
+        "--shape", choices=SHAPES, help="Use random weights in the sizes of this model instead."
     )
     parser.add_argument(
         "--down-policy",
         default=default_down_policy(),
-        help="how to slice a quantized down projection (%(default)s)",
+        help="How to slice a quantized down projection (%(default)s).",
     )
     group = parser.add_argument_group("random weights")
-    group.add_argument("--bits", type=int, help="quantize to this many bits. Default: floats")
+    group.add_argument("--bits", type=int, help="Quantize to this many bits. Default: floats.")
     group.add_argument(
-        "--group-size", type=int, default=64, help="weights per quantization group (%(default)s)"
+        "--group-size", type=int, default=64, help="Weights per quantization group (%(default)s)."
     )
-    group.add_argument("--mode", default="affine", help="quantization mode (%(default)s)")
+    group.add_argument("--mode", default="affine", help="Quantization mode (%(default)s).")
     add_load_arguments(parser)
 
 
@@ -43,7 +43,7 @@ def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module,
 
     Args:
         args: the values of the flags of `add_model_arguments`.
-        lazy: load each weight when it is first used.
+        lazy: whether to load each weight when it is first used.
     """
     if args.shape:
         dtype = args.dtype or DTYPES[0]
@@ -55,7 +55,7 @@ def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module,
 
 
 def load_prior(model: nn.Module, args: argparse.Namespace) -> GlobalPrior:
-    """Load the model's prior, or build a random one: speed does not depend on what is kept."""
+    """Load the model's prior, or build a random one: speed does not depend on the kept neurons."""
     try:
         return random_prior(model) if args.shape else Session.of(model).find_prior()
     except NoPriorError:

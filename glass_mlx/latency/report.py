@@ -1,4 +1,4 @@
-"""Tables and a picture of measured latencies."""
+"""Tables and a plot of measured latencies."""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def _scaled(key: str, row: Row) -> Any:
 def format_report(about: dict[str, Any], rows: list[Row]) -> str:
     """Format the conditions and two Markdown tables: speed, and the cost of slicing.
 
-    The cost of slicing is also given in steps. One step is the time of one dense token.
+    The cost of slicing is also given in steps. A step is the time that the dense model takes per
+    token.
     """
     machine = about["machine"]
     head = (

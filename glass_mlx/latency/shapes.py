@@ -1,4 +1,4 @@
-"""Models of real sizes with random weights, to measure speed without downloading a model.
+"""Models of real sizes with random weights, for measuring speed without a download.
 
 Speed and memory do not depend on the values of the weights. The sizes are those of the published
 configurations.
@@ -37,7 +37,7 @@ class Shape:
     tie_word_embeddings: bool
 
 
-# Architecture, layers, hidden size, neurons, heads, key-value heads, their size, tokens, tied.
+# Architecture, layers, hidden size, neurons, heads, key-value heads, head size, vocabulary, tied.
 SHAPES = {
     "smollm2-135m": Shape("llama", 30, 576, 1536, 9, 3, 64, 49152, True),
     "llama-3.2-1b": Shape("llama", 16, 2048, 8192, 32, 8, 64, 128256, True),
@@ -63,7 +63,7 @@ def random_model(
         bits: bits of quantized weights; None for floats.
         group_size: the number of weights per quantization group.
         mode: the quantization mode; see `mx.quantize`.
-        lazy: compute each weight when it is first used.
+        lazy: whether to compute each weight when it is first used.
     """
     mx.random.seed(0)
     shape = SHAPES[name]

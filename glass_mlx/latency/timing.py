@@ -1,4 +1,4 @@
-"""Timing generations, dense and sliced, alternating in one process."""
+"""Time generations, dense and sliced, alternating in one process."""
 
 import sys
 import time
@@ -39,21 +39,21 @@ METHODS: dict[str, dict[str, Any] | None] = {
 # The share of the neurons that changes in the renewal whose time is measured.
 _CHANGED_SHARE = 0.1
 
-# Prompts are random tokens below this id, which are not special in any vocabulary.
+# Prompts are random tokens below this id.
 _MAX_TOKEN_ID = 10_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed.
+    """What to time.
 
     Attributes:
-        densities: of the sliced methods.
+        densities: the densities of the sliced methods.
         methods: the sliced methods, keys of `METHODS`.
         prompt_tokens: lengths of the prompts.
         generation_tokens: number of generated tokens.
         repetitions: how often each generation is timed.
-        seed: of the random prompts.
+        seed: the seed of the random prompts.
         down_policy: how quantized down projections are sliced.
     """
 
@@ -71,11 +71,11 @@ class Run:
     """One timed generation.
 
     Attributes:
-        times: when each token came, in seconds from the start.
+        times: the time of each token, in seconds from the start.
         prefill_peak: the most bytes in use up to the first token.
-        decode_peak: the most bytes in use after it.
+        decode_peak: the most bytes in use after the first token.
         held: bytes in use at the last token.
-        report: on the slicing, if there was any.
+        report: the report on the slicing, or None without slicing.
     """
 
     times: list[float]
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def total_tps(self) -> float:
-        """Tokens per second after the first token, including selections and readings."""
+        """Tokens per second after the first token, with selecting, slicing and reading again."""
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
 
@@ -140,10 +140,10 @@ def measure(
     """Time every mode repeatedly, after one round to warm up.
 
     Args:
-        session: what is known of the model.
+        session: the model's session.
         tokenizer: its tokenizer, without an end-of-sequence token.
         prior: its prior.
-        settings: what is timed.
+        settings: what to time.
         reload: loads the model once more; see `stream_generate`.
 
     Returns:
@@ -158,9 +158,9 @@ def measure(
             prompts = {
                 n: generator.integers(0, vocabulary, n).tolist() for n in settings.prompt_tokens
             }
-            # Every other round runs backwards, so that a run does not always follow the same one.
+            # Every other round runs backwards, so that no run always follows the same other run.
             order = list(runs.items())[:: -1 if repetition % 2 else 1]
-            for (method, density, length), done in order:
+            for (method, density, length), mode_runs in order:
                 common = (tokenizer, prompts[length], settings.generation_tokens)
                 bar.set_description(f"{method} {density:g}")
                 if (changes := METHODS[method]) is None:
@@ -170,9 +170,9 @@ def measure(
                     options["down_policy"] = settings.down_policy
                     options["reload"] = reload if method == "released" else None
                     run = time_run(stream_generate(Session.of(session.model), *common, **options))
-                    mx.eval(session.model.parameters())  # loads what was released
+                    mx.eval(session.model.parameters())  # loads the released weights
                 if repetition:
-                    done.append(run)
+                    mode_runs.append(run)
                 bar.update()
     return runs
 
@@ -180,7 +180,7 @@ def measure(
 def time_slicing(
     session: Session, prior: GlobalPrior, density: float, down_policy: str
 ) -> tuple[float, float]:
-    """Time a first selection with its slices, and a renewal that changes a tenth, in seconds."""
+    """Return the seconds for a first selection and its slices, and for a renewal of a tenth."""
     generator = np.random.default_rng(0)
     selector = session.selector(GlassConfig(density=density, down_policy=down_policy), prior)
     local = _random_statistics(session, generator)
@@ -215,7 +215,7 @@ def _random_statistics(session: Session, generator: np.random.Generator) -> Loca
 
 
 def _change_neurons(selection: Selection, generator: np.random.Generator) -> Selection:
-    """Replace some of the neurons of a selection by random others."""
+    """Replace some neurons of a selection with random others."""
     changed = {}
     for path, kept in selection.indices.items():
         others = np.setdiff1d(np.arange(selection.widths[path]), kept)
@@ -227,7 +227,7 @@ def _change_neurons(selection: Selection, generator: np.random.Generator) -> Sel
 
 
 def break_even(dense: list[Run], runs: list[Run]) -> int | None:
-    """Return the number of tokens from which on sliced runs stay ahead of dense ones, if any."""
+    """Return the number of the token from which sliced runs stay ahead of dense ones, or None."""
     sliced_times, dense_times = (
         np.median([run.times for run in group], axis=0) for group in (runs, dense)
     )
@@ -244,44 +244,44 @@ def summarize(
     """Average the runs of each mode, and compare them with dense runs on the same prompts.
 
     Args:
-        dense_bytes: bytes of weights that the dense model reads for one token.
+        dense_bytes: bytes of weights that the dense model reads per token.
         runs: the runs of each mode.
         slicing_times: the results of `time_slicing` by density.
     """
     rows = []
-    for (method, density, length), done in runs.items():
+    for (method, density, length), mode_runs in runs.items():
         dense = runs[DENSE, 1.0, length]
-        report = done[0].report
+        report = mode_runs[0].report
         times = slicing_times.get(density, (0.0, 0.0)) if report else (0.0, 0.0)
         rows.append(
             {"method": method, "density": density, "prompt_tokens": length}
-            | _speed_figures(done, dense, length, dense_bytes)
-            | _cost_figures(done, dense, times)
+            | _speed_figures(mode_runs, dense, length, dense_bytes)
+            | _cost_figures(mode_runs, dense, times)
         )
     return rows
 
 
 def _speed_figures(
-    done: list[Run], dense: list[Run], prompt_tokens: int, dense_bytes: int
+    runs: list[Run], dense: list[Run], prompt_tokens: int, dense_bytes: int
 ) -> dict[str, Any]:
-    report = done[0].report
+    report = runs[0].report
     read = report.sliced_bytes if report else dense_bytes
-    speeds = [run.decode_tps for run in done]
-    total = mean(run.total_tps for run in done)
-    # With renewals, the speed includes everything that they take.
+    speeds = [run.decode_tps for run in runs]
+    total = mean(run.total_tps for run in runs)
+    # With renewals, the speed includes the time for selecting, slicing and reading again.
     is_renewed = report is not None and report.selections > 1
     speed = total if is_renewed else mean(speeds)
     speedup = speed / mean(run.decode_tps for run in dense)
     ceiling = dense_bytes / read
     first_token, dense_first_token = (
-        median(run.times[0] for run in group) for group in (done, dense)
+        median(run.times[0] for run in group) for group in (runs, dense)
     )
     return {
         "density_got": report.density_got if report else 1.0,
-        "generation_tokens": len(done[0].times),
-        "repetitions": len(done),
+        "generation_tokens": len(runs[0].times),
+        "repetitions": len(runs),
         "first_token_s": first_token,
-        "second_token_s": median(r.times[1] - r.times[0] for r in done),
+        "second_token_s": median(r.times[1] - r.times[0] for r in runs),
         "prefill_tps": prompt_tokens / first_token,
         "prefill_ratio": first_token / dense_first_token,
         "decode_tps": mean(speeds),
@@ -296,9 +296,9 @@ def _speed_figures(
 
 
 def _cost_figures(
-    done: list[Run], dense: list[Run], slicing_times: tuple[float, float]
+    runs: list[Run], dense: list[Run], slicing_times: tuple[float, float]
 ) -> dict[str, Any]:
-    report = done[0].report
+    report = runs[0].report
     dense_tps = mean(run.decode_tps for run in dense)
     first, renewal = slicing_times
     return {
@@ -307,8 +307,8 @@ def _cost_figures(
         "reread_s": report.reread_time if report else 0.0,
         "first_slicing_steps": first * dense_tps,
         "renewal_steps": renewal * dense_tps,
-        "break_even": break_even(dense, done) if report else None,
-        "prefill_peak_gb": max(run.prefill_peak for run in done) / 1e9,
-        "decode_peak_gb": max(run.decode_peak for run in done) / 1e9,
-        "held_gb": done[-1].held / 1e9,
+        "break_even": break_even(dense, runs) if report else None,
+        "prefill_peak_gb": max(run.prefill_peak for run in runs) / 1e9,
+        "decode_peak_gb": max(run.decode_peak for run in runs) / 1e9,
+        "held_gb": runs[-1].held / 1e9,
     }

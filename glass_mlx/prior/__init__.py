@@ -1,1 +1,1 @@
-"""The global prior of a model: its file, where it is found, and what it says."""
+"""The global prior of a model: its file, the search for it, and its display."""

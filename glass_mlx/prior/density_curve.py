@@ -28,8 +28,8 @@ def expected_density(prior: GlobalPrior | None, max_kl: float) -> float:
     curve = None if prior is None else prior.about.get("curve")
     if curve is None:
         raise ValueError(
-            "the density auto needs a prior with a density curve, which this one does not have; "
-            "build the prior again, or give a density"
+            "the density auto needs a prior with a density curve, which this prior lacks; build "
+            "the prior again, or give a density"
         )
     densities = np.array([*curve["densities"], 1.0])
     # If a higher density has a higher KL, that is noise: the expectation never rises.

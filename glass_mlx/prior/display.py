@@ -12,7 +12,7 @@ import numpy as np
 # Values by measure and FFN path; see `calibration.stability`.
 Stability = dict[str, dict[str, float]]
 
-# The width of a picture in samples of each layer's neurons, and the smallest ratio in its colors.
+# The number of samples per layer in a picture, and the smallest ratio on its color scale.
 _COLUMNS = 512
 _MIN_RATIO = 1e-3
 
@@ -21,7 +21,7 @@ def describe(prior: GlobalPrior) -> str:
     """Describe a prior: its model, recipes, tokens and statistics, and its stability by layer.
 
     The stability compares two priors, each measured on half of the sequences, by Spearman's rank
-    correlation and by the Jaccard index of the neurons that they keep at some densities.
+    correlation and by the Jaccard index of the neurons that they keep at three densities.
     """
     about = prior.about
     settings = [f"{key} {value}" for key, value in about.get("settings", {}).items()]
@@ -39,7 +39,7 @@ def describe(prior: GlobalPrior) -> str:
         pairs = zip(curve["densities"], curve["kl"], strict=True)
         points = ", ".join(f"{kl:.3f} at {density:g}" for density, kl in pairs)
         lines.append(
-            f"KL          {points} (nats a token, {curve['tokens']} tokens written by the model)"
+            f"KL          {points} (nats per token, {curve['tokens']} tokens written by the model)"
         )
     if prior.kept_dense:
         lines.append(f"kept dense  {', '.join(prior.kept_dense)}")
@@ -59,7 +59,7 @@ def _describe_recipe(recipe: dict[str, Any]) -> str:
 
 
 def _stability_table(prior: GlobalPrior, measures: Stability) -> list[str]:
-    """Return the lines of a table with one row a layer and one column a measure."""
+    """Return the lines of a table with one row per layer and one column per measure."""
     paths = sorted(next(iter(prior.scores.values())), key=layer_order)
     rows = [[measure.get(path, float("nan")) for measure in measures.values()] for path in paths]
     width = max(map(len, paths))
@@ -70,7 +70,7 @@ def _stability_table(prior: GlobalPrior, measures: Stability) -> list[str]:
 
 
 def stability_lines(stability: dict[str, Stability]) -> list[str]:
-    """Return one line a measure, for progress: its mean, and its hundredths layer by layer."""
+    """Return progress lines, one per measure: its mean, and each layer's value in hundredths."""
     return [
         f"{statistic:10} {name:12} {np.mean([*measure.values()]):.3f}  by layer "
         + " ".join(f"{100 * value:3.0f}" for value in measure.values())

@@ -7,8 +7,7 @@ The file is safetensors. For each FFN it holds:
 - `<path>.fingerprint`: a small sample of the model's weights, float32.
 
 The metadata (see `files.write_tensors`) describes the measurement: model, recipes, settings,
-stability, versions and so on. It has no date, so that two identical measurements give identical
-files.
+stability and versions. It has no date, so that two identical measurements give identical files.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ _SPREAD = "_spread"
 # The key in `about` of the FFNs to keep dense.
 _KEPT_DENSE = "whole"
 
-# Two fingerprints with a larger cosine are of the same model. For one model (SmolLM2-135M,
+# Two fingerprints with a larger cosine belong to the same model. For one model (SmolLM2-135M,
 # requantized in groups of 64) the cosine is 0.996 at 4 bits and 0.925 at 2 bits. Fingerprints of
 # models that were trained separately have nothing in common.
 _MIN_COSINE = 0.8
@@ -44,7 +43,7 @@ _MIN_COSINE = 0.8
 
 @dataclass(frozen=True)
 class GlobalPrior:
-    """How important each neuron of a model is in general.
+    """The general importance of each neuron of a model.
 
     Attributes:
         scores: (m,) float32 scores, by statistic and FFN path.
@@ -66,7 +65,7 @@ class GlobalPrior:
 
     @property
     def kept_dense(self) -> tuple[str, ...]:
-        """The FFNs to keep dense, at the expense of the others; see `density_curve`."""
+        """The FFNs to keep dense, at the expense of the others; see `calibration.curve`."""
         return tuple(self.about.get(_KEPT_DENSE, ()))
 
     def ranks(self, statistic: str) -> dict[str, np.ndarray]:
@@ -120,7 +119,7 @@ class GlobalPrior:
             if len(scores[path]) != width:
                 return f"{path} has {width} neurons in the model and {len(scores[path])} in it"
         if any(weights[path].shape != self.fingerprint[path].shape for path in widths):
-            return "it was measured on a model with another hidden size"
+            return "it was measured on a model with a different hidden size"
         if not _same_weights(weights, self.fingerprint):
             return "it was measured on a model with other weights"
         return None
@@ -167,7 +166,7 @@ class GlobalPrior:
 
 
 def _same_weights(model: Mapping[str, np.ndarray], prior: Mapping[str, np.ndarray]) -> bool:
-    """Return whether two fingerprints are of one model, in any precision."""
+    """Return whether two fingerprints belong to one model, in any precision."""
     if any(model[path].shape != prior[path].shape for path in model):
         return False
     a, b = (
@@ -180,7 +179,7 @@ def _same_weights(model: Mapping[str, np.ndarray], prior: Mapping[str, np.ndarra
 def _find_defect(
     groups: Mapping[str, Mapping[str, np.ndarray]], samples: Mapping[str, np.ndarray], about: Any
 ) -> str | None:
-    """Return what is wrong with the contents of a prior's file, or None.
+    """Return the first defect in the contents of a prior's file, or None.
 
     Args:
         groups: scores and spreads, by name and FFN path.

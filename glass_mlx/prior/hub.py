@@ -1,4 +1,4 @@
-"""Priors on the Hugging Face hub: fetch one that the user names, and publish one."""
+"""Fetch priors from the Hugging Face hub, and publish them there."""
 
 import re
 import tempfile
@@ -14,9 +14,9 @@ PREFIX = "hub:"
 
 
 def locate(prior: str | Path) -> Path:
-    """Return the file of a prior, and fetch `hub:user/repo` into the hub's cache.
+    """Return the file of a prior, which is fetched into the hub's cache for `hub:user/repo`.
 
-    `hub:user/repo@revision` names a branch, tag or commit. Anything else is the path of a file.
+    `hub:user/repo@revision` names a branch, tag or commit. Every other name is the path of a file.
 
     Raises:
         ValueError: if the repository or its file cannot be fetched.
@@ -43,8 +43,8 @@ def model_card(prior: GlobalPrior, repository: str) -> ModelCard:
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# GLASS prior of {model or 'a model'}\n\n"
-        "How important each feed-forward neuron of the model is in general. glass-mlx uses it to "
-        "decode with only a part of the neurons (GLASS, "
+        "The general importance of each feed-forward neuron of the model. glass-mlx uses it to "
+        "decode with only some of the neurons (GLASS, "
         "[arXiv 2508.14302](https://arxiv.org/abs/2508.14302)):\n\n"
         f"    python -m glass_mlx.generate --model {model or 'MODEL'} "
         f"--prior {PREFIX}{repository}\n\n"

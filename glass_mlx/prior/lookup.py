@@ -1,4 +1,4 @@
-"""Find a model's prior: given by the user, beside the model, in the cache, or in this package."""
+"""Find a model's prior: from the user, in the model's folder, the cache, or this package."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 class NoPriorError(ValueError):
-    """None of the places searched has a prior for the model."""
+    """The error that none of the places searched has a prior for the model."""
 
 
 def model_folder(tokenizer: TokenizerWrapper) -> Path | None:
@@ -76,7 +76,7 @@ def find_prior(
     raise NoPriorError(
         "there is no prior for this model; measure a small one now with --build-prior, build one "
         f"with `{command}` (without a clone: `python -m glass_mlx.calibrate` with the same "
-        "arguments) and give it with --prior, or select by the prompt alone with --no-prior"
+        "arguments) and give it with --prior, or select from the prompt alone with --no-prior"
     )
 
 

@@ -1,1 +1,1 @@
-"""What measurements share: the machine they ran on, Markdown tables, figures."""
+"""Shared by all measurements: the machine they ran on, Markdown tables, figures."""

@@ -40,7 +40,7 @@ def busy_warning() -> str | None:
     """Return a warning if other work is running on this machine, or None."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > _BUSY_LOAD * cores:
-        return f"the machine is busy (load {load:.1f} on {cores} cores): times are not worth much"
+        return f"the machine is busy (load {load:.1f} on {cores} cores): times are unreliable"
     return None
 
 
@@ -57,7 +57,7 @@ def slowdown_warning(speeds: list[float]) -> str | None:
 
 
 def _command_output(*command: str) -> str:
-    """Return what a command prints, or "" if the command is missing or fails."""
+    """Return the output of a command, or "" if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     result = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -65,7 +65,7 @@ def _command_output(*command: str) -> str:
 
 
 def _chip() -> str:
-    """Return the processor's name, or "" if the system does not tell."""
+    """Return the processor's name, or "" if the system does not report it."""
     if platform.system() == "Darwin":
         return _command_output("sysctl", "-n", "machdep.cpu.brand_string")
     try:

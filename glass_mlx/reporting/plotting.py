@@ -1,4 +1,4 @@
-"""Figures that are drawn without a display. matplotlib is an optional extra, `plots`."""
+"""Draw figures without a display. matplotlib comes with the optional extra `plots`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -13,9 +13,9 @@ def markdown_table(
 
     Args:
         columns: the headings.
-        rows: a cell per column.
-        left: the headings of columns that are aligned to the left; all others go to the right.
-        padded: whether columns have the same width in every line, to read well on a screen.
+        rows: the rows, with one cell per column.
+        left: the headings of the left-aligned columns. All others are right-aligned.
+        padded: whether to pad cells so that the columns line up on a screen.
     """
     rules = [":---" if column in left else "---:" for column in columns]
     lines = [list(columns), rules, *rows]

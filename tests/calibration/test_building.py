@@ -4,8 +4,8 @@ import gc
 from dataclasses import replace
 from itertools import islice
 
-import glass_mlx.calibration.building as measuring
 from glass_mlx import load, resolve_prior
+from glass_mlx.calibration import building
 from glass_mlx.calibration.building import CalibrationSettings, build, calibrate
 from glass_mlx.calibration.stability import overall_stability
 from glass_mlx.calibration.texts import Recipe, Sequence
@@ -37,7 +37,7 @@ def assert_identical(a, b):
 
 @pytest.fixture
 def sequences(monkeypatch):
-    """Replace the texts of every recipe by the same sequences, and return these."""
+    """Replace the texts of every recipe with the same sequences and return them."""
     generator = np.random.default_rng(0)
 
     def random_sequence(length):
@@ -47,10 +47,10 @@ def sequences(monkeypatch):
     texts = [random_sequence(length) for length in (9, 12, 5, 20, 7, 12)]
 
     def make_source(recipe, writer, tokenizer, length, frame, field, done):
-        left = iter(texts[done:])
-        return lambda size, batch: list(islice(left, size))
+        remaining = iter(texts[done:])
+        return lambda size, batch: list(islice(remaining, size))
 
-    monkeypatch.setattr(measuring, "make_source", make_source)
+    monkeypatch.setattr(building, "make_source", make_source)
     return texts
 
 
@@ -73,7 +73,7 @@ def test_a_prior_has_finite_positive_scores_and_its_recipe():
     assert resolve_prior(model, prior) is prior
 
 
-def test_mean_and_spread_are_those_of_the_sequences(sequences):
+def test_mean_and_spread_are_taken_over_sequences(sequences):
     model = tiny_model("llama")
     names = (*STATISTICS, "impact")
     prior = calibrate(model, TOKENIZER, replace(SETTINGS, statistics=names, sequences=6))
@@ -102,15 +102,18 @@ def test_a_mixture_is_the_weighted_mean_of_its_recipes(tmp_path):
     mixture = calibrate(model, TOKENIZER, replace(settings, recipes=recipes))
     corpus, bos = mixture.about["recipes"]
     assert corpus["tokens"] / bos["tokens"] == pytest.approx(3, rel=0.1)
-    alone = replace(settings, recipes=recipes[:1], sequences=corpus["sequences"])
-    alone = calibrate(model, TOKENIZER, alone)
-    # The text of a recipe depends on its position, so that two recipes of one kind differ.
+    corpus_only = replace(settings, recipes=recipes[:1], sequences=corpus["sequences"])
+    corpus_only = calibrate(model, TOKENIZER, corpus_only)
+    # A recipe's text depends on its position, so two recipes of one kind differ.
     swapped = replace(settings, recipes=(Recipe("corpus", 1e-9, file), Recipe("bos", 1.0)))
     swapped = replace(swapped, sequences=1 + bos["sequences"])
-    other = calibrate(model, TOKENIZER, swapped)
-    assert [r["sequences"] for r in other.about["recipes"]] == [1, bos["sequences"]]
+    bos_only = calibrate(model, TOKENIZER, swapped)
+    assert [r["sequences"] for r in bos_only.about["recipes"]] == [1, bos["sequences"]]
     for path, values in mixture.scores["activation"].items():
-        mean = 0.75 * alone.scores["activation"][path] + 0.25 * other.scores["activation"][path]
+        mean = (
+            0.75 * corpus_only.scores["activation"][path]
+            + 0.25 * bos_only.scores["activation"][path]
+        )
         np.testing.assert_allclose(values, mean, rtol=1e-4)
 
 
@@ -127,22 +130,22 @@ def test_a_mixture_of_equal_recipes_equals_each(sequences):
 def test_halves_of_the_same_text_agree(sequences):
     model = tiny_model("llama")
     sequences[:] = [sequences[0]] * 4
-    same = calibrate(model, TOKENIZER, replace(SETTINGS, sequences=4)).about["stability"]
-    for measures in same.values():
+    stability = calibrate(model, TOKENIZER, replace(SETTINGS, sequences=4)).about["stability"]
+    for measures in stability.values():
         assert measures.keys() == {"spearman", "jaccard 0.25", "jaccard 0.5", "jaccard 0.75"}
         assert all(np.allclose([*measure.values()], 1) for measure in measures.values())
-    assert overall_stability(same) == pytest.approx(1)
+    assert overall_stability(stability) == pytest.approx(1)
 
 
 @pytest.mark.slow
-def test_until_stable_stops_before_the_tokens_are_spent():
+def test_until_stable_stops_before_the_token_limit():
     model = tiny_model("llama")
     settings = replace(SETTINGS, tokens=4000)
-    all_of_it = calibrate(model, TOKENIZER, settings).about
-    goal = overall_stability(all_of_it["stability"]) - 0.1
-    stopped = calibrate(model, TOKENIZER, replace(settings, until_stable=goal)).about
-    assert stopped["tokens"] < all_of_it["tokens"]
-    assert overall_stability(stopped["stability"]) >= goal
+    full_run = calibrate(model, TOKENIZER, settings).about
+    goal = overall_stability(full_run["stability"]) - 0.1
+    short_run = calibrate(model, TOKENIZER, replace(settings, until_stable=goal)).about
+    assert short_run["tokens"] < full_run["tokens"]
+    assert overall_stability(short_run["stability"]) >= goal
 
 
 def test_the_prior_depends_on_the_seed():
@@ -155,31 +158,31 @@ def test_the_prior_depends_on_the_seed():
 
 
 @pytest.mark.parametrize("recipes", [BOS, (Recipe("chat"), Recipe("bos", 0.5))])
-def test_an_interrupted_calibration_continues_to_the_same_file(tmp_path, monkeypatch, recipes):
+def test_an_interrupted_calibration_resumes_to_the_same_file(tmp_path, monkeypatch, recipes):
     model, settings = tiny_model("llama"), replace(SETTINGS, recipes=recipes)
     build(model, TOKENIZER, tmp_path / "whole", settings)
-    measure, calls = measuring.measure_sequences, []
+    measure, calls = building.measure_sequences, []
 
-    def interrupted(*args):
+    def measure_or_interrupt(*args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
         measure(*args)
 
-    monkeypatch.setattr(measuring, "measure_sequences", interrupted)
+    monkeypatch.setattr(building, "measure_sequences", measure_or_interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(model, TOKENIZER, tmp_path / "parts", settings)
     assert {file.name for file in tmp_path.iterdir()} == {"whole", "parts.partial"}
     build(model, TOKENIZER, tmp_path / "parts", settings)
-    in_parts = len(calls) - 1  # the third batch was measured twice
+    resumed_calls = len(calls) - 1  # the third batch was measured twice
     calls[:] = [None] * 3
     build(model, TOKENIZER, tmp_path / "again", settings)
-    assert len(calls) - 3 == in_parts
+    assert len(calls) - 3 == resumed_calls
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"whole", "parts", "again"}
 
 
-def test_two_runs_on_one_output_refuse_each_other(tmp_path):
+def test_a_second_run_on_the_same_output_is_refused(tmp_path):
     with locked(tmp_path / "prior"), pytest.raises(ValueError, match="another run is writing"):
         build(tiny_model("llama"), TOKENIZER, tmp_path / "prior", SETTINGS)
     build(tiny_model("llama"), TOKENIZER, tmp_path / "prior", SETTINGS)
@@ -208,7 +211,7 @@ def test_peak_memory_does_not_grow_with_the_tokens():
         calibrate(model, TOKENIZER, replace(SETTINGS, sequences=sequences, statistics=statistics))
         return mx.get_peak_memory()
 
-    gc.disable()  # memory must not depend on the collector
+    gc.disable()  # memory must not depend on the garbage collector
     try:
         peak(4)
         few, many = peak(4), peak(40)
@@ -253,7 +256,7 @@ def test_quantized_and_lazy_models_and_layers_of_different_widths(tmp_path):
     )
 
 
-def test_values_that_are_not_finite_are_refused_at_once(tmp_path):
+def test_non_finite_values_are_refused_at_once(tmp_path):
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight *= 1e30
     model.model.layers[1].mlp.gate_proj.weight *= 1e30
@@ -270,23 +273,23 @@ def test_until_stable_waits_for_every_recipe(sequences):
     assert all(recipe["sequences"] >= 2 for recipe in about["recipes"])
 
 
-def test_an_interrupted_chat_continues_with_its_first_frame(tmp_path, monkeypatch):
-    """A template may write the date, and the run may continue after midnight."""
+def test_an_interrupted_chat_resumes_with_its_original_frame(tmp_path, monkeypatch):
+    """A template may contain the date, and a run may resume after midnight."""
     model, settings = tiny_model("llama"), replace(SETTINGS, recipes=(Recipe("chat"),))
-    frame = measuring.chat_frame(TOKENIZER)
+    frame = building.chat_frame(TOKENIZER)
     build(model, TOKENIZER, tmp_path / "whole", settings)
-    save = measuring.save_checkpoint
+    save = building.save_checkpoint
 
     def stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measuring, "save_checkpoint", stop)
+    monkeypatch.setattr(building, "save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         build(model, TOKENIZER, tmp_path / "parts", settings)
-    monkeypatch.setattr(measuring, "save_checkpoint", save)
+    monkeypatch.setattr(building, "save_checkpoint", save)
     tomorrow = replace(frame, before=[*frame.before, 7])
-    monkeypatch.setattr(measuring, "chat_frame", lambda tokenizer: tomorrow)
+    monkeypatch.setattr(building, "chat_frame", lambda tokenizer: tomorrow)
     build(model, TOKENIZER, tmp_path / "parts", settings)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
 

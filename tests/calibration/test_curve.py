@@ -1,3 +1,5 @@
+"""The density curve of a prior, and the FFNs that are kept dense."""
+
 from dataclasses import replace
 
 from glass_mlx import Session
@@ -22,24 +24,24 @@ def model():
 @pytest.mark.parametrize(
     "make_tokenizer", [chat_tokenizer, lambda: TokenizerWrapper(letter_tokenizer())]
 )
-def test_the_curve_depends_on_the_seed_alone(model, make_tokenizer, tmp_path):
+def test_the_curve_depends_only_on_the_seed(model, make_tokenizer, tmp_path):
     prior, steps = made_prior(model), []
-    measured = measure_curve(model, make_tokenizer(), prior, 3, 60, seed=1, progress=steps.append)
-    assert measured == measure_curve(model, make_tokenizer(), prior, 3, 60, seed=1)
-    curve = measured["curve"]
+    result = measure_curve(model, make_tokenizer(), prior, 3, 60, seed=1, progress=steps.append)
+    assert result == measure_curve(model, make_tokenizer(), prior, 3, 60, seed=1)
+    curve = result["curve"]
     other = measure_curve(model, make_tokenizer(), prior, 3, 60, seed=2)
     assert curve["kl"] != other["curve"]["kl"]
     assert curve["densities"] == list(DENSITIES)
     assert sum(steps) == 3 * READINGS_PER_TEXT
-    assert np.all(np.array(curve["kl"])[:-1] > 0)  # 0.9 of 128 neurons are rounded to all
+    assert np.all(np.array(curve["kl"])[:-1] > 0)  # 0.9 of 128 neurons rounds to all
     assert curve["kl"][0] > curve["kl"][-2]
-    replace(prior, about=prior.about | measured).save(tmp_path / "prior.safetensors")
+    replace(prior, about=prior.about | result).save(tmp_path / "prior.safetensors")
     loaded = GlobalPrior.load(tmp_path / "prior.safetensors")
     assert loaded.about["curve"] == curve
     assert f"{curve['kl'][0]:.3f} at 0.3" in describe(loaded)
 
 
-def test_a_failing_template_and_short_texts(model):
+def test_failing_templates_fall_back_to_bos_and_short_texts_are_refused(model):
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert measure_curve(model, tokenizer, made_prior(model), 2, 60)["curve"]["recipe"] == "bos"

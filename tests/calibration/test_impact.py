@@ -1,4 +1,4 @@
-"""Impact compared with gradients that are computed directly."""
+"""Impact, compared with directly computed gradients."""
 
 import importlib
 
@@ -16,7 +16,7 @@ MASK = [0, 0, *[1] * 9, 0]
 
 
 def plain_impact(model):
-    """Add zeros to every hidden vector: their gradient is the gradient of the hidden vector."""
+    """Compute impact from the gradients of zeros that are added to the hidden vectors."""
     hidden = {}
 
     def loss(addends):
@@ -30,7 +30,7 @@ def plain_impact(model):
     shape = (1, len(TOKENS))
     zeros = {ffn.path: mx.zeros((*shape, ffn.width)) for ffn in find_ffns(model)}
     gradients = mx.grad(loss)(zeros)
-    loss(zeros)  # again, outside the transformation, so that `hidden` has plain arrays
+    loss(zeros)  # once more outside mx.grad, so that `hidden` holds plain arrays
     mask = mx.array(MASK)[:, None]
     return {
         path: np.array((mx.abs(hidden[path] * gradients[path])[0] * mask).sum(0) / sum(MASK))
@@ -61,8 +61,8 @@ def test_removing_a_neuron_changes_the_loss_by_about_its_signed_impact():
     step = 0.2
 
     def loss(scale):
-        def observe(at, h):
-            return h * scale if at == path else h
+        def observe(ffn_path, h):
+            return h * scale if ffn_path == path else h
 
         logits = with_taps(model, observe)(mx.array(TOKENS)[None])[0, :-1]
         return nn.losses.cross_entropy(logits, mx.array(TOKENS[1:]), reduction="sum")

@@ -1,3 +1,5 @@
+"""Mean and variance of scores over sequences."""
+
 from glass_mlx.calibration.moments import SequenceMoments
 
 import numpy as np
@@ -9,7 +11,7 @@ def random_scores(*shape, seed=0):
 
 
 @pytest.mark.parametrize("batches", [(7,), (3, 4), (1, 2, 1, 3)])
-def test_moments_over_sequences_do_not_depend_on_batches(batches):
+def test_moments_do_not_depend_on_the_batch_size(batches):
     scores = random_scores(7, 5)
     moments = SequenceMoments({"f": 5}, ("activation",))
     first = 0

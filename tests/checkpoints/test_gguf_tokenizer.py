@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata, against SentencePiece and a reference implementation of BPE."""
+"""Tokenizers from GGUF metadata, compared with SentencePiece and a reference BPE."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def smollm_words(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_built_in_model_tokenizes_by_the_rules_of_its_file(default_gguf, default_model):
+def test_the_built_in_model_tokenizes_by_the_rules_in_its_file(default_gguf, default_model):
     fields = gguf.GGUFReader(default_gguf).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     merges = fields["tokenizer.ggml.merges"].contents()
@@ -163,7 +163,7 @@ def test_user_defined_and_control_tokens_are_single_tokens(tmp_path):
         "tokenizer.ggml.add_bos_token": True,
     }
     ids = write_tokenizer(lambda key, default=None: metadata.get(key, default), tmp_path)
-    assert ids["eos_token_id"] == [256, 258]  # 258 ends a turn, by its name
+    assert ids["eos_token_id"] == [256, 258]  # the name of 258 marks the end of a turn
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     letter = tokens.index("a")
     assert tokenizer.encode("a<tool>a<|end|>") == [256, letter, 257, letter, 256]

@@ -1,4 +1,4 @@
-"""Loading of folders, GGUF files and adapters, against mlx-lm."""
+"""Loading of folders, GGUF files and adapters, compared with mlx-lm."""
 
 import json
 from pathlib import Path
@@ -49,13 +49,13 @@ def test_a_gguf_file_is_converted_once(cache, gguf_file, monkeypatch):
     assert mx.allclose(model(tokens), tiny_model("llama")(tokens), atol=1e-4)
 
 
-def test_a_gguf_file_without_one_of_its_tensors_is_refused(cache, tmp_path):
+def test_a_gguf_file_with_a_missing_tensor_is_refused(cache, tmp_path):
     write_gguf(tiny_model("llama"), tmp_path / "a.gguf", leave_out="blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight"):
         load(str(tmp_path / "a.gguf"))
 
 
-def test_a_damaged_or_stale_conversion_is_made_again(cache, gguf_file):
+def test_a_damaged_or_stale_conversion_is_repeated(cache, gguf_file):
     folder = Path(resolve(str(gguf_file), "float32"))
     weights = folder / "model-00000.safetensors"
     content = weights.read_bytes()

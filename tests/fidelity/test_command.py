@@ -1,4 +1,4 @@
-"""The command that measures fidelity, on a tiny model."""
+"""The fidelity command on a tiny model."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def rows(file):
     }
 
 
-def test_every_method_gives_a_line_with_all_figures(arguments, tmp_path, monkeypatch, capsys):
+def test_every_method_yields_a_row_with_all_figures(arguments, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.jsonl"
     methods = [name for name in command.METHODS if name != "glass-impact"]
     run(
@@ -55,7 +55,7 @@ def test_every_method_gives_a_line_with_all_figures(arguments, tmp_path, monkeyp
     assert (oracle["jaccard"], oracle["dense_share"]) == (1, 1 / 40)
     assert results["glass λ 0", 0.5]["kl"] == results["prompt-only", 0.5]["kl"]
     assert results["glass λ 0.25", 0.5]["kl"] != results["prompt-only", 0.5]["kl"]
-    # 16 tokens of warm-up, and one more when 16 tokens are read again after 32.
+    # 16 warm-up tokens are dense, and one more after 32 tokens, when 16 are read again.
     assert results["default", 0.5]["dense_share"] == 17 / 40
     assert results["default", 0.5]["reread_share"] == 16 / 40
     table = capsys.readouterr().out
@@ -66,36 +66,36 @@ def test_every_method_gives_a_line_with_all_figures(arguments, tmp_path, monkeyp
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
-def test_an_interrupted_run_continues_to_the_same_file(arguments, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    run(monkeypatch, *arguments, "--json", whole, "--methods", *STATIC)
-    scored = []
+def test_an_interrupted_run_resumes_to_the_same_file(arguments, tmp_path, monkeypatch):
+    whole_file, resumed_file = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    run(monkeypatch, *arguments, "--json", whole_file, "--methods", *STATIC)
+    scored_samples = []
     original = command.Evaluation.score
 
     def score_or_interrupt(self, sample, number):
-        if len(scored) == 2:
+        if len(scored_samples) == 2:
             raise KeyboardInterrupt
-        scored.append(number)
+        scored_samples.append(number)
         return original(self, sample, number)
 
     with monkeypatch.context() as patched:
         patched.setattr(command.Evaluation, "score", score_or_interrupt)
         with pytest.raises(SystemExit, match="130"):
-            run(patched, *arguments, "--json", broken, "--methods", *STATIC)
+            run(patched, *arguments, "--json", resumed_file, "--methods", *STATIC)
     partial = tmp_path / "broken.jsonl.partial"
-    partial.write_text(partial.read_text() + '[["half a li')  # the machine stops here
-    assert not broken.exists()
-    with pytest.raises(SystemExit, match="2"):  # another seed is another evaluation
-        run(monkeypatch, *arguments, "--json", broken, "--methods", *STATIC, "--seed", 1)
-    scored.clear()
+    partial.write_text(partial.read_text() + '[["half a li')  # a line cut off by a crash
+    assert not resumed_file.exists()
+    with pytest.raises(SystemExit, match="2"):  # another seed means another evaluation
+        run(monkeypatch, *arguments, "--json", resumed_file, "--methods", *STATIC, "--seed", 1)
+    scored_samples.clear()
     monkeypatch.setattr(command.Evaluation, "score", score_or_interrupt)
-    run(monkeypatch, *arguments, "--json", broken, "--methods", *STATIC)
-    assert scored == [2]
-    assert broken.read_text() == whole.read_text()
+    run(monkeypatch, *arguments, "--json", resumed_file, "--methods", *STATIC)
+    assert scored_samples == [2]
+    assert resumed_file.read_text() == whole_file.read_text()
 
 
-def test_bad_input_ends_with_a_sentence(arguments, tmp_path, monkeypatch, capsys):
-    for more, message in (
+def test_bad_input_is_reported_in_one_sentence(arguments, tmp_path, monkeypatch, capsys):
+    for options, message in (
         (["--prompts", tmp_path / "none"], "no prompts at"),
         (["--density", 0.5, 2], "density"),
         (["--temp", 0], "temperature of sampling must be positive"),
@@ -107,14 +107,14 @@ def test_bad_input_ends_with_a_sentence(arguments, tmp_path, monkeypatch, capsys
         (["--methods", "glass-impact"], "no statistic 'impact'"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            run(monkeypatch, *arguments, *more)
+            run(monkeypatch, *arguments, *options)
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("evaluate_fidelity: error: ")
         assert message in error
 
 
 @pytest.mark.parametrize("ablation", command.ABLATIONS)
-def test_ablations_give_a_table(arguments, monkeypatch, capsys, ablation):
+def test_every_ablation_prints_a_table(arguments, monkeypatch, capsys, ablation):
     run(monkeypatch, *arguments, "--ablation", ablation, "--tokens", 90)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 4

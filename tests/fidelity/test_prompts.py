@@ -1,3 +1,5 @@
+"""Files of prompts."""
+
 import json
 
 from glass_mlx.fidelity.prompts import read_prompts

@@ -1,3 +1,5 @@
+"""Teacher-forced scores, compared with the engine."""
+
 from dataclasses import replace
 
 from glass_mlx import stream_generate
@@ -16,7 +18,7 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
 
-def test_stretches_follow_the_renewals_with_a_dense_token_between():
+def test_a_dense_token_separates_sliced_stretches_at_renewals():
     config = GlassConfig(warmup=3, refresh=4)
     # Renewals at 4, 8, 12, 16, then every 8: 24, 32, 40, 48, then every 16.
     stretches = [(3, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 30)]
@@ -31,8 +33,8 @@ def test_stretches_follow_the_renewals_with_a_dense_token_between():
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("changes", [{}, {"warmup": 12}, {"warmup": 1}, {"refresh": 0}])
-def test_scores_are_what_the_engine_generates(kind, changes):
-    """Teacher-forced on the engine's text, scoring gives the engine's log-probabilities."""
+def test_scores_match_generation_by_the_engine(kind, changes):
+    """Teacher forcing on the engine's text gives the engine's log-probabilities."""
     model = tiny_model(kind)
     tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
     options = {"density": 0.5, "warmup": 3, "refresh": 4, "prior_weight": 0.5} | changes
@@ -56,7 +58,7 @@ def test_scores_are_what_the_engine_generates(kind, changes):
     assert np.all(scores.kl[~scores.dense] > 0)
 
 
-def test_all_neurons_are_the_dense_model():
+def test_scores_with_all_neurons_equal_dense_scores():
     model = tiny_model("llama")
     text = Continuation(PROMPT, [5, 9, 77, 31, 5, 200])
     config = GlassConfig(density=1.0, warmup=3, refresh=4)
@@ -68,25 +70,25 @@ def test_all_neurons_are_the_dense_model():
     assert scores.agrees.all()
 
 
-def test_a_reading_has_the_statistics_at_each_point():
+def test_a_dense_reading_has_statistics_at_each_point():
     model = tiny_model("llama")
-    written = [5, 9, 77, 31, 5, 200]
-    reading = DenseReading(model, Continuation(PROMPT, written), [1, 4])
+    generated = [5, 9, 77, 31, 5, 200]
+    reading = DenseReading(model, Continuation(PROMPT, generated), [1, 4])
     assert reading.statistics(1).text.tokens == 0
     assert reading.statistics(4).text.tokens == 3
     assert reading.oracle.tokens == reading.tokens == 5
     for point in (1, 4):
-        read = PROMPT + written[: point - 1]
-        expected = statistics_of(model, [mx.array([read])], cached=True)["activation"]
+        tokens_read = PROMPT + generated[: point - 1]
+        expected = statistics_of(model, [mx.array([tokens_read])], cached=True)["activation"]
         local = reading.statistics(point)
         for path, scores in expected.items():
             prompt, text = (
                 part.scores("activation")[path] * part.tokens for part in (local.prompt, local.text)
             )
-            assert np.allclose(prompt + text, scores * len(read), rtol=1e-5)
+            assert np.allclose(prompt + text, scores * len(tokens_read), rtol=1e-5)
 
 
-def test_divergence_by_hand():
+def test_divergence_equals_a_hand_computed_value():
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
     expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
     assert divergence(*map(mx.array, (np.log(p), np.log(q)))).item() == pytest.approx(expected)

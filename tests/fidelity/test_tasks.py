@@ -1,10 +1,12 @@
+"""Tasks with known answers."""
+
 from glass_mlx.fidelity.tasks import TASKS, write_task
 
 import pytest
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_answers_are_at_the_ranges_of_the_sample(default_model, kind):
+def test_answer_ranges_contain_the_answers(default_model, kind):
     _, tokenizer = default_model
     texts = list(write_task(kind, tokenizer, 2, seed=3))
     assert texts == list(write_task(kind, tokenizer, 2, seed=3))
@@ -12,7 +14,7 @@ def test_answers_are_at_the_ranges_of_the_sample(default_model, kind):
         lines = tokenizer.decode(text.written).strip().splitlines()
         assert len(lines) == len(answers) == 16
         for line, (start, stop) in zip(lines, answers, strict=True):
-            # All written tokens are scored except the first.
+            # All generated tokens except the first are scored.
             answer = tokenizer.decode(text.written[start + 1 : stop + 1])
             assert line.endswith(answer)
             question = line.removesuffix(answer)

@@ -1,3 +1,5 @@
+"""The latency command, profiles and random models of real shapes."""
+
 import json
 
 from glass_mlx.latency.__main__ import main
@@ -18,7 +20,7 @@ def run(monkeypatch, *options):
 
 
 @pytest.mark.slow
-def test_every_method_gets_a_row_beside_dense_mlx_lm(tmp_path, monkeypatch, capsys):
+def test_every_method_gets_a_row_next_to_dense_mlx_lm(tmp_path, monkeypatch, capsys):
     folder = save_tiny_folder(tmp_path / "tiny")
     files = [tmp_path / name for name in ("out.jsonl", "out.md", "out.png")]
     options = [*("--model", folder), *("--density", 0.5, 0.75), *("--prompt-tokens", 4, 9)]
@@ -47,7 +49,7 @@ def test_every_method_gets_a_row_beside_dense_mlx_lm(tmp_path, monkeypatch, caps
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_released_weights_are_not_held_and_come_back(tmp_path, monkeypatch):
+def test_released_weights_lower_held_memory(tmp_path, monkeypatch):
     folder, file = save_tiny_folder(tmp_path / "tiny"), tmp_path / "out.jsonl"
     options = ["--model", folder, "--methods", "glass", "released", "--repetitions", 2]
     run(monkeypatch, *options, "--generation-tokens", 4, "--json", file)
@@ -56,7 +58,7 @@ def test_released_weights_are_not_held_and_come_back(tmp_path, monkeypatch):
     assert released["bytes_per_token"] == glass["bytes_per_token"] < dense["bytes_per_token"]
 
 
-def test_a_profile_has_the_parts_of_a_step(tmp_path, monkeypatch, capsys):
+def test_a_profile_lists_the_parts_of_a_decode_step(tmp_path, monkeypatch, capsys):
     folder = save_tiny_folder(tmp_path / "tiny")
     monkeypatch.setattr("sys.argv", ["profile", "--model", str(folder), "--repetitions", "2"])
     profile_decode.main()
@@ -75,10 +77,10 @@ def test_a_profile_has_the_parts_of_a_step(tmp_path, monkeypatch, capsys):
         (["--prompt-tokens", 1], "2 prompt tokens"),
     ],
 )
-def test_bad_input_ends_with_a_sentence(monkeypatch, capsys, options, message):
-    with pytest.raises(SystemExit) as ended:
+def test_bad_input_is_reported_in_one_sentence(monkeypatch, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_info:
         run(monkeypatch, *options)
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
 
@@ -96,7 +98,7 @@ def test_a_shape_has_the_sizes_of_the_real_model():
     assert not tokenizer.eos_token_ids
 
 
-def test_it_warns_of_other_work_and_of_throttling(monkeypatch):
+def test_other_load_and_throttling_cause_warnings(monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (9.0, 0, 0))
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert "load 9.0 on 8 cores" in busy_warning()
@@ -106,12 +108,12 @@ def test_it_warns_of_other_work_and_of_throttling(monkeypatch):
     assert "20 % slower" in slowdown_warning([10.0, 8.0])
 
 
-def test_the_first_token_from_which_on_all_come_before_the_dense_ones_breaks_even():
-    def made(*times):
+def test_from_break_even_on_every_token_comes_before_the_dense_token():
+    def runs(*times):
         return [Run([*times], 0, 0, 0, None)]
 
-    dense = made(1, 2, 3, 4, 5)
-    assert break_even(dense, made(1, 3, 3.5, 3.9, 4.5)) == 4
-    assert break_even(dense, made(0.5, 3, 3.5, 3.9, 4.5)) == 4
-    assert break_even(dense, made(0.5, 1.5, 2, 2, 2)) == 1
-    assert break_even(dense, made(1, 3, 4, 5, 6)) is None
+    dense = runs(1, 2, 3, 4, 5)
+    assert break_even(dense, runs(1, 3, 3.5, 3.9, 4.5)) == 4
+    assert break_even(dense, runs(0.5, 3, 3.5, 3.9, 4.5)) == 4
+    assert break_even(dense, runs(0.5, 1.5, 2, 2, 2)) == 1
+    assert break_even(dense, runs(1, 3, 4, 5, 6)) is None

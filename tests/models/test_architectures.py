@@ -1,3 +1,5 @@
+"""Every architecture of mlx-lm, as a tiny random model."""
+
 import json
 import re
 import subprocess
@@ -25,7 +27,7 @@ SUPPORTED = [a.architecture for a in ARCHITECTURES.values() if a.supported]
 # MLX's CPU backend crashes in the attention of phi3small, so its FFNs are tested alone.
 CRASHES = "phi3small"
 
-# In the fast subset: plain, gated and fused FFNs, experts, windows and recurrent states.
+# The fast subset covers plain, gated and fused FFNs, experts, windows and recurrent states.
 FAST = ("llama", "gpt2", "phi3", "deepseek_v3", "gemma3_text", "falcon_h1")
 TESTED = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
@@ -52,17 +54,17 @@ def test_generation_with_every_kind_of_cache(name):
     model, tokenizer, prompt = tiny_model(name), TokenizerWrapper(letter_tokenizer()), [1, 2, 3, 9]
     options = {"max_tokens": 20, "prior": made_prior(model), "warmup": 2, "refresh": 8}
 
-    def written(**changes):
+    def generate(**changes):
         responses = [*stream_generate(model, tokenizer, prompt, **options, **changes)]
         assert len(responses) == 20
         assert responses[-1].glass.selections == 3
         return [response.token for response in responses]
 
     dense = [r.token for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=20)]
-    # This share is rounded to all neurons, but the text is read again all the same. What plamo3
-    # computes depends on how a text is cut (with mlx-lm alone, too).
-    assert written(density=0.9999) == dense or name == "plamo3"
-    written(density=0.5)
+    # This density rounds to all neurons, but renewals still read tokens again. The logits of
+    # plamo3 depend on how a text is chunked, even in mlx-lm alone.
+    assert generate(density=0.9999) == dense or name == "plamo3"
+    generate(density=0.5)
 
 
 def test_most_architectures_are_supported():
@@ -79,7 +81,7 @@ def test_most_architectures_are_supported():
         assert ARCHITECTURES[name].reason
 
 
-def test_what_cannot_be_sliced_is_refused_with_the_reason():
+def test_unsupported_architectures_are_refused_with_the_reason():
     for name, reason in (
         ("gemma3n", "mean over all neurons"),
         ("bitnet", "normalises over all neurons"),
@@ -92,7 +94,7 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason():
             find_ffns(tiny_model(name))
 
 
-def test_a_layer_that_looks_at_all_neurons_is_found_out_by_what_it_computes():
+def test_layers_that_mix_neurons_are_detected_from_their_outputs():
     model = tiny_model("gemma3n")
     model.model_type = "disguised"
     paths = [ffn.path for ffn in find_ffns(model)]
@@ -104,13 +106,13 @@ def test_widths_may_differ_by_layer():
     assert widths == [64, 128, 192, 256]
 
 
-def test_the_documentation_has_the_table():
+def test_the_documentation_contains_the_table():
     documented = DOCS.read_text(encoding="utf-8")
     installed = version("mlx-lm")
     if f"mlx-lm {installed}:" not in documented:
-        pytest.skip(f"the table in docs/architectures.md is not of mlx-lm {installed}")
+        pytest.skip(f"the table in docs/architectures.md is not for mlx-lm {installed}")
     rows = [line for line in table([*ARCHITECTURES.values()]).splitlines() if line]
-    # Packages that are not installed here may be there.
+    # The documented table may come from an installation with more packages.
     rows = [row for row in rows if "no tiny model of it can be made" not in row]
     missing = [row for row in rows if row not in documented.splitlines()]
     assert not missing, "python -m glass_mlx.models makes the table"
@@ -132,7 +134,7 @@ def test_the_command_lists_architectures(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_as_users_run_it():
+def test_the_command_runs_as_a_module():
     run = subprocess.run(
         [sys.executable, "-m", "glass_mlx.models"], capture_output=True, text=True, check=True
     )

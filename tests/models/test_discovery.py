@@ -1,3 +1,5 @@
+"""Finding the FFNs of a model."""
+
 from glass_mlx.models import find_ffns
 from glass_mlx.models.architectures import tiny_model
 
@@ -6,7 +8,7 @@ import mlx.nn as nn
 import pytest
 
 
-def test_ffns_come_in_the_order_of_layers():
+def test_ffns_are_found_in_layer_order():
     mx.random.seed(0)
     paths = [ffn.path for ffn in find_ffns(tiny_model("llama"))]
     assert paths == [f"model.layers.{i}.mlp" for i in range(4)]

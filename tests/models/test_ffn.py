@@ -1,4 +1,4 @@
-"""Properties of slices, over random shapes, biases, types, quantization modes and index sets."""
+"""Properties of slices over random shapes, biases, types, quantization modes and index sets."""
 
 import gc
 import weakref
@@ -49,7 +49,7 @@ def cases(draw):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(cases())
-def test_a_slice_computes_what_zeroed_neurons_leave(case):
+def test_a_slice_computes_the_same_as_zeroed_neurons(case):
     network, dtype, layout, kept = case
     model = OneFFN(network)
     (ffn,) = find_ffns(model)
@@ -63,10 +63,10 @@ def test_a_slice_computes_what_zeroed_neurons_leave(case):
         mask[kept] = 1
         return hidden * mx.array(mask).astype(hidden.dtype)
 
-    masked, got = with_modules(model, {ffn.path: tap(ffn, zeroed)})(x), sliced(x)
+    masked, output = with_modules(model, {ffn.path: tap(ffn, zeroed)})(x), sliced(x)
     scale = mx.abs(masked).max().item() + 1e-3
     tolerance = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}[dtype]
-    assert mx.abs(got - masked).max().item() <= tolerance * scale
+    assert mx.abs(output - masked).max().item() <= tolerance * scale
     rows = mx.array(LAYOUTS[ffn.layout](kept, WIDTH))
     parts = ffn.sliced(kept, "scatter")
     for name, layer in ffn.expand.items():
@@ -78,21 +78,21 @@ def test_a_slice_computes_what_zeroed_neurons_leave(case):
     st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 63), max_size=70),
     st.sampled_from([take_inputs, take_outputs]),
 )
-def test_bad_indices_are_refused_and_good_ones_taken(numbers, take):
+def test_only_valid_indices_are_accepted(numbers, take):
     layer = nn.Linear(64, 64)
-    good = (
+    valid = (
         len(numbers) > 0
         and all(a < b for a, b in pairwise(numbers))
         and numbers[0] >= 0
         and numbers[-1] < 64
     )
-    if not good:
+    if not valid:
         with pytest.raises(ValueError, match="neuron indices"):
             take(layer, np.array(numbers))
         return
     axis = 1 if take is take_inputs else 0
-    wanted = mx.take(layer.weight, mx.array(numbers), axis=axis)
-    assert mx.array_equal(take(layer, np.array(numbers)).weight, wanted)
+    expected = mx.take(layer.weight, mx.array(numbers), axis=axis)
+    assert mx.array_equal(take(layer, np.array(numbers)).weight, expected)
 
 
 def test_an_ffn_makes_its_transposed_copy_once_and_frees_it():

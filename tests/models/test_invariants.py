@@ -1,4 +1,4 @@
-"""The invariants of slices on quantized models; test_architectures.py has every architecture."""
+"""Invariants of slices on quantized models; test_architectures.py covers every architecture."""
 
 from glass_mlx.models import find_ffns
 from glass_mlx.models.architectures import tiny_model
@@ -21,7 +21,7 @@ def test_invariants_of_a_quantized_model(mode, group, bits):
 
 
 @pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
-def test_invariants_of_a_model_of_mixed_precision(recipe):
+def test_invariants_of_a_mixed_precision_model(recipe):
     model = tiny_model("llama", hidden_size=128, head_dim=32, intermediate_size=256)
     predicate = mixed_quant_predicate_builder(recipe, model, 32)
     model, _ = quantize_model(model, {}, 32, 4, quant_predicate=predicate)

@@ -27,13 +27,13 @@ def test_outputs_are_taken_exactly(mode, group, bits):
     layer.bias = mx.arange(384.0)
     rows = np.array([0, 3, 4, 50, 95])
     x = mx.random.normal((3, 256))
-    taken = take_outputs(layer, rows)
-    assert mx.array_equal(dense_weight(taken), dense_weight(layer)[mx.array(rows)])
-    assert mx.allclose(taken(x), layer(x)[:, mx.array(rows)], rtol=1e-5, atol=1e-5)
+    sliced = take_outputs(layer, rows)
+    assert mx.array_equal(dense_weight(sliced), dense_weight(layer)[mx.array(rows)])
+    assert mx.allclose(sliced(x), layer(x)[:, mx.array(rows)], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("mode", "group", "bits"), QUANTIZATION_MODES)
-def test_inputs_are_taken_within_the_error_of_the_format(mode, group, bits):
+def test_inputs_are_taken_within_the_quantization_error(mode, group, bits):
     layer = quantized(mode, group, bits, bias=True)
     layer.bias = mx.arange(384.0)
     kept = np.sort(np.random.default_rng(0).choice(256, 128, replace=False))
@@ -46,10 +46,10 @@ def test_inputs_are_taken_within_the_error_of_the_format(mode, group, bits):
     sliced = take_inputs(layer, kept, "scatter")
     add_mean_compensation(layer, sliced, kept, MeanCompensation(means))
     assert mx.allclose(sliced(x), layer(full), rtol=1e-4, atol=1e-4)
-    given_output = take_inputs(layer, kept, "scatter")
+    with_output = take_inputs(layer, kept, "scatter")
     output = layer(means[None])[0] - layer.bias
-    add_mean_compensation(layer, given_output, kept, MeanCompensation(means, output))
-    assert mx.allclose(given_output.bias, sliced.bias, atol=1e-3)
+    add_mean_compensation(layer, with_output, kept, MeanCompensation(means, output))
+    assert mx.allclose(with_output.bias, sliced.bias, atol=1e-3)
     layer.bias = layer.bias.astype(mx.bfloat16)
     for policy in DOWN_POLICIES:
         half = take_inputs(layer, kept, policy)
@@ -82,6 +82,6 @@ def test_bad_indices_are_refused(indices):
             take(layer, np.array(indices))
 
 
-def test_a_part_of_a_group_cannot_be_requantized():
+def test_partial_groups_cannot_be_requantized():
     with pytest.raises(ValueError, match="groups of 64"):
         take_inputs(quantized("affine", 64, 4), np.arange(40))

@@ -1,3 +1,5 @@
+"""Replacing modules of a model."""
+
 from glass_mlx.models import with_modules
 from glass_mlx.models.architectures import tiny_model
 from helpers import snapshot
@@ -5,7 +7,7 @@ from helpers import snapshot
 import mlx.nn as nn
 
 
-def test_replacing_modules_copies_only_the_way_to_them():
+def test_replacing_modules_copies_only_their_ancestors():
     model = tiny_model("llama")
     before = snapshot(model)
     down = nn.Linear(128, 64, bias=False)

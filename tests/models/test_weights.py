@@ -1,3 +1,5 @@
+"""Fingerprints and sizes of weights."""
+
 from glass_mlx.models import fingerprint, weight_bytes
 from glass_mlx.models.architectures import tiny_model
 
@@ -18,8 +20,8 @@ def test_fingerprints_survive_quantization_and_differ_between_models():
     assert abs(cosine(original, fingerprint(other))) < 0.2
 
 
-def test_weight_bytes_leave_out_an_embedding_that_is_only_looked_up():
+def test_weight_bytes_exclude_an_embedding_used_only_for_lookup():
     tied, untied = tiny_model("qwen2", tie_word_embeddings=True), tiny_model("llama")
-    every = [sum(a.nbytes for _, a in tree_flatten(m.parameters())) for m in (tied, untied)]
-    assert weight_bytes(tied) == every[0]
-    assert weight_bytes(untied) == every[1] - 256 * 64 * 4
+    totals = [sum(a.nbytes for _, a in tree_flatten(m.parameters())) for m in (tied, untied)]
+    assert weight_bytes(tied) == totals[0]
+    assert weight_bytes(untied) == totals[1] - 256 * 64 * 4

@@ -1,3 +1,5 @@
+"""The density that a prior's curve gives for a bound on KL."""
+
 from dataclasses import replace
 
 from glass_mlx import stream_generate
@@ -74,9 +76,9 @@ def test_generation_takes_the_density_from_the_bound(model):
     *_, last = stream_generate(model, tokenizer, [1, 2, 3], density="auto", max_kl=1.0, **options)
     assert last.glass.density == 0.5
     assert last.glass.density_got == 0.5
-    for wrong in ({"density": "auto"}, {"max_kl": 1.0}, {"density": "auto", "max_kl": -1}):
+    for bounds in ({"density": "auto"}, {"max_kl": 1.0}, {"density": "auto", "max_kl": -1}):
         with pytest.raises(ValueError, match="KL"):
-            stream_generate(model, tokenizer, [1, 2, 3], **options, **wrong)
+            stream_generate(model, tokenizer, [1, 2, 3], **options, **bounds)
     with pytest.raises(ValueError, match="density curve"):
         stream_generate(
             model, tokenizer, [1, 2, 3], density="auto", max_kl=1.0, prior=made_prior(model)

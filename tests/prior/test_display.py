@@ -1,3 +1,5 @@
+"""Descriptions and pictures of priors."""
+
 import sys
 from dataclasses import replace
 

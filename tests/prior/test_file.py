@@ -1,3 +1,5 @@
+"""Files of priors: round trips, damage, and the search for a prior."""
+
 import json
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from helpers import made_prior
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 
@@ -27,12 +30,12 @@ def file(model, tmp_path):
 
 
 def test_a_loaded_prior_equals_the_saved_one(model, file):
-    made, read = made_prior(model), GlobalPrior.load(file)
-    assert read.about == {"model": "tiny"}
-    for path, values in made.scores["activation"].items():
-        assert np.array_equal(read.scores["activation"][path], values)
-        spread = made.spread["activation"][path]
-        assert np.array_equal(read.spread["activation"][path], spread)
+    saved, loaded = made_prior(model), GlobalPrior.load(file)
+    assert loaded.about == {"model": "tiny"}
+    for path, values in saved.scores["activation"].items():
+        assert np.array_equal(loaded.scores["activation"][path], values)
+        spread = saved.spread["activation"][path]
+        assert np.array_equal(loaded.spread["activation"][path], spread)
     assert resolve_prior(model, file).source == str(file)
     assert not list(file.parent.glob(".*"))
 
@@ -56,7 +59,7 @@ def test_ranks_are_computed_once(model, monkeypatch):
     assert replace(prior).ranks("griffin") is not first
 
 
-def test_equal_priors_are_equal_files(model, file, tmp_path):
+def test_equal_priors_give_equal_files(model, file, tmp_path):
     for name in "abcdef":
         made_prior(model).save(tmp_path / name)
         assert (tmp_path / name).read_bytes() == file.read_bytes()
@@ -112,8 +115,8 @@ def test_mutated_files_are_refused_in_one_sentence(file):
         mutated = bytearray(content)
         # Half of the trials change the header, which holds the structure.
         end = header if trial % 2 else len(content)
-        for at in generator.integers(0, end, generator.integers(1, 5)):
-            mutated[at] ^= generator.integers(1, 256)
+        for position in generator.integers(0, end, generator.integers(1, 5)):
+            mutated[position] ^= generator.integers(1, 256)
         if trial % 5 == 0:
             mutated = mutated[: generator.integers(0, len(mutated))]
         file.write_bytes(mutated)
@@ -124,8 +127,8 @@ def test_mutated_files_are_refused_in_one_sentence(file):
 
 def edit_metadata(metadata, generator):
     """Replace an entry of a prior's metadata with a value of any type, or remove the entry."""
-    strange = [None, -1, 1e308, "", "x" * 1000, [], {}, [[[]]], {"a": None}, True]
-    value = strange[generator.integers(len(strange))]
+    odd_values = [None, -1, 1e308, "", "x" * 1000, [], {}, [[[]]], {"a": None}, True]
+    value = odd_values[generator.integers(len(odd_values))]
     keys = ["format", "about", "digest"]
     key = keys[generator.integers(3)]
     if generator.random() < 0.3:
@@ -136,7 +139,7 @@ def edit_metadata(metadata, generator):
 
 def edit_about(about, generator):
     """Replace parts of a prior's description with malformed values."""
-    strange = [
+    odd_values = [
         None,
         3,
         "x",
@@ -149,7 +152,7 @@ def edit_about(about, generator):
     ]
     keys = ["model", "recipes", "settings", "versions", "stability", "tokens", "machine"]
     for key in generator.choice(keys, 2):
-        about[key] = strange[generator.integers(len(strange))]
+        about[key] = odd_values[generator.integers(len(odd_values))]
 
 
 def edit_tensors(tensors, generator):
@@ -177,7 +180,7 @@ def edit_tensors(tensors, generator):
 def test_forged_files_are_refused_or_used_but_never_crash(model, file):
     """Forge complete files with a correct digest, but with the wrong contents."""
     generator = np.random.default_rng(1)
-    refused = 0
+    refusals = 0
     for _ in range(500):
         tensors = load_file(file)
         about = {"model": "tiny"}
@@ -197,8 +200,8 @@ def test_forged_files_are_refused_or_used_but_never_crash(model, file):
         except ValueError as error:
             assert "\n" not in str(error)
             assert str(forged) in str(error)
-            refused += 1
-    assert refused > 300
+            refusals += 1
+    assert refusals > 300
 
 
 def test_nested_and_malformed_metadata_is_refused(file):
@@ -231,7 +234,7 @@ def test_zero_or_huge_fingerprints_match_no_model(model):
             resolve_prior(model, replace(prior, fingerprint=samples))
 
 
-def test_values_that_are_not_finite_are_refused(model, file):
+def test_non_finite_values_are_refused(model, file):
     prior = made_prior(model)
     next(iter(prior.scores["activation"].values()))[3] = np.nan
     prior.save(file)
@@ -252,7 +255,7 @@ def test_an_interrupted_save_keeps_the_old_file(model, file, monkeypatch):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_the_model_folder_comes_first_then_the_cache(model, tmp_path, monkeypatch):
+def test_the_model_folder_is_searched_before_the_cache(model, tmp_path, monkeypatch):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
     lines = []
     bad = tmp_path / "cache/priors/0.safetensors"
@@ -269,13 +272,11 @@ def test_the_model_folder_comes_first_then_the_cache(model, tmp_path, monkeypatc
     made_prior(model).save(in_folder)
     assert resolve_prior(model, folder=tmp_path / "model").source == str(in_folder)
     made_prior(tiny_model("llama", seed=1)).save(in_folder)
-    with pytest.raises(ValueError, match="not for this model"):  # and no other prior is used
+    with pytest.raises(ValueError, match="not for this model"):  # instead of using another prior
         resolve_prior(model, folder=tmp_path / "model")
 
 
 def test_the_file_describes_the_measurement(file):
-    from safetensors import safe_open
-
     with safe_open(file, "numpy") as stored:
         metadata = json.loads(stored.metadata()["glass"])
     assert metadata["about"] == {"model": "tiny"}

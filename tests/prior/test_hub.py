@@ -1,4 +1,4 @@
-"""Priors on the hub, tested with a small hub that runs on this machine."""
+"""Publishing and fetching priors, tested with a small local hub."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ COMMIT = "0" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few endpoints of the hub that fetching and publishing small files need."""
+    """The endpoints of the hub for fetching and publishing small files."""
 
     files: dict[str, bytes]
 
@@ -63,18 +63,20 @@ class Hub(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     value = entry["value"]
                     self.files[value["path"]] = base64.b64decode(value["content"])
-        where = f"http://{self.headers['Host']}/me/prior"
-        self.answer(json.dumps({"url": where, "commitUrl": where, "commitOid": COMMIT}).encode())
+        url = f"http://{self.headers['Host']}/me/prior"
+        self.answer(json.dumps({"url": url, "commitUrl": url, "commitOid": COMMIT}).encode())
 
 
 @pytest.fixture
 def server():
     handler = type("Hub", (Hub,), {"files": {}})
-    running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield SimpleNamespace(address=f"http://127.0.0.1:{running.server_port}", files=handler.files)
-    running.shutdown()
-    running.server_close()
+    http_server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(
+        address=f"http://127.0.0.1:{http_server.server_port}", files=handler.files
+    )
+    http_server.shutdown()
+    http_server.server_close()
 
 
 def run(server, tmp_path, module, *arguments):
@@ -94,41 +96,41 @@ def run(server, tmp_path, module, *arguments):
 
 
 @pytest.mark.slow
-def test_a_prior_is_published_with_its_card_and_fetched_by_others(server, tmp_path):
+def test_a_prior_can_be_published_with_its_card_and_fetched(server, tmp_path):
     folder = save_tiny_folder(tmp_path / "tiny")
     file = tmp_path / "measured.safetensors"
     made_prior(tiny_model("llama")).save(file)
-    done = run(server, tmp_path, "calibrate", "--show", file, "--push-to-hub", "me/prior")
-    assert done.returncode == 0, done.stderr
-    assert f"Published at {server.address}/me/prior" in done.stdout
+    result = run(server, tmp_path, "calibrate", "--show", file, "--push-to-hub", "me/prior")
+    assert result.returncode == 0, result.stderr
+    assert f"Published at {server.address}/me/prior" in result.stdout
     assert server.files[FILE_NAME] == file.read_bytes()
     card = server.files["README.md"].decode()
     assert "--prior hub:me/prior" in card
     assert "model       tiny" in card
 
     arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
-    done = run(server, tmp_path, "generate", *arguments, "--prior", "hub:me/prior")
-    assert done.returncode == 0, done.stderr
-    assert FILE_NAME in done.stdout
+    result = run(server, tmp_path, "generate", *arguments, "--prior", "hub:me/prior")
+    assert result.returncode == 0, result.stderr
+    assert FILE_NAME in result.stdout
 
-    done = run(server, tmp_path, "calibrate", "--show", "hub:me/prior")
-    assert done.returncode == 0, done.stderr
-    assert "model       tiny" in done.stdout
+    result = run(server, tmp_path, "calibrate", "--show", "hub:me/prior")
+    assert result.returncode == 0, result.stderr
+    assert "model       tiny" in result.stdout
     assert (tmp_path / "glass_prior.png").is_file()
 
 
 @pytest.mark.slow
-def test_a_missing_prior_ends_with_one_sentence(server, tmp_path):
+def test_a_missing_prior_is_reported_in_one_sentence(server, tmp_path):
     folder = save_tiny_folder(tmp_path / "tiny")
     for name in ("hub:me/other", "hub:not a name", "hub:me/prior@main"):
-        done = run(server, tmp_path, "generate", "--model", folder, "--prior", name)
-        assert done.returncode == 2
-        last = done.stderr.splitlines()[-1]
+        result = run(server, tmp_path, "generate", "--model", folder, "--prior", name)
+        assert result.returncode == 2
+        last = result.stderr.splitlines()[-1]
         assert last.startswith(f"glass-mlx: error: {FILE_NAME} cannot be fetched from {name}: ")
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in result.stderr
 
 
-def test_a_failed_upload_ends_with_one_sentence(tmp_path, monkeypatch):
+def test_a_failed_upload_is_reported_in_one_sentence(tmp_path, monkeypatch):
     class Api:
         def create_repo(self, *_, **__):
             raise ConnectionError("no\nnetwork")

@@ -1,3 +1,5 @@
+"""Markdown tables."""
+
 from glass_mlx.reporting.tables import markdown_table
 
 
@@ -11,6 +13,6 @@ def test_columns_are_padded_and_aligned():
     ]
 
 
-def test_without_padding_cells_are_as_they_come():
+def test_padding_can_be_turned_off():
     table = markdown_table(["method", "KL"], [["longest", "12"]], left=("method",), padded=False)
     assert table.splitlines() == ["| method | KL |", "| :--- | ---: |", "| longest | 12 |"]

@@ -1,3 +1,5 @@
+"""The comparison of what counts as prompt and as text in a conversation."""
+
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.session import Session
 from helpers import CHAT_TEMPLATE, letter_tokenizer, made_prior, save_tiny_folder
@@ -20,7 +22,7 @@ def test_every_case_is_scored(tmp_path, monkeypatch, capsys):
     assert all(float(row[3]) > 0 and row[4] == "2" for row in rows)
 
 
-def test_parts_of_a_conversation_count_as_prompt_or_text():
+def test_each_part_of_a_conversation_counts_as_prompt_or_text():
     session, parts = Session(tiny_model("llama")), [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]]
     observed = compare_turns.observe_parts(session, parts)
     for name, (_, prompt, text) in compare_turns.CASES.items():

@@ -1,10 +1,10 @@
 """Compare the ways to slice a quantized down projection by error, bytes and time.
 
 Groups of inputs share a scale, so single columns of a quantized matrix cannot be copied. The first
-table is about a single random layer: the error of its output, the bytes that a token reads, and the
+table is about a single random layer: the error of its output, the bytes read per token, and the
 time to slice and to multiply. The second table is about a model: the dense model continues some
-prompts, and each policy is scored on these continuations. There, slices are converted to floats,
-which changes no number and is much faster on a CPU.
+prompts, and each policy is scored on these continuations. For this table, slices are converted to
+floats, which changes no number and is much faster on a CPU.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten
 
 _PRIOR_WEIGHT = 0.5
 
-# The policy that can only keep groups of inputs.
+# The policy that can keep only complete groups of inputs.
 _WHOLE_GROUPS = "whole groups"
 
 # A policy prepares a quantized layer, and returns a function that slices it to the inputs to keep.
@@ -93,18 +93,24 @@ POLICIES: dict[str, Policy] = {
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"a quantized model. Default: {DEFAULT_MODEL}")
-    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75, 0.9])
+    parser.add_argument("--model", help=f"A quantized model. Default: {DEFAULT_MODEL}.")
+    parser.add_argument(
+        "--density", type=float, nargs="+", default=[0.5, 0.75, 0.9], help="(%(default)s)"
+    )
     parser.add_argument(
         "--shape",
         type=int,
         nargs=2,
         default=(4096, 14336),
-        help="outputs and inputs of the random layer (%(default)s)",
+        help="Outputs and inputs of the random layer (%(default)s).",
     )
-    parser.add_argument("--group-size", type=int, default=64, help="of the layer (%(default)s)")
-    parser.add_argument("--bits", type=int, default=4, help="of the layer (%(default)s)")
-    parser.add_argument("--layer-only", action="store_true", help="leave out the model")
+    parser.add_argument(
+        "--group-size", type=int, default=64, help="Group size of the random layer (%(default)s)."
+    )
+    parser.add_argument(
+        "--bits", type=int, default=4, help="Bits per weight of the random layer (%(default)s)."
+    )
+    parser.add_argument("--layer-only", action="store_true", help="Leave out the model.")
     continuations.add_arguments(parser)
     return parser
 
@@ -224,7 +230,7 @@ Pair = tuple[float, float]
 
 
 def measure_model(args: argparse.Namespace) -> dict[tuple[float, str], list[Pair]]:
-    """Return KL(dense || sliced) and KL(exact slice || sliced) of each prompt.
+    """Compute KL(dense || sliced) and KL(exact slice || sliced) for each prompt.
 
     Returns:
         Pairs of both, by density and policy.
@@ -258,7 +264,7 @@ def main() -> None:
     args = setup_arg_parser().parse_args()
     with exit_on_error("compare_down_policies"):
         columns = [
-            "density", "down", "error of the output", "MB per token", "ms to slice", "ms a token",
+            "density", "down", "error of the output", "MB per token", "ms to slice", "ms per token",
         ]  # fmt: skip
         rows = [row for density in args.density for row in measure_layer(args, density)]
         print(markdown_table(columns, rows, left=("down",), padded=False))

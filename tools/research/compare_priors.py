@@ -1,8 +1,8 @@
-"""Compare priors by how close the sliced model stays to the dense one.
+"""Compare priors by how close the sliced model stays to the dense model.
 
 The dense model continues the prompts, and the sliced model is scored on these continuations for
-each prior, statistic and density. Two further rows use selections by the prompt alone, and by the
-continuation itself (the oracle).
+each prior, statistic and density. Two further rows use selections from the prompt alone and from
+the continuation itself (the oracle).
 """
 
 import argparse
@@ -38,14 +38,14 @@ Outcomes = dict[tuple[str, float], list[Outcome]]
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}")
-    parser.add_argument("--prior", type=Path, nargs="+", required=True, help="files to compare")
+    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
+    parser.add_argument("--prior", type=Path, nargs="+", required=True, help="Files to compare.")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument(
-        "--prior-weight", type=float, nargs="+", default=[0.5], help="values of λ (%(default)s)"
+        "--prior-weight", type=float, nargs="+", default=[0.5], help="Values of λ (%(default)s)."
     )
     continuations.add_arguments(parser)
-    parser.add_argument("--json", type=Path, help="append one JSON line per row to this file")
+    parser.add_argument("--json", type=Path, help="Append one JSON line per row to this file.")
     add_load_arguments(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Compare what to select neurons by for the second answer of a conversation.
+"""Compare statistics for selecting neurons in the second answer of a conversation.
 
 The dense model answers each prompt, and then a second prompt that asks for more. The statistics can
 come from different parts of the conversation. For each choice of parts, neurons are selected once,
@@ -42,7 +42,7 @@ class Case(NamedTuple):
     """A choice of parts of the conversation.
 
     Attributes:
-        point: after how many tokens of the second answer neurons are selected.
+        point: the number of tokens of the second answer after which neurons are selected.
         prompt: the parts that count as the prompt.
         text: the parts that count as generated text.
     """
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 CASES = {
     "the new prompt": Case(1, (SECOND_PROMPT,), ()),
-    "all before, as a prompt": Case(1, (FIRST_PROMPT, FIRST_ANSWER, SECOND_PROMPT), ()),
+    "everything so far, as a prompt": Case(1, (FIRST_PROMPT, FIRST_ANSWER, SECOND_PROMPT), ()),
     "the earlier answer": Case(1, (), (FIRST_ANSWER,)),
     "the earlier answer, the new prompt": Case(1, (), (FIRST_ANSWER, SECOND_PROMPT)),
     "this answer": Case(GlassConfig.warmup, (), (SECOND_ANSWER,)),
@@ -68,9 +68,9 @@ CASES = {
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}")
+    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75])
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
+    parser.add_argument("--limit", type=int, help="Use only the first LIMIT prompts.")
     continuations.add_arguments(parser)
     add_load_arguments(parser)
     return parser
@@ -88,18 +88,18 @@ def write_conversation(
         args: the flags of `continuations.add_arguments`.
 
     Returns:
-        The tokens of each part of the conversation, and the second answer with all before it as
-        its prompt. None if an answer is too short.
+        The tokens of each part of the conversation, and the second answer with everything before
+        it as its prompt. None if an answer is too short.
     """
     settings = continuations.writing_settings(args)
     (first,) = continue_all(session.model, tokenizer, [messages], settings)
-    answered = [*messages, {"role": "assistant", "content": tokenizer.decode(first.written)}]
-    asked_again = [*answered, {"role": "user", "content": _SECOND_PROMPT}]
-    (second,) = continue_all(session.model, tokenizer, [asked_again], settings)
+    first_turn = [*messages, {"role": "assistant", "content": tokenizer.decode(first.written)}]
+    second_turn = [*first_turn, {"role": "user", "content": _SECOND_PROMPT}]
+    (second,) = continue_all(session.model, tokenizer, [second_turn], settings)
     if not first.written or len(second.written) <= 2 * GlassConfig.warmup:
         return None
     tokens = second.prompt
-    answer_start, answer_stop = len(first.prompt), len(encode(tokenizer, answered))
+    answer_start, answer_stop = len(first.prompt), len(encode(tokenizer, first_turn))
     parts = [tokens[:answer_start], tokens[answer_start:answer_stop], tokens[answer_stop:]]
     return [*parts, second.written[: GlassConfig.warmup - 1]], second
 
@@ -136,7 +136,7 @@ def _read(
 
 
 def mean_kl(reading: DenseReading, selector: Selector, local: LocalStatistics, point: int) -> float:
-    """Return the mean KL of the tokens after a selection by some local statistics."""
+    """Return the mean KL of the tokens after a selection from some local statistics."""
     sliced = reading.session.sliced_model(selector.config.down_policy)
     sliced.update(selector.select(local), mean_compensation(local))
     start = point - 1

@@ -16,19 +16,21 @@ PROMPTS = Path(__file__).with_name("development_prompts.txt")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that set which texts a model is scored on."""
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one per line (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="generated tokens per prompt")
-    parser.add_argument("--temp", type=float, default=0.7, help="sampling temperature")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--prompts", type=Path, default=PROMPTS, help="Prompts, one per line (%(default)s)."
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="Generated tokens per prompt.")
+    parser.add_argument("--temp", type=float, default=0.7, help="Sampling temperature.")
+    parser.add_argument("--seed", type=int, default=0, help="Sampling seed.")
 
 
 def writing_settings(args: argparse.Namespace) -> WritingSettings:
-    """Return how the dense model writes, by the flags of `add_arguments`."""
+    """Return the settings for writing, from the flags of `add_arguments`."""
     return WritingSettings(args.tokens, args.temp, args.seed)
 
 
 def load_session(args: argparse.Namespace) -> tuple[Session, TokenizerWrapper]:
-    """Load the model by the flags `--model`, `--dtype` and `--dequantize`."""
+    """Load the model as the flags `--model`, `--dtype` and `--dequantize` say."""
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     return Session.of(model), tokenizer
 
@@ -45,7 +47,8 @@ def read_continuations(
         session: the dense model's session.
         tokenizer: its tokenizer.
         args: the flags of `add_arguments`.
-        points: after how many generated tokens neurons may be selected; see `DenseReading`.
+        points: the numbers of generated tokens after which neurons may be selected; see
+            `DenseReading`.
 
     Yields:
         The readings of all continuations that have tokens to score.

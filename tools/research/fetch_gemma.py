@@ -1,6 +1,6 @@
 """Fetch Gemma 3 270M (base, Q4_K_M) for tests and experiments, from its packages on PyPI.
 
-The model is not part of this project. Whoever uses it accepts the Gemma terms of use
+The model is not part of this project. By using it you accept the Gemma terms of use
 (https://ai.google.dev/gemma/terms), which the packages contain.
 """
 
@@ -20,7 +20,7 @@ _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def gemma_gguf() -> Path:
-    """Return the file of the model, whether it exists or not."""
+    """Return the path of the model's file, which may not exist yet."""
     return cache_folder() / "models" / "gemma-3-270m-q4_k_m.gguf"
 
 

@@ -1,8 +1,8 @@
 """Show where the time of a decode step goes, dense and sliced, alternating in one process.
 
 The feed-forward networks and the output head are also run separately. The rest of a step is
-attention, norms and everything else. Building is the time in which Python makes the graph. In a
-generation, Python does this while the previous step is computed.
+attention, norms and everything else. Building is the time that Python takes to build the graph. In
+a generation, Python does this while the previous step is computed.
 """
 
 import argparse
@@ -32,9 +32,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--density", type=float, default=0.5, help="(%(default)s)")
-    parser.add_argument("--context", type=int, default=64, help="tokens read (%(default)s)")
-    parser.add_argument("--repetitions", type=int, default=40, help="(%(default)s)")
+    parser.add_argument("--density", type=float, default=0.5, help="Share to keep (%(default)s).")
+    parser.add_argument(
+        "--context", type=int, default=64, help="Tokens in the cache (%(default)s)."
+    )
+    parser.add_argument("--repetitions", type=int, default=40, help="Timed steps (%(default)s).")
     return parser
 
 

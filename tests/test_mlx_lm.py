@@ -1,0 +1,81 @@
+"""The parts of mlx-lm that glass-mlx uses beyond the public API (see docs/CONTRIBUTING.md).
+
+If a new mlx-lm changes one of these parts, the test with its name fails.
+"""
+
+import importlib
+import inspect
+
+import pytest
+
+# Module, name, and the parameters that are passed.
+USED = [
+    (
+        "mlx_lm.generate",
+        "generate_step",
+        [
+            *("prompt", "model", "max_tokens", "sampler", "logits_processors", "prompt_cache"),
+            *("prefill_step_size", "kv_bits", "kv_group_size", "quantized_kv_start"),
+            *("prompt_progress_callback", "input_embeddings"),
+        ],
+    ),
+    ("mlx_lm.generate", "wired_limit", ["model", "streams"]),
+    ("mlx_lm.generate", "generation_stream", []),
+    ("mlx_lm.generate", "setup_arg_parser", []),
+    ("mlx_lm.cache_prompt", "setup_arg_parser", []),
+    (
+        "mlx_lm.generate",
+        "BatchGenerator",
+        ["model", "sampler", "stop_tokens", "completion_batch_size", "prefill_batch_size"],
+    ),
+    (
+        "mlx_lm.generate",
+        "GenerationResponse",
+        [
+            *("text", "token", "logprobs", "from_draft", "prompt_tokens", "prompt_tps"),
+            *("generation_tokens", "generation_tps", "peak_memory", "finish_reason"),
+        ],
+    ),
+    ("mlx_lm.models.cache", "make_prompt_cache", ["model", "max_kv_size"]),
+    ("mlx_lm.models.cache", "save_prompt_cache", ["file_name", "cache", "metadata"]),
+    ("mlx_lm.models.cache", "load_prompt_cache", ["file_name", "return_metadata"]),
+    ("mlx_lm.models.cache", "can_trim_prompt_cache", ["cache"]),
+    ("mlx_lm.models.cache", "trim_prompt_cache", ["cache", "num_tokens"]),
+    ("mlx_lm.models.cache", "KVCache", []),
+    ("mlx_lm.models.cache", "QuantizedKVCache", []),
+    ("mlx_lm.models.switch_layers", "SwitchLinear", []),
+    ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear", []),
+    ("mlx_lm.sample_utils", "make_sampler", ["temp", "top_p", "min_p", "top_k"]),
+    (
+        "mlx_lm.utils",
+        "save",
+        ["dst_path", "src_path_or_repo", "model", "tokenizer", "config", "donate_model"],
+    ),
+    ("mlx_lm.utils", "load_model", ["model_path", "lazy"]),
+    ("mlx_lm.utils", "dequantize_model", ["model"]),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "parameters"), USED, ids=lambda value: str(value))
+def test_mlx_lm_still_has(module, name, parameters):
+    used = getattr(importlib.import_module(module), name)
+    if parameters:
+        assert {*parameters} <= {*inspect.signature(used).parameters}
+
+
+def test_the_decode_loop_samples_one_more_token_than_it_yields():
+    """`decoding.Decoder` relies on it to hand over from one model to the next."""
+    from glass_mlx.models.architectures import tiny_model
+
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    sampled = []
+
+    def sampler(logprobs):
+        sampled.append(mx.argmax(logprobs, axis=-1))
+        return sampled[-1]
+
+    steps = generate_step(mx.array([1, 2]), tiny_model("llama"), max_tokens=3, sampler=sampler)
+    assert [int(token) for token, _ in steps] == [token.item() for token in sampled[:3]]
+    assert len(sampled) == 4
