@@ -72,15 +72,11 @@ def stream_generate(
         ValueError: for a value out of range, an empty prompt, a model that cannot be sliced, or a
             prior that is missing, damaged or of another model.
     """
-    changes = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
-    if changes.get("down_policy", "") is None:
-        del changes["down_policy"]
-    config = replace(config or GlassConfig(), **changes)
+    config = _pop_config(config, kwargs)
     check_max_tokens(max_tokens)
     if draft_model is not None:
         raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
-    if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
+    tokenizer = _wrapped(tokenizer)
     tokens = _encode(tokenizer, prompt)
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
@@ -94,6 +90,14 @@ def stream_generate(
     return _responses(steps, session.model, tokenizer, tokens.size, max_tokens)
 
 
+def _pop_config(config: GlassConfig | None, kwargs: dict[str, Any]) -> GlassConfig:
+    """Take the fields of `GlassConfig` out of keyword arguments, and put them into a config."""
+    changes = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
+    if changes.get("down_policy", "") is None:
+        del changes["down_policy"]
+    return replace(config or GlassConfig(), **changes)
+
+
 def check_max_tokens(max_tokens: int) -> None:
     """Raise ValueError if no tokens are to be generated."""
     if max_tokens == 0:
@@ -105,6 +109,10 @@ def _check_statistics(tokens: mx.array, cache: list[Any] | None, config: GlassCo
     read_before = getattr(cache, "tokens", ())
     if len(read_before) + tokens.size == 1 and config.warmup <= MIN_GENERATED_TOKENS:
         raise ValueError("a prompt of one token does not tell which neurons matter; use a prior")
+
+
+def _wrapped(tokenizer: Tokenizer) -> TokenizerWrapper:
+    return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
