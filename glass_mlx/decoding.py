@@ -20,9 +20,40 @@ def greedy_sampler(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
 
 
-def _with_history(processor: LogitsProcessor, history: mx.array) -> LogitsProcessor:
-    """Return a processor that sees all tokens; mlx-lm's loop shows only those of one call."""
-    return lambda tokens, logits: processor(mx.concatenate([history, tokens]), logits)
+class _History:
+    """Shows logits processors all tokens so far, in every run of a decoder.
+
+    mlx-lm's loop shows only the tokens of one run. Up to version 0.31 it leaves out the tokens that
+    were read before the last one, so only the tail of these tokens is used after the first run. The
+    prompt looks as mlx-lm shows it.
+    """
+
+    def __init__(self) -> None:
+        self._prompt: mx.array | None = None
+
+    def for_first_run(self, processor: LogitsProcessor) -> LogitsProcessor:
+        """Return the processor for the run that reads the prompt."""
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            if self._prompt is None:
+                self._prompt = tokens
+            return processor(tokens, logits)
+
+        return process
+
+    def for_later_run(self, processor: LogitsProcessor, generated: list[int]) -> LogitsProcessor:
+        """Return the processor for a run that begins after some generated tokens."""
+        before = mx.array(generated[:-1], mx.uint32)
+        if self._prompt is not None:
+            before = mx.concatenate([self._prompt, before])
+        calls = 0
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            nonlocal calls
+            calls += 1
+            return processor(mx.concatenate([before, tokens[-calls:]]), logits)
+
+        return process
 
 
 class Decoder:
@@ -61,7 +92,7 @@ class Decoder:
         self.cache, self.tokens = cache, cast(list[int], prompt.tolist())
         self.generated, self.limit = 0, math.inf if max_tokens < 0 else max_tokens
         self._sampler, self._processors = sampler or greedy_sampler, list(logits_processors or [])
-        self._options = options
+        self._options, self._history = options, _History()
         self._latest: tuple[mx.array, mx.array] | None = None
 
     def last(self, count: int) -> mx.array:
@@ -87,14 +118,13 @@ class Decoder:
         is_last_run = until >= self.limit
         until = min(until, self.limit)
         count = -1 if until == math.inf else int(until) - self.generated
-        history = mx.array(self.tokens[: len(self.tokens) - unread.size], mx.uint32)
         steps = generate_step(
             unread,
             model,
             # mlx-lm's loop samples one more token than it yields.
             max_tokens=count if is_last_run else count - 1,
             sampler=self._sample,
-            logits_processors=[_with_history(p, history) for p in self._processors],
+            logits_processors=self._processors_of_run(),
             prompt_cache=self.cache,
             **self._options,
             **options,
@@ -112,6 +142,12 @@ class Decoder:
             except GeneratorExit:
                 self._read(last)
                 raise
+
+    def _processors_of_run(self) -> list[LogitsProcessor]:
+        if self.generated == 0:
+            return [self._history.for_first_run(p) for p in self._processors]
+        generated = self.tokens[-self.generated :]
+        return [self._history.for_later_run(p, generated) for p in self._processors]
 
     def _sample(self, logprobs: mx.array) -> mx.array:
         self._latest = self._sampler(logprobs), logprobs
