@@ -39,6 +39,13 @@ def sha256(file: Path) -> str:
     return state.hexdigest()
 
 
+def _umask() -> int:
+    """Return the user's umask. It can only be read by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
 @contextmanager
 def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a temporary file or folder beside `target`, and rename it to `target` on success.
@@ -59,7 +66,7 @@ def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
         if folder and target.exists():
             target.rename(workspace / "old")
         if not folder:
-            temporary.chmod(0o644)  # some writers make files that only their owner can read
+            temporary.chmod(0o666 & ~_umask())  # some writers ignore the user's umask
         temporary.replace(target)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)

@@ -46,6 +46,13 @@ class PromptCache(list[Any]):
         super().__init__(layers)
         self.statistics, self.tokens, self.intact = statistics, list(tokens), True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PromptCache":
+        """Return a copy, such as for one of several questions about the same prompt."""
+        statistics = None if self.statistics is None else self.statistics.copy()
+        other = PromptCache(copy.deepcopy([*self], memo), statistics, self.tokens)
+        other.intact = self.intact
+        return other
+
     def begin(self, widths: Mapping[str, int]) -> LocalStatistics:
         """Begin to read tokens into the cache, which is not intact until `add` records them.
 
@@ -205,8 +212,10 @@ def save_prompt_cache(
 
     Raises:
         OSError: if a file cannot be written.
-        ValueError: if the name of the file does not end in .safetensors.
+        ValueError: if the file has another extension, or the cache is not intact.
     """
+    if not cache.intact:
+        raise ValueError("the prompt cache was left in the middle of a step; it cannot be saved")
     file, about, tensors, statistics_digest = check_name(file_name), {}, {}, ""
     if cache.statistics is not None:
         parts = {"prompt": cache.statistics.prompt, "text": cache.statistics.text}

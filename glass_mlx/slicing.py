@@ -1,8 +1,9 @@
 """A model whose FFNs compute only selected neurons, and constants in place of the others."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from typing import cast
 
 from glass_mlx.models import FFN, MeanCompensation, find_ffns, with_modules
 from glass_mlx.selection import Selection
@@ -94,7 +95,7 @@ class SlicedModel:
             compensation: the constants that replace the other neurons, by FFN. Default: zero.
         """
         compensation = compensation or {}
-        fresh = {ffn.path: ffn for ffn in find_ffns(self._reload())} if self._reload else {}
+        fresh = {} if self._reload is None else _reloaded_ffns(self._reload)
         first_compensation = bool(compensation) and not self._is_compensated
         self._is_compensated |= first_compensation
         streams = _streams()
@@ -132,6 +133,19 @@ class SlicedModel:
     def _evaluate(self, ffns: list[FFN]) -> None:
         slices = [self._slices[ffn.path][1].values() for ffn in ffns]
         mx.eval([[part.parameters() for part in parts] for parts in slices])
+
+
+def _reloaded_ffns(reload: Callable[[], nn.Module]) -> dict[str, FFN]:
+    """Load the model once more and return its FFNs by path.
+
+    Building a model draws random weights. The global random state is restored, so that the
+    generation samples the same tokens as without a reload.
+    """
+    (key,) = cast(Iterable[mx.array], mx.random.state)
+    high, low = (int(part) for part in key)
+    ffns = {ffn.path: ffn for ffn in find_ffns(reload())}
+    mx.random.seed(high << 32 | low)
+    return ffns
 
 
 def slice_model(

@@ -405,6 +405,18 @@ def test_released_weights_are_freed_and_reloaded(tmp_path, tokenizer, quantizati
     assert mx.array_equal(model(mx.array([PROMPT])), dense)
 
 
+def test_releasing_dense_weights_samples_the_same_tokens(tmp_path, tokenizer):
+    folder = save_tiny_folder(tmp_path / "tiny")
+
+    def sample(**options):
+        model, _ = load(str(folder))
+        mx.random.seed(7)
+        options |= {"warmup": 3, "refresh": 4, "sampler": make_sampler(1.0)}
+        return [r.token for r in run(model, tokenizer, n=30, **options)]
+
+    assert sample(reload=lambda: load(str(folder), lazy=True)[0]) == sample()
+
+
 def test_releasing_dense_weights_lowers_held_memory(tmp_path, tokenizer):
     folder = save_tiny_folder(tmp_path / "tiny")
     ffn_bytes = 4 * 3 * 64 * 128 * 4

@@ -1,6 +1,8 @@
 """Conversations that continue from a prompt cache: in Python, in files and across commands."""
 
+import copy
 import json
+import os
 import sys
 
 from glass_mlx import load_prompt_cache, make_prompt_cache, save_prompt_cache, stream_generate
@@ -149,6 +151,36 @@ def test_a_cache_is_refused_after_an_error(model, tokenizer):
         turn(model, tokenizer, FIRST, cache, prompt_progress_callback=fail)
     with pytest.raises(ValueError, match="left in the middle"):
         turn(model, tokenizer, FIRST, cache)
+
+
+def test_a_cache_that_an_error_left_is_not_saved(model, tokenizer, tmp_path):
+    cache = make_prompt_cache(model)
+    cache.intact = False
+    with pytest.raises(ValueError, match="left in the middle of a step; it cannot be saved"):
+        save_prompt_cache(tmp_path / "talk.safetensors", cache)
+    assert not list(tmp_path.iterdir())
+
+
+def test_questions_can_be_asked_of_copies_of_a_cache(model, tokenizer):
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, FIRST, cache)
+    tokens, offset = list(cache.tokens), cache[0].offset
+    answers = [
+        [r.token for r in turn(model, tokenizer, SECOND, copy.deepcopy(cache))] for _ in range(2)
+    ]
+    assert answers[0] == answers[1]
+    assert (cache.tokens, cache[0].offset) == (tokens, offset)
+    assert [r.token for r in turn(model, tokenizer, SECOND, cache)] == answers[0]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
+def test_a_saved_conversation_follows_the_umask(model, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_prompt_cache(tmp_path / "talk.safetensors", make_prompt_cache(model))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
 
 
 def test_an_error_while_closing_a_generation_reaches_the_caller(model, tokenizer, monkeypatch):

@@ -1,6 +1,6 @@
 """Statistics of hidden vectors."""
 
-from glass_mlx.statistics import NeuronStatistics
+from glass_mlx.statistics import MEAN, NeuronStatistics
 
 import mlx.core as mx
 import numpy as np
@@ -50,6 +50,19 @@ def test_update_returns_the_hidden_vectors():
     h = mx.array(hidden(3, 5))
     returned = statistics.update("f", h)
     assert mx.array_equal(returned, h)
+
+
+def test_hidden_vectors_are_freed_when_the_layer_is_computed():
+    """Sums that were not computed with the layer would hold all hidden vectors until then."""
+    statistics = NeuronStatistics({"f": 1024}, ("activation", "griffin", MEAN))
+    before = mx.get_active_memory()
+    h = mx.random.normal((2048, 1024))
+    returned = statistics.update("f", h)
+    output = statistics.update_outputs("f", returned @ mx.ones((1024, 1024)))
+    mx.eval(output[:1])
+    del h, returned, output
+    assert mx.get_active_memory() - before < 1e6  # hidden vectors and outputs have 8 MB each
+    assert statistics.sums["f"][MEAN].shape == (1, 1024)
 
 
 def test_each_sequence_of_a_batch_has_separate_scores():
