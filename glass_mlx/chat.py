@@ -9,12 +9,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 # Replaces the user's message, to find the position of the message in the template's text.
 _PLACEHOLDER = "<query>"
 
-Message = dict[str, str]
+# Each message has a role and its content.
+Messages = list[dict[str, str]]
 
 
 def encode(
     tokenizer: TokenizerWrapper,
-    messages: list[Message],
+    messages: Messages,
     ignore_template: bool = False,
     **options: Any,
 ) -> list[int]:
@@ -42,7 +43,7 @@ def encode(
 
 def encode_rest(
     tokenizer: TokenizerWrapper,
-    messages: list[Message],
+    messages: Messages,
     ignore_template: bool = False,
     **options: Any,
 ) -> list[int]:
@@ -94,7 +95,7 @@ def _encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
 
 def _apply_template(
     tokenizer: TokenizerWrapper,
-    messages: list[Message],
+    messages: Messages,
     options: dict[str, Any],
     is_unfinished: bool | None = None,
 ) -> str:

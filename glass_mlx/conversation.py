@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import encode, encode_rest
+from glass_mlx.chat import Messages, encode, encode_rest
 from glass_mlx.prompt_cache import (
     PromptCache,
     cache_metadata,
@@ -15,8 +15,6 @@ from glass_mlx.prompt_cache import (
 )
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-Messages = list[dict[str, str]]
 
 
 @dataclass

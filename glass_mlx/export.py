@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
+from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, model_name
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.prompts import (
     Continuation,
-    Messages,
     WritingSettings,
     continue_all,
     read_prompts,
@@ -185,9 +185,9 @@ def run(args: argparse.Namespace) -> str:
         "seed": args.seed,
     }
     sliced = write_sliced_checkpoint(
-        model, tokenizer, model_config, selection, args.output, about, args.trust_remote_code
+        session, tokenizer, model_config, selection, args.output, about, args.trust_remote_code
     )
-    dense_mb, sliced_mb = (weight_bytes(m) / 1e6 for m in (model, sliced))
+    dense_mb, sliced_mb = session.weight_bytes / 1e6, weight_bytes(sliced) / 1e6
     kept = len(next(iter(selection.indices.values())))
     return (
         f"Wrote {args.output}: {kept} neurons in each of {len(selection.indices)} feed-forward "

@@ -72,6 +72,12 @@ def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
         shutil.rmtree(workspace, ignore_errors=True)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically; see `replacing`."""
+    with replacing(file) as temporary:
+        temporary.write_text(text)
+
+
 @contextmanager
 def locked(*targets: Path) -> Iterator[None]:
     """Lock files for this process, and delete temporary files that killed writers left behind.

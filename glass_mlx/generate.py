@@ -12,10 +12,11 @@ from typing import Any
 
 from glass_mlx.arguments import add_load_arguments, load_options
 from glass_mlx.calibration.building import CalibrationSettings, build
+from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.config import AUTO, GlassConfig
-from glass_mlx.conversation import Conversation, Messages, full_history, with_answer
+from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.prior.file import GlobalPrior, cache_name, cached_priors

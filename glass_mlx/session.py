@@ -152,20 +152,20 @@ class Session:
                 to another model, or if it cannot be downloaded.
         """
         latest = self._facts.latest_prior
-        if latest is None or not latest.answers(prior, folder):
-            lines: list[str] = []
-            try:
-                match = find_prior(self.widths, self.fingerprint, prior, folder, name, lines.append)
-            finally:
-                for line in lines:
-                    report(line)
-            self._facts.latest_prior = _FoundPrior(
-                match, prior, folder, _states(prior, folder, match), tuple(lines)
-            )
-            return match
-        for line in latest.lines:
+        if latest is not None and latest.answers(prior, folder):
+            for line in latest.lines:
+                report(line)
+            return latest.match
+        lines: list[str] = []
+
+        def record(line: str) -> None:
+            lines.append(line)
             report(line)
-        return latest.match
+
+        match = find_prior(self.widths, self.fingerprint, prior, folder, name, record)
+        states = _states(prior, folder, match)
+        self._facts.latest_prior = _FoundPrior(match, prior, folder, states, tuple(lines))
+        return match
 
     def selector(self, config: GlassConfig, prior: GlobalPrior | None) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""

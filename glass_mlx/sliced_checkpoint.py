@@ -11,7 +11,7 @@ from glass_mlx.files import replacing
 from glass_mlx.models import find_ffns, named_arrays
 from glass_mlx.prior.lookup import model_folder
 from glass_mlx.selection import Selection
-from glass_mlx.slicing import slice_model
+from glass_mlx.session import Session
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def write_sliced_checkpoint(
-    model: nn.Module,
+    session: Session,
     tokenizer: TokenizerWrapper,
     config: dict[str, Any],
     selection: Selection,
@@ -32,7 +32,7 @@ def write_sliced_checkpoint(
     """Write a sliced model as a checkpoint.
 
     Args:
-        model: the dense model, loaded from a folder.
+        session: the session of the dense model, which was loaded from a folder.
         tokenizer: its tokenizer.
         config: its configuration.
         selection: the neurons to keep, the same number in every FFN.
@@ -54,8 +54,8 @@ def write_sliced_checkpoint(
         raise ValueError("the model was not loaded from a folder with its files")
     path = next(iter(selection.indices))
     width, kept = selection.widths[path], len(selection.indices[path])
-    config = narrowed(model, config, width, kept) | {"glass": about}
-    sliced = slice_model(model, selection, "requantize")
+    config = narrowed(session.model, config, width, kept) | {"glass": about}
+    sliced = session.slice(selection, "requantize")
     with replacing(output, folder=True) as temporary:
         save(temporary, folder, sliced, tokenizer, config, donate_model=False)
         (temporary / "README.md").write_text(_model_card(about), encoding="utf-8")

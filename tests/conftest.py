@@ -36,8 +36,10 @@ def run_command(
 ) -> Callable[..., tuple[int, str, str]]:
     """Return a function that runs a command and returns its exit code, stdout and stderr."""
 
-    def run(main: Callable[[], None], *arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["glass-mlx", *map(str, arguments)])
+    def run(
+        main: Callable[[], None], *arguments: object, stdin: str = "", program: str = "glass-mlx"
+    ) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = 0
         try:

@@ -108,24 +108,24 @@ def test_a_run_killed_or_out_of_disk_space_resumes_to_the_same_file(folder, tmp_
     }
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["build_priors.py", *map(str, arguments)])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err.splitlines()[-1] if captured.err else ""
+@pytest.fixture
+def run(run_command):
+    """Return a function that runs the command and returns its exit code, stdout and last error."""
+
+    def run(*arguments):
+        code, out, err = run_command(main, *arguments, program="build_priors.py")
+        return code, out, err.splitlines()[-1] if err else ""
+
+    return run
 
 
 def test_the_command_writes_and_shows_a_prior_that_the_model_finds(
-    folder, tmp_path, monkeypatch, capsys
+    run, folder, tmp_path, monkeypatch
 ):
     output = folder / FILE_NAME
     arguments = ["--model", folder, "--output", output, "--tokens", 90, "--length", 24]
     arguments += ["--recipe", "bos=2", "--statistic", "griffin", "--statistic", "impact"]
-    code, out, _ = run(monkeypatch, capsys, *arguments)
+    code, out, _ = run(*arguments)
     assert code == 0
     prior = resolve_prior(tiny_model("llama"), folder=folder)
     assert out.startswith(f"Wrote {output}: {prior.about['tokens']} tokens in ")
@@ -134,7 +134,7 @@ def test_the_command_writes_and_shows_a_prior_that_the_model_finds(
     assert not list(folder.glob("*.partial")) + list(folder.glob("*.lock"))
 
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run(monkeypatch, capsys, "--show", output)
+    code, out, _ = run("--show", output)
     assert code == 0
     for part in (folder.name, "bos, weight 2.0", "griffin, impact", "stability of impact", "mean"):
         assert part in out
@@ -165,11 +165,9 @@ def test_the_command_writes_and_shows_a_prior_that_the_model_finds(
         (["--show", "x"], "not allowed with argument"),
     ],
 )
-def test_bad_input_is_reported_in_one_sentence(
-    folder, tmp_path, monkeypatch, capsys, arguments, message
-):
+def test_bad_input_is_reported_in_one_sentence(run, folder, tmp_path, arguments, message):
     required = ["--model", folder, "--output", tmp_path / "out"]
-    code, out, err = run(monkeypatch, capsys, *required, *arguments)
+    code, out, err = run(*required, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith(
         "build_priors.py: error: " if "argument" in err else "build_priors: error: "
@@ -178,15 +176,15 @@ def test_bad_input_is_reported_in_one_sentence(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_folder_as_output_is_refused_before_measuring(folder, monkeypatch, capsys):
-    code, _, err = run(monkeypatch, capsys, "--model", folder, "--output", folder)
+def test_a_folder_as_output_is_refused_before_measuring(run, folder):
+    code, _, err = run("--model", folder, "--output", folder)
     assert code == 2
     assert err.endswith("is a folder; give the name of a file")
 
 
-def test_a_damaged_prior_is_not_shown(tmp_path, monkeypatch, capsys):
+def test_a_damaged_prior_is_not_shown(run, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"x")
-    code, out, err = run(monkeypatch, capsys, "--show", tmp_path / "x.safetensors")
+    code, out, err = run("--show", tmp_path / "x.safetensors")
     assert (code, out) == (2, "")
     assert "not a complete safetensors file" in err
 
@@ -203,11 +201,11 @@ def test_the_module_runs_the_command(folder, tmp_path):
     assert json.dumps(result.stderr) == '""'
 
 
-def test_show_describes_a_prior_before_it_needs_matplotlib(tmp_path, monkeypatch, capsys):
+def test_show_describes_a_prior_before_it_needs_matplotlib(run, tmp_path, monkeypatch):
     made_prior(tiny_model("llama")).save(tmp_path / "x.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, out, err = run(monkeypatch, capsys, "--show", tmp_path / "x.safetensors")
+    code, out, err = run("--show", tmp_path / "x.safetensors")
     assert code == 2
     assert "model       tiny" in out
     assert err.endswith("drawing needs matplotlib; install it with: pip install 'glass-mlx[plots]'")

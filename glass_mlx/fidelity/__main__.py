@@ -8,7 +8,6 @@ docs/results.md explains the methods and has results.
 """
 
 import argparse
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,11 +31,12 @@ from glass_mlx.fidelity.plots import plot
 from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
 from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
-from glass_mlx.files import locked, replacing
+from glass_mlx.files import locked
 from glass_mlx.prior.lookup import model_folder
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.reporting.plotting import require_matplotlib
+from glass_mlx.reporting.tables import write_results
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
@@ -179,7 +179,12 @@ def run(args: argparse.Namespace) -> None:
         outcomes = evaluate(evaluation, samples, digest, partial)
 
     # 3) Print the table, and write files and plots.
-    write_results(make_rows(outcomes, args.seed, about), args)
+    rows = make_rows(outcomes, args.seed, about)
+    print(format_table(rows, markdown=False))
+    write_results(rows, format_table(rows, markdown=True), args.json, args.markdown)
+    if args.plots:
+        for file in plot(rows, args.plots):
+            print(f"Wrote {file}", file=sys.stderr)
     if partial:
         partial.unlink()
 
@@ -220,20 +225,6 @@ def make_rows(outcomes: Outcomes, seed: int, about: dict[str, Any]) -> list[dict
         figures = summarize(results, baseline, seed)
         rows.append({"method": method, "density": density} | figures | about)
     return rows
-
-
-def write_results(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print the table, and write the files that the flags name."""
-    print(format_table(rows, markdown=False))
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if args.markdown:
-        with replacing(args.markdown) as temporary:
-            temporary.write_text(format_table(rows, markdown=True) + "\n")
-    if args.plots:
-        for file in plot(rows, args.plots):
-            print(f"Wrote {file}", file=sys.stderr)
 
 
 def main() -> None:

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.chat import Messages
 from glass_mlx.fidelity.methods import Evaluation
-from glass_mlx.fidelity.prompts import Continuation, Messages, WritingSettings, continue_prompts
+from glass_mlx.fidelity.prompts import Continuation, WritingSettings, continue_prompts
 from glass_mlx.fidelity.report import Outcome
 from glass_mlx.fidelity.tasks import Sample
-from glass_mlx.files import cache_folder, replacing
+from glass_mlx.files import cache_folder, write_text
 from glass_mlx.prior.file import cache_name
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.session import Session
@@ -51,8 +52,7 @@ def cached_continuations(
             session.model, tokenizer, prompts, settings, cached, bar.update
         ):
             texts.extend(map(asdict, batch))
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(texts))
+            write_text(file, json.dumps(texts))
     return [Continuation(**text) for text in texts]
 
 
@@ -100,8 +100,7 @@ def evaluate(
     records = _read_partial(partial, digest) if partial and partial.is_file() else []
     if partial:
         # Write the file again without an incomplete last line.
-        with replacing(partial) as temporary:
-            temporary.write_text("\n".join([digest, *map(json.dumps, records)]) + "\n")
+        write_text(partial, "\n".join([digest, *map(json.dumps, records)]) + "\n")
     outcomes: Outcomes = {}
     for number, sample in enumerate(tqdm(samples, desc="scoring", unit="prompt")):
         if number < len(records):

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import encode
+from glass_mlx.chat import Messages, encode
 from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,7 @@ class DenseReading:
         for start, stop in pairwise(stops):
             part = mx.array(self._written[start:stop])[None]
             logits.append(reader(part, cache=cache)[0].astype(mx.float32))
-            text_statistics = statistics.text
-            mx.eval(
-                logits,
-                [layer.state for layer in cache],
-                text_statistics.sums,
-                text_statistics.outputs,
-            )
+            mx.eval(logits, [layer.state for layer in cache], statistics.arrays)
             if stop < self.tokens:
                 self._checkpoints[stop] = _Checkpoint(copy.deepcopy(cache), statistics.copy())
         self.oracle = statistics.text

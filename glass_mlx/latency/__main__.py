@@ -8,14 +8,12 @@ dense decoding reads per token, divided by those that sliced decoding reads.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.checkpoints.loading import advice
 from glass_mlx.errors import exit_on_error
-from glass_mlx.files import replacing
 from glass_mlx.latency.measured_model import (
     add_model_arguments,
     load_model,
@@ -39,6 +37,7 @@ from glass_mlx.reporting.machine import (
     slowdown_warning,
 )
 from glass_mlx.reporting.plotting import require_matplotlib
+from glass_mlx.reporting.tables import write_results
 from glass_mlx.session import Session
 
 import mlx.core as mx
@@ -121,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         for (method, *_), mode_runs in runs.items()
         if method == DENSE
     ]
-    session = Session.of(model)  # the facts have changed if weights were released
+    session = Session.of(session)  # released weights have changed the facts
     slicing_times = {
         density: time_slicing(session, prior, density, args.down_policy)
         for density in args.density
@@ -135,10 +134,11 @@ def run(args: argparse.Namespace) -> None:
         "arguments": {name: str(value) for name, value in vars(args).items()},
         "warnings": [warning for warning in warnings if warning],
     }
-    write_results(about, summarize(session.weight_bytes, runs, slicing_times), args)
+    rows = summarize(session.weight_bytes, runs, slicing_times)
+    report_results(about, rows, args)
 
 
-def write_results(
+def report_results(
     about: dict[str, Any], rows: list[dict[str, Any]], args: argparse.Namespace
 ) -> None:
     """Print the tables, and write the files that the flags name."""
@@ -146,12 +146,7 @@ def write_results(
     print(text)
     for warning in about["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text("".join(json.dumps(about | row) + "\n" for row in rows))
-    if args.markdown:
-        with replacing(args.markdown) as temporary:
-            temporary.write_text(text + "\n")
+    write_results([about | row for row in rows], text, args.json, args.markdown)
     if args.plot:
         plot(about, rows, args.plot)
 

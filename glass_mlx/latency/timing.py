@@ -169,7 +169,7 @@ def measure(
                     options: dict[str, Any] = {"density": density, "prior": prior} | changes
                     options["down_policy"] = settings.down_policy
                     options["reload"] = reload if method == "released" else None
-                    run = time_run(stream_generate(Session.of(session.model), *common, **options))
+                    run = time_run(stream_generate(session, *common, **options))
                     mx.eval(session.model.parameters())  # loads the released weights
                 if repetition:
                     mode_runs.append(run)

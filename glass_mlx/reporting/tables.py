@@ -1,6 +1,11 @@
-"""Markdown tables."""
+"""Markdown tables, and the files that hold results."""
 
+import json
 from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.files import write_text
 
 
 def markdown_table(
@@ -33,3 +38,23 @@ def markdown_table(
             for line in lines
         ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_results(
+    rows: Sequence[dict[str, Any]],
+    markdown: str,
+    json_file: Path | None,
+    markdown_file: Path | None,
+) -> None:
+    """Write results to the files that are given.
+
+    Args:
+        rows: the results, written as one JSON line per row.
+        markdown: the same results in Markdown.
+        json_file: the file for the JSON lines. Default: none.
+        markdown_file: the file for the Markdown. Default: none.
+    """
+    if json_file:
+        write_text(json_file, "".join(json.dumps(row) + "\n" for row in rows))
+    if markdown_file:
+        write_text(markdown_file, markdown + "\n")
