@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
@@ -18,6 +19,7 @@ from glass_mlx.prior.hub import locate, publish
 from glass_mlx.statistics import PRIOR_STATISTICS
 
 import mlx.core as mx
+from tqdm import tqdm
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -134,7 +136,8 @@ def _build(args: argparse.Namespace) -> GlobalPrior:
     if hint := advice(model):
         print(hint, file=sys.stderr)
     start = time.perf_counter()
-    prior = build(model, tokenizer, args.output, settings, model_name(args.model))
+    report = partial(tqdm.write, file=sys.stderr)  # above the progress bar
+    prior = build(model, tokenizer, args.output, settings, model_name(args.model), report)
     about = prior.about
     stability = f"{overall_stability(about['stability']):.3f}" if about["stability"] else "unknown"
     print(

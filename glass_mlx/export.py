@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
+from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, model_name
@@ -21,7 +22,6 @@ from glass_mlx.fidelity.prompts import (
     read_prompts,
 )
 from glass_mlx.models import weight_bytes, with_taps
-from glass_mlx.prior.lookup import model_folder
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.selection import Selection, Selector, select
 from glass_mlx.session import Session
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> str:
         model_config = {k: v for k, v in model_config.items() if not k.startswith("quantization")}
     session, prior = Session.of(model), None
     if not args.no_prior:
-        prior = session.find_prior(args.prior, model_folder(tokenizer), args.model or "MODEL")
+        prior = find_or_measure_prior(session, tokenizer, args.prior, config, args.model)
     selector = session.selector(config, prior)
 
     # 2) Answer the prompts, and select from the answers and the prior.

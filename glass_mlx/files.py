@@ -78,6 +78,10 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+class LockedError(ValueError):
+    """The error that another process is writing the same file."""
+
+
 @contextmanager
 def locked(*targets: Path) -> Iterator[None]:
     """Lock files for this process, and delete temporary files that killed writers left behind.
@@ -85,7 +89,7 @@ def locked(*targets: Path) -> Iterator[None]:
     The lock file is created beside the first target and deleted afterwards.
 
     Raises:
-        ValueError: if another process holds the lock.
+        LockedError: if another process holds the lock.
     """
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     file = targets[0].with_name(f"{targets[0].name}.lock")
@@ -93,7 +97,8 @@ def locked(*targets: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"another run is writing {targets[0]}; wait for it, or stop it") from error
+        message = f"another run is writing {targets[0]}; wait for it, or stop it"
+        raise LockedError(message) from error
     try:
         for target in targets:
             for leftover in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*/"):
@@ -103,6 +108,15 @@ def locked(*targets: Path) -> Iterator[None]:
         # Delete the file before releasing the lock: filelock notices that a file was deleted.
         file.unlink(missing_ok=True)
         lock.release()
+
+
+def is_locked(target: Path) -> bool:
+    """Return whether another process holds the lock of a file; see `locked`."""
+    try:
+        with locked(target):
+            return False
+    except LockedError:
+        return True
 
 
 def _temporary_prefix(target: Path) -> str:
@@ -140,6 +154,27 @@ def write_tensors(
             raise OSError(f"{file} cannot be written: {error}") from error
 
 
+def read_about(file: Path, kind: str) -> Any:
+    """Read only the description of a file that `write_tensors` wrote, without checking the rest.
+
+    Raises:
+        ValueError: if the file has another format.
+    """
+    with safe_open(file, "numpy") as stored:
+        return _parse_metadata(file, stored.metadata(), kind)["about"]
+
+
+def _parse_metadata(file: Path, stored: dict[str, str] | None, kind: str) -> dict[str, Any]:
+    """Return the metadata that `write_tensors` stores, for files of one format only."""
+    try:
+        metadata = json.loads((stored or {}).get(_METADATA_KEY, ""))
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.get("format") != kind:
+        raise ValueError(f"{file} is not in the format {kind}")
+    return {"about": None, "digest": None} | metadata
+
+
 def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any, str]:
     """Read and check a file that `write_tensors` wrote.
 
@@ -153,20 +188,15 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any, str
     try:
         with safe_open(file, "numpy") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            text = (stored.metadata() or {}).get(_METADATA_KEY, "")
+            stored_metadata = stored.metadata()
     except Exception as error:  # a damaged header causes exceptions of many types
         reason = one_line(error)
         raise ValueError(f"{file} is not a complete safetensors file ({reason})") from error
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict) or metadata.get("format") != kind:
-        raise ValueError(f"{file} is not in the format {kind}")
+    metadata = _parse_metadata(file, stored_metadata, kind)
     for key, values in tensors.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{file} has values in {key} that are not finite")
-    about, stored_digest = metadata.get("about"), metadata.get("digest")
+    about, stored_digest = metadata["about"], metadata["digest"]
     if digest(tensors, about) != stored_digest:
         raise ValueError(f"{file} was changed after it was written")
     return tensors, about, stored_digest

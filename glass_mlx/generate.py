@@ -11,17 +11,16 @@ from functools import partial
 from typing import Any
 
 from glass_mlx.arguments import add_load_arguments, load_options
-from glass_mlx.calibration.building import CalibrationSettings, build
+from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import advice, load, model_name
+from glass_mlx.checkpoints.loading import advice, load
 from glass_mlx.config import AUTO, GlassConfig
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
-from glass_mlx.prior.file import GlobalPrior, cache_name, cached_priors
+from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import locate
-from glass_mlx.prior.lookup import NoPriorError, model_folder
 from glass_mlx.prompt_cache import check_name, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
@@ -33,9 +32,6 @@ from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
 from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-# How many tokens --build-prior measures.
-BUILD_TOKENS = 4096
 
 # Flags of mlx_lm.generate that cannot be combined with slicing.
 _REFUSED = ("--draft-model", "--image")
@@ -129,13 +125,7 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="The model's global prior: a file, or hub:user/repo to download. Default: "
         "glass_prior.safetensors in the model's folder, then the user's cache, then the priors in "
-        "this package.",
-    )
-    source.add_argument(
-        "--build-prior",
-        action="store_true",
-        help=f"If there is no prior, measure a small one ({BUILD_TOKENS} tokens), keep it in the "
-        "user's cache, and use it.",
+        "this package; if there is none, measure a small one and keep it in the cache.",
     )
     source.add_argument(
         "--no-prior", action="store_true", help="Select from the local statistics alone."
@@ -211,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             tokens,
             config=config,
-            prior=False if args.no_prior else _find_prior(args, session, tokenizer, prior),
+            prior=False if args.no_prior else _find_prior(args, session, tokenizer, prior, config),
             reload=(lambda: load_model(lazy=True)[0]) if args.release_dense else None,
             **options,
         )
@@ -349,28 +339,17 @@ def _find_prior(
     session: Session,
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | None,
+    config: GlassConfig,
 ) -> GlobalPrior:
-    """Return the model's prior. If there is none and the user asks for one, measure it now."""
+    """Return the model's prior, and report where it comes from."""
     places_searched: list[str] = []
-    folder, name = model_folder(tokenizer), args.model or DEFAULT_MODEL
     try:
-        return session.find_prior(prior, folder, name, places_searched.append)
-    except NoPriorError:
-        if not args.build_prior:
-            raise
+        return find_or_measure_prior(
+            session, tokenizer, prior, config, args.model, places_searched.append
+        )
     finally:
         if args.verbose and places_searched:
             print(f"prior: {'; '.join(places_searched)}", file=sys.stderr)
-    name = model_name(args.model)
-    file = cached_priors() / f"{cache_name(name, session.fingerprint)}.safetensors"
-    settings = CalibrationSettings(
-        statistics=tuple(dict.fromkeys((*STATISTICS, args.prior_statistic))),
-        tokens=BUILD_TOKENS,
-        curve_texts=CalibrationSettings.curve_texts if args.density == AUTO else 0,
-    )
-    print(f"prior: measuring one into {file}", file=sys.stderr)
-    build(session.model, tokenizer, file, settings, name)
-    return session.find_prior(file)
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ class Report:
         prior_weight: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
         statistic: the statistic that ranks neurons locally.
         prior_statistic: the statistic that ranks neurons in the prior.
-        prior: the prior's file, "given" for a prior made in this process, or "none".
+        prior: the prior's file, "given" for a prior made in this process, or "none"; with a remark
+            if the prior was measured on a related model.
         down_policy: how quantized down projections are sliced.
         dense_tokens: generated tokens that the dense model computed.
         reread_tokens: generated tokens that the dense model read again.
@@ -85,7 +86,7 @@ class Reporter:
             prior_weight=0.0,
             statistic=config.statistic,
             prior_statistic=config.prior_statistic,
-            prior=(prior.source or "given") if prior else "none",
+            prior=prior.title if prior else "none",
             down_policy=config.down_policy,
             dense_tokens=0,
             reread_tokens=0,

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.config import GlassConfig
-from glass_mlx.models import FFN, find_ffns, named_arrays, sample_weights, weight_bytes, with_taps
+from glass_mlx.models import (
+    FFN,
+    Fingerprint,
+    find_ffns,
+    named_arrays,
+    sample_weights,
+    weight_bytes,
+    with_taps,
+)
 from glass_mlx.prior.file import FILE_NAME, GlobalPrior, cached_priors, packaged_priors
 from glass_mlx.prior.hub import PREFIX
 from glass_mlx.prior.lookup import find_prior
@@ -17,7 +25,6 @@ from glass_mlx.slicing import SlicedModel, slice_model
 from glass_mlx.statistics import STATISTICS, LocalStatistics
 
 import mlx.nn as nn
-import numpy as np
 
 # In prefill, the last FFN runs only to be observed. This many tokens per chunk are enough.
 _MAX_SAMPLES = 128
@@ -42,7 +49,7 @@ class _Facts:
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
 
     @cached_property
-    def fingerprint(self) -> dict[str, np.ndarray]:
+    def fingerprint(self) -> Fingerprint:
         """A sample of the weights of each FFN."""
         return sample_weights(self.ffns)
 
@@ -117,8 +124,8 @@ class Session:
         return {ffn.path: ffn.multiple for ffn in self.ffns}
 
     @property
-    def fingerprint(self) -> dict[str, np.ndarray]:
-        """A sample of the weights of each FFN; see `models.fingerprint`."""
+    def fingerprint(self) -> Fingerprint:
+        """A sample of the weights of each FFN, which identifies the model."""
         return self._facts.fingerprint
 
     @property
@@ -210,7 +217,7 @@ class _FoundPrior:
     def answers(self, request: Request, folder: Path | None) -> bool:
         """Return whether a search for a request would find the same prior again."""
         if isinstance(request, GlobalPrior):
-            return request is self.match
+            return request is self.request
         if str(request).startswith(PREFIX):
             return False  # the hub may have a newer one
         return (request, folder, _states(request, folder, self.match)) == (

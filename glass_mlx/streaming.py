@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from glass_mlx.calibration.first_use import find_or_measure_prior
+from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, is_builtin
 from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step
@@ -52,9 +54,11 @@ def stream_generate(
         prompt: text, or token ids.
         max_tokens: the maximum number of tokens to generate; -1 for no limit.
         draft_model: must be None; speculative decoding cannot be combined with slicing.
-        config: how to slice. Default: `GlassConfig()`.
-        prior: a prior, its file or `hub:user/repo`; None to search for it (see `resolve_prior`);
-            False to select neurons from the local statistics alone.
+        config: how to slice. Default: `GlassConfig()`, with a higher density for the built-in
+            model.
+        prior: a prior, its file or `hub:user/repo`; None to search for it (see `resolve_prior`)
+            and to measure a small one if there is none, which shows its progress on standard
+            error; False to select neurons from the local statistics alone.
         reload: loads the model once more without evaluating its arrays, as in
             `lambda: load(name, lazy=True)[0]`. If it is given, the dense weights of each FFN are
             released as soon as its slice exists. When they are needed again, they are loaded from
@@ -70,31 +74,42 @@ def stream_generate(
     Raises:
         FileNotFoundError: if the prior's file does not exist.
         ValueError: for a value out of range, an empty prompt, a model that cannot be sliced, or a
-            prior that is missing, damaged or of another model.
+            prior that is damaged, of another model or cannot be measured.
     """
-    config = _pop_config(config, kwargs)
+    tokenizer = _wrapped(tokenizer)
+    config = _pop_config(config, kwargs, model_folder(tokenizer))
     check_max_tokens(max_tokens)
     if draft_model is not None:
         raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
-    tokenizer = _wrapped(tokenizer)
     tokens = _encode(tokenizer, prompt)
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
     if prior is False:
         _check_statistics(tokens, kwargs.get("prompt_cache"), config)
-    session = Session.of(model)
-    model_prior = None if prior is False else session.find_prior(prior, model_folder(tokenizer))
+    session, model_prior = Session.of(model), None
+    if prior is not False:
+        model_prior = find_or_measure_prior(session, tokenizer, prior, config)
     selector = session.selector(config, model_prior)
     kwargs.pop("num_draft_tokens", None)  # mlx-lm ignores it, too, without a draft model
     steps = _steps(session, selector, tokens, max_tokens, reload, **kwargs)
     return _responses(steps, session.model, tokenizer, tokens.size, max_tokens)
 
 
-def _pop_config(config: GlassConfig | None, kwargs: dict[str, Any]) -> GlassConfig:
-    """Take the fields of `GlassConfig` out of keyword arguments, and put them into a config."""
+def _pop_config(
+    config: GlassConfig | None, kwargs: dict[str, Any], folder: Path | None
+) -> GlassConfig:
+    """Take the fields of `GlassConfig` out of keyword arguments, and put them into a config.
+
+    Args:
+        config: the configuration to change. Default: the model's default configuration.
+        kwargs: keyword arguments.
+        folder: the model's folder.
+    """
     changes = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
     if changes.get("down_policy", "") is None:
         del changes["down_policy"]
+    if config is None and is_builtin(folder):
+        changes.setdefault("density", BUILTIN_DENSITY)
     return replace(config or GlassConfig(), **changes)
 
 

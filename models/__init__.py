@@ -2,14 +2,16 @@
 
 from .discovery import find_ffns, has_experts
 from .ffn import FFN
+from .fingerprints import Fingerprint, fingerprint, sample_weights
 from .linear import DOWN_POLICIES, MeanCompensation, default_down_policy
 from .modules import layer_order, named_arrays, with_modules
 from .taps import Observer, tap, with_taps
-from .weights import fingerprint, sample_weights, weight_bytes
+from .weights import weight_bytes
 
 __all__ = [
     "DOWN_POLICIES",
     "FFN",
+    "Fingerprint",
     "MeanCompensation",
     "Observer",
     "default_down_policy",

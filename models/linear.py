@@ -1,12 +1,16 @@
 """Slices of linear layers: some of their outputs, or some of their inputs."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+_FLOAT_ROUNDING = 0.003  # bfloat16
+_MODE_ROUNDING = {"mxfp4": 0.118, "nvfp4": 0.096, "mxfp8": 0.027}
 
 
 def is_linear(module: object) -> bool:
@@ -38,19 +42,44 @@ def check_indices(indices: np.ndarray, size: int) -> None:
         raise ValueError(f"neuron indices must be strictly increasing and within 0..{size - 1}")
 
 
-def dense_weight(layer: nn.Module, rows: slice = slice(None)) -> mx.array:
-    """Return a layer's weights, or some of their rows, as floats."""
+def rounding_error(layer: nn.Module) -> float:
+    """Return the expected error of rounding a layer's weights, as a share of the weights.
+
+    Both are root mean squares. A group of 64 normally distributed weights spans about 4.7 standard
+    deviations. Rounded to one of 2^bits levels, its weights have errors of a step / sqrt(12). The
+    errors of floating-point modes are measured.
+    """
     if "scales" not in layer:
-        return layer.weight[rows]
-    biases = layer.get("biases")
+        return _FLOAT_ROUNDING
+    if layer.mode in _MODE_ROUNDING:
+        return _MODE_ROUNDING[layer.mode]
+    return 4.7 / (2**layer.bits - 1) / math.sqrt(12)
+
+
+def dense_weight(layer: nn.Module) -> mx.array:
+    """Return a layer's weights as floats, (out, in)."""
+    if "scales" not in layer:
+        return layer.weight
     return mx.dequantize(
-        layer.weight[rows],
-        layer.scales[rows],
-        None if biases is None else biases[rows],
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
         layer.group_size,
         layer.bits,
         layer.mode,
     )
+
+
+def leading_columns(layer: nn.Module, count: int) -> mx.array:
+    """Return the weights of a layer's first inputs as floats, (out, count)."""
+    if "scales" in layer:
+        groups = -(-count // layer.group_size)
+        words = groups * layer.group_size * layer.bits // 32
+        columns = {"weight": layer.weight[:, :words], "scales": layer.scales[:, :groups]}
+        if "biases" in layer:
+            columns["biases"] = layer.biases[:, :groups]
+        layer = _with_arrays(layer, **columns)
+    return dense_weight(layer)[:, :count]
 
 
 def _with_arrays(layer: nn.Module, **arrays: mx.array | None) -> nn.Module:

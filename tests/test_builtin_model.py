@@ -1,6 +1,6 @@
 """The built-in model: conversion, slicing and the packaged prior."""
 
-from glass_mlx import resolve_prior, stream_generate
+from glass_mlx import GlassConfig, resolve_prior, stream_generate
 from glass_mlx.models import find_ffns
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.selection import jaccard, select
@@ -129,3 +129,15 @@ def test_the_answer_at_high_density_stays_close_to_the_dense_answer(default_mode
     )
     assert "Paris" in "".join(r.text for r in responses)
     assert responses[-1].glass.density_got == pytest.approx(0.9, abs=0.02)
+
+
+def test_python_uses_the_same_default_density_as_the_command(default_model):
+    model, tokenizer = default_model
+    for options, density in (
+        ({}, 0.9),
+        ({"prior": False}, 0.9),
+        ({"density": 0.5}, 0.5),
+        ({"config": GlassConfig()}, 0.5),
+    ):
+        response = next(stream_generate(model, tokenizer, PROMPT, **options))
+        assert response.glass.density == density

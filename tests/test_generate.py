@@ -114,15 +114,6 @@ def test_a_prior_for_another_model_is_refused(command, folder, tmp_path):
     assert "is not for this model: it was measured on a model with other weights" in err
 
 
-def test_without_a_prior_the_error_says_how_to_build_one(command, folder):
-    (folder / "glass_prior.safetensors").unlink()
-    code, _, err = command("--model", folder)
-    assert code == 2
-    assert f"tools/build_priors.py --model {folder} --output" in err
-    assert "--no-prior" in err
-    assert command("--model", folder, "--no-prior", "-p", "丁七", "-m", 3)[0] == 0
-
-
 def test_a_truncated_gguf_is_refused(command, tmp_path, monkeypatch):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "tiny.gguf"
@@ -160,43 +151,42 @@ def test_generation_with_the_built_in_model(default_gguf):
     assert "priors/SmolLM2-135M-Instruct.safetensors" in result.stdout
 
 
-def test_a_prior_is_built_only_on_request_and_then_reused(command, folder, tmp_path, monkeypatch):
+def test_a_model_without_a_prior_gets_a_small_one_on_first_use(
+    command, folder, tmp_path, monkeypatch
+):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("glass_mlx.generate.BUILD_TOKENS", 300)
     (folder / "glass_prior.safetensors").unlink()
     arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
-    code, _, err = command(*arguments)
-    assert code == 2
-    assert "--build-prior" in err
+    assert command(*arguments, "--no-prior")[0] == 0
     assert not (tmp_path / "cache").exists()
 
-    code, out, err = command(*arguments, "--build-prior")
+    code, out, err = command(*arguments)
     assert code == 0
     (prior_file,) = (tmp_path / "cache/priors").iterdir()
     assert prior_file.name.startswith("tiny-")
     assert f"prior {prior_file}" in out
     assert "tok/s" in err  # the progress display
-    assert "measuring one into" in err
+    assert f"Measuring a small one once, on 24 texts by the model, into {prior_file}" in err
+    assert f"glass-mlx calibrate --model {folder} --output {prior_file}" in err
     content = prior_file.read_bytes()
 
-    code, out, err = command(*arguments, "--build-prior")
+    code, out, err = command(*arguments)
     assert code == 0
     assert f"using {prior_file}" in err
-    assert "measuring" not in err
+    assert "Measuring" not in err
     assert prior_file.read_bytes() == content
-    assert command(*arguments)[0] == 0
 
 
-def test_it_reports_where_it_searched_for_the_prior(command, folder, tmp_path):
+def test_it_reports_where_it_searched_for_the_prior(command, folder, tmp_path, monkeypatch):
     file = folder / "glass_prior.safetensors"
     arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
     assert f"prior: using {file}" in command(*arguments)[2]
     moved_file = tmp_path / "moved.safetensors"
     file.rename(moved_file)
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
     _, _, err = command(*arguments)
     assert f"prior: no glass_prior.safetensors in the model's folder {folder}" in err
     assert "; none for this model in " in err
-    assert err.count("\n") == 2  # one line about the prior and one error
     assert f"prior: using {moved_file}" in command(*arguments, "--prior", moved_file)[2]
     assert command(*arguments, "--prior", moved_file, "--verbose", "F")[2] == ""
 

@@ -5,7 +5,7 @@ import gc
 import weakref
 
 from glass_mlx import Session, stream_generate
-from glass_mlx.models import discovery, ffn, weights
+from glass_mlx.models import discovery, ffn, fingerprints
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior import file, lookup
 from glass_mlx.prior.file import FILE_NAME, GlobalPrior
@@ -40,9 +40,9 @@ def counts(monkeypatch):
 
     count(discovery, "_find_ffn")  # per module
     count(discovery, "_is_sum_over_neurons")  # per kind of module
-    count(weights, "dense_weight")  # per FFN, for the fingerprint
+    count(fingerprints, "leading_columns")  # per FFN, for the fingerprint
     count(ffn, "_TransposedCopy")  # per FFN, for the transposed copies
-    count(GlobalPrior, "mismatch")
+    count(GlobalPrior, "fitted")
     count(lookup, "prior_files")
     count(file, "ranks")  # per FFN, for the prior
     return counts
@@ -62,8 +62,8 @@ def test_a_second_generation_repeats_no_preparation(
     first = [r.token for r in stream_generate(source, tokenizer, [1, 2, 3], **options)]
     if not in_session:
         assert counts["_find_ffn"] == len(model.named_modules())
-    assert counts["dense_weight"] == 4
-    assert counts["mismatch"] == 1
+    assert counts["leading_columns"] == 4
+    assert counts["fitted"] == 1
     assert counts["prior_files"] == 1
     assert counts["ranks"] == 4
     assert counts["_TransposedCopy"] == 4

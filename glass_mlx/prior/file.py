@@ -4,7 +4,7 @@ The file is safetensors. For each FFN it holds:
 
 - `<path>.<statistic>`: the raw scores, (m,) float32;
 - `<path>.<statistic>_spread`: their standard deviation over sequences, (m,) float32;
-- `<path>.fingerprint`: a small sample of the model's weights, float32.
+- `<path>.fingerprint`: a small sample of the model's weights, (8, 32) float32.
 
 The metadata (see `files.write_tensors`) describes the measurement: model, recipes, settings,
 stability and versions. It has no date, so that two identical measurements give identical files.
@@ -12,33 +12,32 @@ stability and versions. It has no date, so that two identical measurements give 
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.errors import one_line
-from glass_mlx.files import cache_folder, read_tensors, write_tensors
+from glass_mlx.files import cache_folder, read_about, read_tensors, write_tensors
+from glass_mlx.models import Fingerprint
 from glass_mlx.ranking import ranks
 
 import numpy as np
 from safetensors import safe_open
 
-FORMAT = "glass-prior-2"
+FORMAT = "glass-prior-3"
 FILE_NAME = "glass_prior.safetensors"
-BUILD_COMMAND = "python tools/build_priors.py --model {model} --output glass_prior.safetensors"
 
 _FINGERPRINT = "fingerprint"
 _SPREAD = "_spread"
 
-# The key in `about` of the FFNs to keep dense.
+# Keys in `about`: the FFNs to keep dense, the density curve, the rounding error of the fingerprint,
+# and, for a prior of a related model, the similarity of the two models.
 _KEPT_DENSE = "whole"
-
-# Two fingerprints with a larger cosine belong to the same model. For one model (SmolLM2-135M,
-# requantized in groups of 64) the cosine is 0.996 at 4 bits and 0.925 at 2 bits. Fingerprints of
-# models that were trained separately have nothing in common.
-_MIN_COSINE = 0.8
+_CURVE = "curve"
+_ROUNDING = "rounding"
+_SIMILARITY = "similarity"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class GlobalPrior:
 
     Attributes:
         scores: (m,) float32 scores, by statistic and FFN path.
-        fingerprint: a sample of the weights of each FFN; see `models.fingerprint`.
+        fingerprint: a sample of the model's weights.
         about: the description of the measurement: model, recipes, settings, stability, versions.
         spread: the standard deviation over sequences of each neuron's score, (m,) float32, by
             statistic and FFN path. It shows how certain the score is.
@@ -55,7 +54,7 @@ class GlobalPrior:
     """
 
     scores: dict[str, dict[str, np.ndarray]]
-    fingerprint: dict[str, np.ndarray]
+    fingerprint: Fingerprint
     about: dict[str, Any]
     spread: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     source: str = ""
@@ -67,6 +66,15 @@ class GlobalPrior:
     def kept_dense(self) -> tuple[str, ...]:
         """The FFNs to keep dense, at the expense of the others; see `calibration.curve`."""
         return tuple(self.about.get(_KEPT_DENSE, ()))
+
+    @property
+    def title(self) -> str:
+        """The prior's file for reports, and whether it was measured on a related model."""
+        title = self.source or "given"
+        if (similarity := self.about.get(_SIMILARITY)) is None:
+            return title
+        model = self.about.get("model") or "a related model"
+        return f"{title} (measured on other weights: {model}, similarity {similarity:.3f})"
 
     def ranks(self, statistic: str) -> dict[str, np.ndarray]:
         """Rank the neurons of each FFN by one statistic.
@@ -82,46 +90,53 @@ class GlobalPrior:
         return self._ranks[statistic]
 
     @staticmethod
-    def matches_weights(file: Path, weights: Mapping[str, np.ndarray]) -> bool:
-        """Return whether a file may hold a model's prior, reading only its small fingerprint.
-
-        Args:
-            file: the file.
-            weights: the model's `models.fingerprint`.
+    def read_fingerprint(file: Path) -> Fingerprint:
+        """Read only the small fingerprint of a file.
 
         Raises:
             ValueError: if the file cannot be read.
         """
+        suffix = f".{_FINGERPRINT}"
         try:
             with safe_open(file, "numpy") as stored:
-                keys = {f"{path}.{_FINGERPRINT}" for path in weights}
-                if not keys <= {*stored.keys()}:
-                    return False
-                samples = {path: stored.get_tensor(f"{path}.{_FINGERPRINT}") for path in weights}
+                keys = [key for key in stored.keys() if key.endswith(suffix)]  # noqa: SIM118
+                samples = {key.removesuffix(suffix): stored.get_tensor(key) for key in keys}
+            return Fingerprint(samples, read_about(file, FORMAT)[_ROUNDING])
         except Exception as error:  # damaged headers cause many kinds of errors
             raise ValueError(f"the prior {file} cannot be read ({one_line(error)})") from error
-        return _same_weights(weights, samples)
 
-    def mismatch(self, widths: Mapping[str, int], weights: Mapping[str, np.ndarray]) -> str | None:
-        """Return the reason why the prior does not belong to a model, or None if it does.
+    def fitted(self, widths: Mapping[str, int], weights: Fingerprint) -> "GlobalPrior":
+        """Check that the prior fits a model, and leave out what holds for no other model.
 
         Weights are compared up to rounding, so that one prior serves a model in every precision
-        and quantization.
+        and quantization. The prior of a related model, such as a fine-tune, serves as well, but
+        without its density curve and its list of FFNs to keep dense. Its `title` says so.
 
         Args:
             widths: the number of neurons of each FFN of the model, by path.
-            weights: the model's `models.fingerprint`.
+            weights: the model's fingerprint.
+
+        Raises:
+            ValueError: if the prior does not fit, with the reason.
         """
+        if reason := self._mismatch(widths, weights):
+            raise ValueError(f"the prior {self.title} is not for this model: {reason}")
+        if self.fingerprint.is_same_model(weights):
+            return self
+        about = {key: v for key, v in self.about.items() if key not in (_KEPT_DENSE, _CURVE)}
+        similarity = round(self.fingerprint.similarity(weights), 6)
+        return replace(self, about=about | {_SIMILARITY: similarity})
+
+    def _mismatch(self, widths: Mapping[str, int], weights: Fingerprint) -> str | None:
+        """Return the reason why the prior does not fit a model, or None if it does."""
         scores = next(iter(self.scores.values()))
         if scores.keys() != widths.keys():
             return f"its {len(scores)} FFNs are not the model's {len(widths)}"
         for path, width in widths.items():
             if len(scores[path]) != width:
                 return f"{path} has {width} neurons in the model and {len(scores[path])} in it"
-        if any(weights[path].shape != self.fingerprint[path].shape for path in widths):
-            return "it was measured on a model with a different hidden size"
-        if not _same_weights(weights, self.fingerprint):
-            return "it was measured on a model with other weights"
+        if not self.fingerprint.similarity(weights):
+            return "it was measured on a model with other weights, or other order of neurons"
         return None
 
     def save(self, file: Path) -> None:
@@ -132,8 +147,9 @@ class GlobalPrior:
             for name, scores in groups.items()
             for path, values in scores.items()
         }
-        tensors |= {f"{path}.{_FINGERPRINT}": sample for path, sample in self.fingerprint.items()}
-        write_tensors(file, tensors, FORMAT, self.about)
+        samples = self.fingerprint.samples
+        tensors |= {f"{path}.{_FINGERPRINT}": sample for path, sample in samples.items()}
+        write_tensors(file, tensors, FORMAT, self.about | {_ROUNDING: self.fingerprint.rounding})
 
     @staticmethod
     def load(file: Path) -> "GlobalPrior":
@@ -162,18 +178,8 @@ class GlobalPrior:
             for name, group in groups.items()
             if name.endswith(_SPREAD)
         }
-        return GlobalPrior(scores, samples, about, spread, str(file))
-
-
-def _same_weights(model: Mapping[str, np.ndarray], prior: Mapping[str, np.ndarray]) -> bool:
-    """Return whether two fingerprints belong to one model, in any precision."""
-    if any(model[path].shape != prior[path].shape for path in model):
-        return False
-    a, b = (
-        np.concatenate([samples[path].ravel() for path in model]).astype(np.float64)
-        for samples in (model, prior)
-    )
-    return bool(a @ b > _MIN_COSINE * np.linalg.norm(a) * np.linalg.norm(b))
+        weights = Fingerprint(samples, about.pop(_ROUNDING))
+        return GlobalPrior(scores, weights, about, spread, str(file))
 
 
 def _find_defect(
@@ -207,9 +213,13 @@ def _find_defect(
 
 def _is_description(about: dict[str, Any]) -> bool:
     """Return whether the parts of a description that other modules use have the right types."""
-    stability, curve = about.get("stability", {}), about.get("curve")
+    stability, curve, rounding = about.get("stability", {}), about.get(_CURVE), about.get(_ROUNDING)
     return (
         (curve is None or _is_curve(curve))
+        and isinstance(rounding, float)
+        and 0 <= rounding < 1
+        and isinstance(about.get("model", ""), str)
+        and isinstance(about.get(_SIMILARITY, 1.0), float)
         and all(
             isinstance(about.get(key, {}), dict) for key in ("settings", "versions", "stability")
         )
@@ -258,12 +268,13 @@ def prior_files(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("*.safetensors"))
 
 
-def cache_name(model: str, fingerprint: Mapping[str, np.ndarray]) -> str:
+def cache_name(model: str, fingerprint: Fingerprint) -> str:
     """Return the name of a model's prior in the cache: the model's name and a hash of its weights.
 
     Args:
         model: the model's name, hub id or path.
-        fingerprint: the model's `models.fingerprint`.
+        fingerprint: the model's fingerprint.
     """
-    digest = hashlib.sha256(b"".join(sample.tobytes() for sample in fingerprint.values()))
+    samples = fingerprint.samples.values()
+    digest = hashlib.sha256(b"".join(sample.tobytes() for sample in samples))
     return f"{model.rstrip('/').split('/')[-1]}-{digest.hexdigest()[:12]}"

@@ -1,10 +1,10 @@
 """Find a model's prior: from the user, in the model's folder, the cache, or this package."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from glass_mlx.models import Fingerprint
 from glass_mlx.prior.file import (
-    BUILD_COMMAND,
     FILE_NAME,
     GlobalPrior,
     cached_priors,
@@ -13,7 +13,6 @@ from glass_mlx.prior.file import (
 )
 from glass_mlx.prior.hub import locate
 
-import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
@@ -30,9 +29,19 @@ def model_folder(tokenizer: TokenizerWrapper) -> Path | None:
     return Path(name) if name and Path(name).is_dir() else None
 
 
+def folder_address(folder: Path | None) -> str:
+    """Return the hub id of a model in the hub's cache, or the path of any other model's folder."""
+    if folder is None:
+        return "MODEL"
+    repository = folder.parent.parent.name  # in the hub's cache: models--USER--REPO/snapshots/HASH
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return str(folder)
+
+
 def find_prior(
     widths: Mapping[str, int],
-    weights: Mapping[str, np.ndarray],
+    weights: Fingerprint,
     prior: GlobalPrior | str | Path | None = None,
     folder: Path | None = None,
     name: str = "MODEL",
@@ -42,9 +51,10 @@ def find_prior(
 
     Args:
         widths: the number of neurons of each FFN of the model, by path.
-        weights: the model's `models.fingerprint`.
+        weights: the model's fingerprint.
         prior: a prior, the file of a prior, or `hub:user/repo` to fetch it from the hub. Default:
-            search the model's folder, the user's cache and this package, in this order.
+            search the model's folder, the user's cache and this package, in this order. A related
+            model's prior is used only if no place has the model's own.
         folder: the folder of the model's files, if there is one.
         name: the model's name in the command that the error message suggests.
         report: called with one line for each place searched.
@@ -62,44 +72,48 @@ def find_prior(
             report(f"no {FILE_NAME} in the model's folder {folder}")
     if prior is not None:
         prior = prior if isinstance(prior, GlobalPrior) else GlobalPrior.load(locate(prior))
-        if reason := prior.mismatch(widths, weights):
-            raise ValueError(f"the prior {prior.source} is not for this model: {reason}")
-        report(f"using {prior.source or 'the given prior'}")
-        return prior
+        match = prior.fitted(widths, weights)
+        report(f"using {match.title}")
+        return match
+    relatives = []
     for place in (cached_priors(), packaged_priors()):
-        match = _search(place, widths, weights, report)
-        if match is not None:
-            report(f"using {match.source}")
-            return match
+        for candidate in _search(place, widths, weights, report):
+            if candidate.fingerprint.is_same_model(weights):
+                report(f"using {candidate.title}")
+                return candidate
+            relatives.append(candidate)
         report(f"none for this model in {place}")
-    command = BUILD_COMMAND.format(model=name)
+    if relatives:
+        match = max(relatives, key=lambda relative: relative.fingerprint.similarity(weights))
+        report(f"using {match.title}")
+        return match
     raise NoPriorError(
-        "there is no prior for this model; measure a small one now with --build-prior, build one "
-        f"with `{command}` (without a clone: `python -m glass_mlx.calibrate` with the same "
-        "arguments) and give it with --prior, or select from the prompt alone with --no-prior"
+        "there is no prior for this model; stream_generate and the commands measure a small one on "
+        f"first use, and `glass-mlx calibrate --model {name} --output {FILE_NAME}` measures a "
+        "better one"
     )
 
 
 def _search(
     folder: Path,
     widths: Mapping[str, int],
-    weights: Mapping[str, np.ndarray],
+    weights: Fingerprint,
     report: Callable[[str], object],
-) -> GlobalPrior | None:
-    """Return the first prior in a folder that belongs to a model, or None.
+) -> Iterator[GlobalPrior]:
+    """Yield the priors in a folder that fit a model.
 
     Args:
         folder: the folder.
         widths: the number of neurons of each FFN of the model, by path.
-        weights: the model's `models.fingerprint`.
-        report: called with one line for each file that cannot be read.
+        weights: the model's fingerprint.
+        report: called with one line for each file that cannot be used.
     """
     for file in prior_files(folder):
         try:
-            if GlobalPrior.matches_weights(file, weights):
-                prior = GlobalPrior.load(file)
-                if prior.mismatch(widths, weights) is None:
-                    return prior
+            if not GlobalPrior.read_fingerprint(file).similarity(weights):
+                continue
+            prior = GlobalPrior.load(file).fitted(widths, weights)
         except ValueError as error:  # one damaged file must not block all models
             report(f"skipping a file: {error}")
-    return None
+        else:
+            yield prior

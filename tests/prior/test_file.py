@@ -1,17 +1,20 @@
 """Files of priors: round trips, damage, and the search for a prior."""
 
 import json
+import re
 from dataclasses import replace
 
 import glass_mlx.prior.file as prior_file
-from glass_mlx import NoPriorError, resolve_prior
+from glass_mlx import NoPriorError, resolve_prior, stream_generate
 from glass_mlx.files import digest
+from glass_mlx.models import Fingerprint, find_ffns
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.display import describe, draw
 from glass_mlx.prior.file import FILE_NAME, FORMAT, GlobalPrior
 from glass_mlx.ranking import ranks
-from helpers import made_prior
+from helpers import chat_tokenizer, made_prior
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -104,7 +107,7 @@ def test_an_edited_file_is_refused(file):
 
 def test_another_safetensors_file_is_refused(file):
     save_file({"a": np.zeros(3)}, file)
-    with pytest.raises(ValueError, match="not in the format glass-prior-2"):
+    with pytest.raises(ValueError, match="not in the format glass-prior-3"):
         GlobalPrior.load(file)
 
 
@@ -207,7 +210,7 @@ def test_forged_files_are_refused_or_used_but_never_crash(model, file):
 def test_nested_and_malformed_metadata_is_refused(file):
     for text in ("[" * 100000, "{", "[]", "1", '{"format": 2}'):
         save_file({"a": np.zeros(3)}, file, {"glass": text})
-        with pytest.raises(ValueError, match="not in the format glass-prior-2"):
+        with pytest.raises(ValueError, match="not in the format glass-prior-3"):
             GlobalPrior.load(file)
 
 
@@ -229,9 +232,10 @@ def test_a_header_with_huge_sizes_allocates_nothing(file):
 def test_zero_or_huge_fingerprints_match_no_model(model):
     prior = made_prior(model)
     for value in (0, 3e38, -3e38):
-        samples = {p: np.full_like(s, value) for p, s in prior.fingerprint.items()}
+        samples = {p: np.full_like(s, value) for p, s in prior.fingerprint.samples.items()}
+        other = replace(prior, fingerprint=Fingerprint(samples, 0.003))
         with pytest.raises(ValueError, match="other weights"):
-            resolve_prior(model, replace(prior, fingerprint=samples))
+            resolve_prior(model, other)
 
 
 def test_non_finite_values_are_refused(model, file):
@@ -261,7 +265,7 @@ def test_the_model_folder_is_searched_before_the_cache(model, tmp_path, monkeypa
     bad = tmp_path / "cache/priors/0.safetensors"
     bad.parent.mkdir(parents=True)
     bad.write_bytes(b"x")
-    with pytest.raises(NoPriorError, match=r"--build-prior.*build_priors.py .*--no-prior"):
+    with pytest.raises(NoPriorError, match=r"no prior for this model.*glass-mlx calibrate --model"):
         resolve_prior(model, folder=tmp_path, report=lines.append)
     places = (tmp_path, bad, tmp_path / "cache/priors", "glass_mlx/priors")
     assert all(str(p) in line for p, line in zip(places, lines, strict=True))
@@ -279,8 +283,51 @@ def test_the_model_folder_is_searched_before_the_cache(model, tmp_path, monkeypa
 def test_the_file_describes_the_measurement(file):
     with safe_open(file, "numpy") as stored:
         metadata = json.loads(stored.metadata()["glass"])
-    assert metadata["about"] == {"model": "tiny"}
-    assert metadata["format"] == "glass-prior-2"
+    assert metadata["about"] == {"model": "tiny", "rounding": 0.003}
+    assert metadata["format"] == "glass-prior-3"
     names = set(load_file(file))
     parts = ("activation", "activation_spread", "fingerprint")
     assert {f"model.layers.0.mlp.{part}" for part in parts} <= names
+
+
+def noisy(model, noise):
+    """Return a tiny model whose weights differ from a model's by a share of their size."""
+    related = tiny_model("llama")
+    for ffn in find_ffns(related):
+        for layer in ffn.expand.values():
+            layer.weight += noise * mx.std(layer.weight) * mx.random.normal(layer.weight.shape)
+    return related
+
+
+def test_a_related_models_prior_serves_without_its_curve_and_says_so(model, tmp_path):
+    mx.random.seed(0)
+    about = {"model": "base", "whole": ["model.layers.0.mlp"]}
+    about["curve"] = {"densities": [0.5], "kl": [1.0], "tokens": 100}
+    prior = replace(made_prior(model), about=about)
+    own = resolve_prior(model, prior)
+    assert own is prior
+    assert own.kept_dense == ("model.layers.0.mlp",)
+    related = resolve_prior(noisy(model, 0.05), prior)
+    assert related.kept_dense == ()
+    assert "curve" not in related.about
+    assert re.fullmatch(
+        r"given \(measured on other weights: base, similarity 0\.99\d\)", related.title
+    )
+    assert related.scores is prior.scores
+    with pytest.raises(ValueError, match="other weights"):
+        resolve_prior(noisy(model, 0.7), prior)
+    with pytest.raises(ValueError, match="density curve"):
+        stream_generate(
+            noisy(model, 0.05), chat_tokenizer(), "丁", prior=prior, density="auto", max_kl=1
+        )
+
+
+def test_the_models_own_prior_goes_before_a_relatives(model, tmp_path, monkeypatch):
+    mx.random.seed(0)
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path))
+    related = noisy(model, 0.05)
+    made_prior(related).save(tmp_path / "priors/a.safetensors")
+    assert "other weights" in resolve_prior(model).title
+    made_prior(model).save(tmp_path / "priors/b.safetensors")
+    assert resolve_prior(model).title == str(tmp_path / "priors/b.safetensors")
+    assert resolve_prior(related).title == str(tmp_path / "priors/a.safetensors")
