@@ -6,7 +6,7 @@ from .fingerprints import Fingerprint, fingerprint, sample_weights
 from .linear import DOWN_POLICIES, MeanCompensation, default_down_policy
 from .modules import layer_order, named_arrays, with_modules
 from .taps import Observer, tap, with_taps
-from .weights import weight_bytes
+from .weights import check_finite, weight_bytes
 
 __all__ = [
     "DOWN_POLICIES",
@@ -14,6 +14,7 @@ __all__ = [
     "Fingerprint",
     "MeanCompensation",
     "Observer",
+    "check_finite",
     "default_down_policy",
     "find_ffns",
     "fingerprint",

@@ -1,5 +1,6 @@
-"""The bytes of weights that decoding reads."""
+"""The weights of a model: the bytes that decoding reads, and whether all are finite."""
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .linear import is_linear, outputs
@@ -21,3 +22,17 @@ def weight_bytes(model: nn.Module) -> int:
         ):
             total -= sum(array.nbytes for _, array in named_arrays(layer))
     return total
+
+
+def check_finite(model: nn.Module) -> None:
+    """Check that all weights are finite.
+
+    Raises:
+        ValueError: if the model has weights that are infinite or not a number.
+    """
+    for path, array in named_arrays(model):
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise ValueError(
+                f"the model's weights {path} are not finite; its files are damaged, or --dtype "
+                "cannot represent the weights"
+            )

@@ -3,7 +3,7 @@
 from glass_mlx.calibration.impact import measure_impact
 from glass_mlx.calibration.moments import SequenceMoments
 from glass_mlx.calibration.texts import Sequence, pad
-from glass_mlx.models import with_taps
+from glass_mlx.models import check_finite, with_taps
 from glass_mlx.session import Session
 from glass_mlx.statistics import IMPACT, STATISTICS, NeuronStatistics
 
@@ -32,7 +32,7 @@ def measure_sequences(
         moments: the sums to add the scores to.
 
     Raises:
-        ValueError: if the model computes values that are not finite.
+        ValueError: if the model has weights, or computes values, that are not finite.
     """
     streaming = tuple(name for name in statistics if name in STATISTICS)
     group_size = max(1, _MAX_READ_TOKENS // max(len(sequence.tokens) for sequence in sequences))
@@ -41,12 +41,12 @@ def measure_sequences(
         scores = _streaming_scores(session, group, streaming) if streaming else {}
         if IMPACT in statistics:
             scores[IMPACT] = _impact_scores(session, group)
-        for values in scores.values():
-            if not all(np.isfinite(value).all() for value in values.values()):
-                raise ValueError(
-                    "the model's activations or gradients are not finite in this precision; "
-                    "try another one with --dtype"
-                )
+        if not all(np.isfinite(v).all() for values in scores.values() for v in values.values()):
+            check_finite(session.model)
+            raise ValueError(
+                "the model's activations or gradients are not finite in this precision; try "
+                "another one with --dtype"
+            )
         moments.add(scores, sum(sum(sequence.mask) for sequence in group))
 
 

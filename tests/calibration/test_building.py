@@ -258,6 +258,17 @@ def test_non_finite_values_are_refused_at_once(tmp_path):
             calibrate(model, TOKENIZER, replace(SETTINGS, statistics=statistics))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.q_proj.weight[3, 5] = value
+    with pytest.raises(
+        ValueError, match=r"weights model\.layers\.1\.self_attn\.q_proj\.weight are"
+    ):
+        build(model, TOKENIZER, tmp_path / "prior", SETTINGS)
+    assert not (tmp_path / "prior").exists()
+
+
 def test_until_stable_waits_for_every_recipe(sequences):
     sequences[:] = [sequences[0]] * 6
     recipes = (Recipe("bos"), Recipe("chat", 0.1))
