@@ -19,6 +19,9 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+# Raise it whenever a conversion's result changes, so that cached conversions are made again.
+CONVERTER_VERSION = 2
+
 # A weight file is complete when it holds more bytes than this.
 SHARD_BYTES = 4 << 30
 
