@@ -1,20 +1,22 @@
 """Convert a GGUF file into a folder that `mlx_lm.load` reads.
 
-Tensor names and metadata follow the GGUF specification and llama.cpp; the `gguf` package reads
-the file. Quantized tensors keep their integer codes if MLX's affine mode can hold them.
+Tensor names and shapes follow the GGUF specification and llama.cpp (src/llama-arch.cpp and
+load_arch_tensors of the models in src/models). Quantized tensors keep their integer codes if
+MLX's affine mode can hold them.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from glass_mlx.checkpoints.gguf_blocks import AFFINE_FORMATS, GROUP_SIZE, repack
+from glass_mlx.checkpoints.gguf_config import build_config
+from glass_mlx.checkpoints.gguf_file import GGUFFile, GGUFTensor, read_gguf
+from glass_mlx.checkpoints.gguf_metadata import GGUFError, Metadata
 from glass_mlx.checkpoints.gguf_tokenizer import write_tokenizer
 
-import gguf
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
@@ -48,8 +50,9 @@ _GEMMA_NAMES = _NAMES | {
     "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
     "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
 }
-_TENSOR_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+_NORMS_OF_HEADS = ("attn_q_norm", "attn_k_norm")
 _ROPE_FACTORS = "rope_freqs.weight"
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -59,47 +62,61 @@ class Architecture:
     Attributes:
         model_type: its name in mlx-lm.
         names: module paths in mlx-lm by the names of llama.cpp's tensors.
+        biases: the tensors that have biases.
+        optional_biases: the tensors that may have biases, by the key of config.json that gives
+            biases to all of them.
         has_permuted_rows: whether llama.cpp stores the rows of the query and key projections in
             the order of interleaved rotation.
+        has_rope_factors: whether llama.cpp applies frequency factors that the file stores.
         norm_offset: the number that llama.cpp's converter adds to norm weights.
     """
 
     model_type: str
     names: dict[str, str]
+    biases: tuple[str, ...] = ()
+    optional_biases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     has_permuted_rows: bool = False
+    has_rope_factors: bool = False
     norm_offset: float = 0.0
 
 
+_QKV = ("attn_q", "attn_k", "attn_v")
+# Queries and keys are normalized only in Qwen 3 and Gemma 3.
+_WITHOUT_HEAD_NORMS = {k: v for k, v in _NAMES.items() if k not in _NORMS_OF_HEADS}
 ARCHITECTURES = {
-    "llama": Architecture("llama", _NAMES, has_permuted_rows=True),
-    "qwen2": Architecture("qwen2", _NAMES),
+    "llama": Architecture(
+        "llama",
+        _WITHOUT_HEAD_NORMS,
+        optional_biases={
+            "attention_bias": (*_QKV, "attn_output"),
+            "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
+        },
+        has_permuted_rows=True,
+        has_rope_factors=True,
+    ),
+    "qwen2": Architecture("qwen2", _WITHOUT_HEAD_NORMS, biases=_QKV),
     "qwen3": Architecture("qwen3", _NAMES),
     "gemma3": Architecture("gemma3_text", _GEMMA_NAMES, norm_offset=1.0),
 }
 
 
-class Metadata:
-    """The key-value part of a GGUF file."""
+class _Expected(NamedTuple):
+    """A tensor that the model has in mlx-lm.
 
-    def __init__(self, reader: gguf.GGUFReader) -> None:
-        self._fields = reader.fields
-        self.architecture: str = self.get("general.architecture", "")
+    Attributes:
+        module: the path of its module in mlx-lm.
+        parameter: its name in the module.
+        tensor: llama.cpp's name, without the block and the parameter.
+        shape: its shape, rows first.
+        is_optional: whether the file may leave it out: biases are zeros then, and the output
+            matrix is the embedding.
+    """
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key."""
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
-
-    def get_hparam(self, key: str, default: Any = None) -> Any:
-        """Return a hyperparameter, whose key in the file starts with the architecture's name.
-
-        Raises:
-            ValueError: if the key is missing and there is no default.
-        """
-        value = self.get(f"{self.architecture}.{key}", default)
-        if value is None:
-            raise ValueError(f"the metadata has no {self.architecture}.{key}")
-        return value
+    module: str
+    parameter: str
+    tensor: str
+    shape: tuple[int, ...]
+    is_optional: bool
 
 
 class _Module(NamedTuple):
@@ -121,154 +138,190 @@ def convert(source: Path, folder: Path, dtype: str = "float16") -> None:
 
     Raises:
         ValueError: if the file is damaged or its model is not supported.
+        OSError: if the file cannot be read, or the folder cannot be written.
     """
     try:
-        reader = gguf.GGUFReader(source)
-    except Exception as error:  # the reader fails in many ways on a damaged file
-        raise ValueError(f"{source} is not a complete GGUF file ({error})") from error
-    metadata = Metadata(reader)
-    if metadata.get("split.count", 0) > 1:
-        raise ValueError(f"{source} is one part of a split GGUF; merge the parts first")
-    architecture = ARCHITECTURES.get(metadata.architecture)
-    if architecture is None:
-        raise ValueError(
-            f"{source} holds a model of architecture {metadata.architecture!r}; "
-            f"only {', '.join(ARCHITECTURES)} can be read from GGUF"
-        )
-    try:
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        config = _build_config(metadata, tensors)
-        config |= write_tokenizer(metadata.get, folder)
-        modules = _convert_tensors(reader, config, architecture, getattr(mx, dtype))
-        quantization = _write_weights(modules, folder)
-    except Exception as error:  # many libraries can notice a damaged file
+        _convert(read_gguf(source), folder, getattr(mx, dtype))
+    except GGUFError as error:
         raise ValueError(f"{source} cannot be used: {error}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged file does in other libraries is their own matter
+        raise ValueError(
+            f"{source} cannot be used: its parts do not fit together ({type(error).__name__})"
+        ) from error
+
+
+def _convert(file: GGUFFile, folder: Path, dtype: mx.Dtype) -> None:
+    architecture = _find_architecture(file.metadata)
+    blocks = file.metadata.integer(file.metadata.hparam("block_count"), low=1)
+    if blocks > len(file.tensors):
+        raise GGUFError(f"it has {len(file.tensors)} tensors, too few for {blocks} blocks")
+    config = build_config(file.metadata, architecture.model_type, _rope_factors(file))
+    config |= _tensor_config(file.tensors, architecture)
+    expected = _expected_tensors(config, architecture, _biased(file.tensors))
+    _check_tensors(file.tensors, expected, architecture)
+    config |= write_tokenizer(file.metadata, folder, rows=config["vocab_size"])
+    modules = _convert_tensors(file.tensors, expected, config, architecture, dtype)
+    quantization = _write_weights(modules, folder)
     if quantization:
         defaults = {"group_size": GROUP_SIZE, "bits": 4, "mode": "affine"}
         config["quantization"] = defaults | quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _build_config(metadata: Metadata, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
-    """Build the contents of config.json.
+def _find_architecture(metadata: Metadata) -> Architecture:
+    """Return the model's architecture.
 
     Raises:
-        ValueError: if the model has a feature that its architecture in mlx-lm lacks.
+        GGUFError: if the file does not hold one whole model of a known architecture.
     """
-    hparam = metadata.get_hparam
-    if hparam("expert_count", 0):
-        raise ValueError("it is a mixture of experts, which is not supported from GGUF")
-    hidden, heads = int(hparam("embedding_length")), int(hparam("attention.head_count"))
-    head_dim = int(hparam("attention.key_length", 0)) or hidden // heads
-    theta = float(hparam("rope.freq_base", 10000.0))
-    factors = tensors.get(_ROPE_FACTORS)
-    config = {
-        "model_type": ARCHITECTURES[metadata.architecture].model_type,
-        "hidden_size": hidden,
-        "num_hidden_layers": int(hparam("block_count")),
-        "intermediate_size": int(hparam("feed_forward_length")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(hparam("attention.head_count_kv", heads)),
-        "head_dim": head_dim,
-        "rms_norm_eps": float(np.float32(hparam("attention.layer_norm_rms_epsilon"))),
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "max_position_embeddings": int(hparam("context_length")),
-        "rope_theta": theta,
-        "rope_scaling": _rope_scaling(hparam, factors.data if factors else None, theta),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+    kind = metadata.text("general.type", "model")
+    if kind != "model":
+        raise GGUFError(f"it holds no model: its general.type is {kind!r}")
+    if metadata.integer("split.count", 0) > 1:
+        raise GGUFError(
+            "it is one part of a split GGUF; merge the parts first with llama-gguf-split --merge"
+        )
+    architecture = ARCHITECTURES.get(metadata.architecture)
+    if architecture is None:
+        raise GGUFError(
+            f"it holds a model of architecture {metadata.architecture!r}; "
+            f"only {', '.join(ARCHITECTURES)} can be read from GGUF"
+        )
+    return architecture
+
+
+def _rope_factors(file: GGUFFile) -> np.ndarray | None:
+    tensor = file.tensors.get(_ROPE_FACTORS)
+    return None if tensor is None else tensor.dequantize().reshape(-1)
+
+
+def _tensor_config(tensors: dict[str, GGUFTensor], architecture: Architecture) -> dict[str, Any]:
+    """Return the part of config.json that follows from which tensors there are."""
+    if _EMBEDDING not in tensors:
+        raise GGUFError(f"its tensor {_EMBEDDING} is missing")
+    config: dict[str, Any] = {
+        "vocab_size": tensors[_EMBEDDING].shape[0],
+        "tie_word_embeddings": _OUTPUT not in tensors,
     }
-    if metadata.architecture == "gemma3":
-        # Gemma 3 27B, the model with 62 blocks, scales queries by hidden // heads instead.
-        scalar = hidden // heads if config["num_hidden_layers"] == 62 else head_dim
-        config |= {
-            "query_pre_attn_scalar": scalar,
-            "sliding_window": int(hparam("attention.sliding_window")),
-            "sliding_window_pattern": int(hparam("attention.sliding_window_pattern", 6)),
-            "rope_local_base_freq": float(hparam("rope.freq_base_swa", 10000.0)),
-        }
+    biased = _biased(tensors)
+    for key, names in architecture.optional_biases.items():
+        config[key] = not biased.isdisjoint(names)
     return config
 
 
-def _rope_scaling(
-    hparam: Callable[..., Any], factors: np.ndarray | None, theta: float
-) -> dict[str, Any] | None:
-    """Return mlx-lm's `rope_scaling`, or None without scaling.
+def _biased(tensors: dict[str, GGUFTensor]) -> set[str]:
+    """Return the names, without the block, of the tensors that have a bias in any block."""
+    return {name.split(".")[-2] for name in tensors if name.endswith(".bias") and "." in name[:-5]}
+
+
+def _expected_tensors(
+    config: dict[str, Any], architecture: Architecture, biased: set[str]
+) -> dict[str, _Expected]:
+    """Return the tensors of the model by their names in the file.
 
     Args:
-        hparam: see `Metadata.get_hparam`.
-        factors: (head_dim / 2,) the frequency factors in a Llama 3 file.
-        theta: the base of the rotary frequencies.
+        config: the contents of config.json.
+        architecture: the model's architecture.
+        biased: see `_biased`.
+    """
+    hidden, ffn, head_dim = (
+        config[key] for key in ("hidden_size", "intermediate_size", "head_dim")
+    )
+    queries = config["num_attention_heads"] * head_dim
+    keys = config["num_key_value_heads"] * head_dim
+    matrices = {
+        "token_embd": (config["vocab_size"], hidden),
+        "output": (config["vocab_size"], hidden),
+        "attn_q": (queries, hidden),
+        "attn_k": (keys, hidden),
+        "attn_v": (keys, hidden),
+        "attn_output": (hidden, queries),
+        "ffn_gate": (ffn, hidden),
+        "ffn_up": (ffn, hidden),
+        "ffn_down": (hidden, ffn),
+    }
+    # In mlx-lm all of a group have biases, or none.
+    groups = [names for key, names in architecture.optional_biases.items() if config[key]]
+    with_bias = {*architecture.biases, *(name for names in groups for name in names)}
+    expected = {}
+    for name, path in architecture.names.items():
+        vector = (head_dim if name in _NORMS_OF_HEADS else hidden,)
+        shape = matrices.get(name, vector)
+        blocks: list[str] = [""]
+        if "{}" in path:
+            blocks = [f"blk.{i}." for i in range(config["num_hidden_layers"])]
+        for i, block in enumerate(blocks):
+            module, optional = path.format(i), name == "output"
+            expected[f"{block}{name}.weight"] = _Expected(module, "weight", name, shape, optional)
+            if name in with_bias:
+                optional = name not in biased and name not in architecture.biases
+                expected[f"{block}{name}.bias"] = _Expected(
+                    module, "bias", name, shape[:1], optional
+                )
+    return expected
+
+
+def _check_tensors(
+    tensors: dict[str, GGUFTensor], expected: dict[str, _Expected], architecture: Architecture
+) -> None:
+    """Check that the file has the model's tensors in their shapes, and no others.
 
     Raises:
-        ValueError: if mlx-lm does not have this kind of scaling.
+        GGUFError: if a tensor is missing, unknown or of another shape.
     """
-    if factors is not None:
-        return _llama3_scaling(factors, theta)
-    kind = hparam("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    scaling = {"rope_type": kind, "type": kind, "factor": float(hparam("rope.scaling.factor"))}
-    if kind == "linear":
-        return scaling
-    if kind == "yarn":
-        length = hparam("rope.scaling.original_context_length")
-        return scaling | {"original_max_position_embeddings": int(length)}
-    raise ValueError(f"rope scaling of type {kind!r} is not supported")
-
-
-def _llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
-    """Find Llama 3's scaling constants from the frequency factors that llama.cpp stores.
-
-    The file does not store the constants. All Llama 3 models published so far stretch wavelengths
-    above 8192 tokens by the largest factor, leave those below 8192 / 4 unchanged, and interpolate
-    in between. The factors that follow from these constants are compared with the stored ones.
-    """
-    factor, low, high, length = float(factors.max()), 1.0, 4.0, 8192
-    dims = 2 * len(factors)
-    wavelength = 2 * np.pi * theta ** (np.arange(0, dims, 2) / dims)
-    smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
-    if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
-        raise ValueError("its rotary frequency factors are not those of a known Llama 3 model")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": length,
-    }
+    for name, tensor in tensors.items():
+        if name == _ROPE_FACTORS and architecture.has_rope_factors:
+            continue
+        if name not in expected:
+            raise GGUFError(f"its tensor {name} is not part of {architecture.model_type}")
+        shape = expected[name].shape
+        # A tensor may have more dimensions, of size 1, than it needs.
+        if (1,) * (4 - len(shape)) + shape != (1,) * (4 - len(tensor.shape)) + tensor.shape:
+            raise GGUFError(f"its tensor {name} has the shape {tensor.shape}, not {shape}")
+    for name, (module, parameter, _, _, is_optional) in expected.items():
+        if not is_optional and name not in tensors:
+            raise GGUFError(f"its tensor {name} ({module}.{parameter}) is missing")
 
 
 def _convert_tensors(
-    reader: gguf.GGUFReader, config: dict[str, Any], architecture: Architecture, dtype: mx.Dtype
+    tensors: dict[str, GGUFTensor],
+    expected: dict[str, _Expected],
+    config: dict[str, Any],
+    architecture: Architecture,
+    dtype: mx.Dtype,
 ) -> Iterator[_Module]:
-    """Convert the file's tensors one at a time."""
+    """Convert the model's tensors one at a time, in the order of the file."""
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for tensor in tqdm(reader.tensors, desc="Converting", unit="tensor", leave=False):
-        if tensor.name == _ROPE_FACTORS:
+    for name in tqdm(tensors, desc="Converting", unit="tensor", leave=False):
+        if name == _ROPE_FACTORS:
             continue  # config["rope_scaling"] has them
-        match = _TENSOR_NAME.fullmatch(tensor.name)
-        if match is None or match[2] not in architecture.names:
-            raise ValueError(f"its tensor {tensor.name} is not part of {config['model_type']}")
-        layer, name, parameter = match.groups()
-        kind = tensor.tensor_type
-        quantization = None
-        if kind in AFFINE_FORMATS:
-            parts = repack(tensor.data, kind)._asdict()
-            bits = AFFINE_FORMATS[kind].bits
-            quantization = {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
-        else:
-            values = gguf.dequantize(tensor.data, kind)
-            is_norm = name.endswith("norm")
-            parts = {parameter: values - architecture.norm_offset if is_norm else values}
-        if architecture.has_permuted_rows and name in heads:
-            parts = {key: _unpermute(part, heads[name]) for key, part in parts.items()}
+        module, parameter, tensor, shape, _ = expected[name]
+        parts, quantization = _convert_tensor(tensors[name], parameter, shape)
+        if tensor.endswith("norm"):
+            parts = {key: part - architecture.norm_offset for key, part in parts.items()}
+        if architecture.has_permuted_rows and tensor in heads:
+            parts = {key: _unpermute(part, heads[tensor]) for key, part in parts.items()}
         arrays = {
             key: mx.array(part) if part.dtype == np.uint32 else mx.array(part).astype(dtype)
             for key, part in parts.items()
         }
-        yield _Module(architecture.names[name].format(layer), arrays, quantization)
+        yield _Module(module, arrays, quantization)
+    for name, (module, parameter, _, shape, _) in expected.items():
+        if name not in tensors and parameter == "bias":
+            yield _Module(module, {parameter: mx.zeros(shape, dtype)}, None)
+
+
+def _convert_tensor(
+    tensor: GGUFTensor, parameter: str, shape: tuple[int, ...]
+) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """Return a tensor's arrays in mlx-lm, and its entry in the quantization config."""
+    if tensor.kind in AFFINE_FORMATS and len(shape) == 2:
+        bits = AFFINE_FORMATS[tensor.kind].bits
+        quantization = {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
+        return repack(tensor.data, tensor.kind)._asdict(), quantization
+    return {parameter: tensor.dequantize().reshape(shape)}, None
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -5,6 +5,7 @@ Block layouts follow the GGUF specification and llama.cpp. MLX's affine mode com
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import gguf
@@ -56,6 +57,23 @@ def repack(data: np.ndarray, kind: GGMLQuantizationType) -> AffineTensor:
     codes, scales, biases = unpack(data.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1]))
     weight = _pack(codes.reshape(rows, -1).astype(np.uint8, copy=False), bits)
     return AffineTensor(weight, scales.reshape(rows, -1), biases.reshape(rows, -1))
+
+
+@cache
+def can_read(number: int) -> bool:
+    """Return whether tensors of a quantization type, by its number in the file, can be read."""
+    try:
+        kind = GGMLQuantizationType(number)
+        if kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        return False
+    return True
+
+
+def readable_names() -> list[str]:
+    """Return the names of all quantization types that can be read."""
+    return [kind.name for kind in GGMLQuantizationType if can_read(kind)]
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -1,14 +1,24 @@
 """Build a Hugging Face tokenizer from the metadata of a GGUF file.
 
 Two families are supported: byte-level BPE ("gpt2" in GGUF), whose pre-tokenizer is looked up by
-name, and SentencePiece BPE ("llama"), whose merges follow from the scores of its pieces.
+name, and SentencePiece BPE ("llama"), whose merges follow from the scores of its pieces. What is
+added to text, and when, follows `llama_vocab::impl::load` in llama.cpp's src/llama-vocab.cpp.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.checkpoints.gguf_metadata import GGUFError, Metadata, warn
+from glass_mlx.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from glass_mlx.checkpoints.gguf_vocabulary import (
+    STAND_IN_PATTERN,
+    Vocabulary,
+    check_length,
+    read_vocabulary,
+)
+
+import numpy as np
 from gguf import TokenType
 from tokenizers import (
     AddedToken,
@@ -21,165 +31,179 @@ from tokenizers import (
     processors,
 )
 
-# Returns the value of a metadata key, or the given default.
-Get = Callable[[str, Any], Any]
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-
-
-def _word_pattern(digits: str) -> Regex:
-    """Return the word pattern of GPT-4's descendants; `digits` matches the digits of one word."""
-    return Regex(
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-_TEKKEN_PATTERN = Regex(
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _split_at(pattern: Regex) -> list[pre_tokenizers.PreTokenizer]:
-    """Return the steps that split text into the pattern's words and map bytes to characters."""
-    return [
-        pre_tokenizers.Split(pattern, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
-# Steps that split text into words before the merges, by the name in `tokenizer.ggml.pre`.
-_GPT2: list[pre_tokenizers.PreTokenizer] = [
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-]
-_SMOLLM = [pre_tokenizers.Digits(individual_digits=True), *_GPT2]
-_LLAMA3 = _split_at(_word_pattern(r"\p{N}{1,3}"))
-_QWEN2 = _split_at(_word_pattern(r"\p{N}"))
-PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _GPT2,
-    "smollm": _SMOLLM,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": _split_at(_TEKKEN_PATTERN),
-}
-# With these pre-tokenizers a word that is a token is not split and merged again.
-_IGNORING_MERGES = {"llama-bpe", "llama3", "llama-v3", "tekken"}
-# With these pre-tokenizers text is normalized to Unicode's form NFC.
-_NFC = {"qwen2", "deepseek-r1-qwen"}
-
-# Tokens that end a turn. The metadata often names only the token that ends a document.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>")
+# The families by their names in `tokenizer.ggml.model`.
+_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
 
 # Names of special tokens in transformers, and in the keys of GGUF metadata.
 _SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
+# Types of tokens that are never split, and whether they are left out of text.
+_ADDED_TYPES = {
+    TokenType.CONTROL: True,
+    TokenType.UNKNOWN: True,
+    TokenType.USER_DEFINED: False,
+}
 
-def write_tokenizer(get: Get, folder: Path) -> dict[str, Any]:
+
+def write_tokenizer(metadata: Metadata, folder: Path, rows: int | None = None) -> dict[str, Any]:
     """Write tokenizer.json and tokenizer_config.json for a GGUF file.
 
     Args:
-        get: returns the value of a metadata key, or the given default.
+        metadata: the metadata of the file.
         folder: an existing folder.
+        rows: the number of rows of the embedding. Default: one for each token.
 
     Returns:
         Token ids for config.json: `bos_token_id` and `eos_token_id`.
 
     Raises:
-        ValueError: if the file has no tokenizer, or an unsupported one.
+        GGUFError: if the file has no tokenizer, an unsupported one, or more tokens than rows.
     """
-    tokens = get("tokenizer.ggml.tokens", None)
-    if not tokens:
-        raise ValueError("it has no tokenizer")
-    types = get("tokenizer.ggml.token_type", None) or [TokenType.NORMAL] * len(tokens)
-    special_ids = {
-        name: get(f"tokenizer.ggml.{key}_token_id", None) for name, key in _SPECIAL_TOKENS.items()
-    }
-    special_tokens = {
-        f"{name}_token": tokens[i] for name, i in special_ids.items() if i is not None
-    }
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = _build_tokenizer(get, vocabulary, types, special_tokens.get("unk_token"))
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
-        ]
-    )
-    adds_bos = get("tokenizer.ggml.add_bos_token", get("tokenizer.ggml.model", None) == "llama")
-    if adds_bos and "bos_token" in special_tokens:
-        bos = special_tokens["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"],
-            pair=[bos, "$A", bos, "$B"],
-            special_tokens=[(bos, special_ids["bos"])],
-        )
+    vocabulary = read_vocabulary(metadata)
+    count = len(vocabulary.tokens)
+    if rows is not None and count > rows:
+        raise GGUFError(f"its tokenizer has {count} tokens, but its embedding has {rows} rows")
+    model = metadata.text("tokenizer.ggml.model")
+    if model == _BYTE_LEVEL:
+        kind = _find_pre_tokenizer(metadata)
+        tokenizer = _byte_level_bpe(metadata, vocabulary, kind)
+        adds_bos = kind.adds_bos
+    elif model == _SENTENCEPIECE:
+        tokenizer = _sentencepiece_bpe(metadata, vocabulary)
+        adds_bos = True
+    else:
+        raise GGUFError(f"its tokenizer of kind {model!r} is not known")
+    _add_tokens(tokenizer, vocabulary)
+    _add_ends(tokenizer, metadata, vocabulary, adds_bos)
+    if vocabulary.has_stand_ins or count < (rows or count):
+        # Any other decoder also keeps mlx-lm from its faster detokenizers, which need a text for
+        # every id.
+        remove = decoders.Replace(Regex(STAND_IN_PATTERN), "")
+        tokenizer.decoder = decoders.Sequence([remove, tokenizer.decoder])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
+    config = _tokenizer_config(metadata, vocabulary)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return {
+        "bos_token_id": vocabulary.special_ids.get("bos"),
+        "eos_token_id": vocabulary.end_ids,
+    }
+
+
+def _tokenizer_config(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the contents of tokenizer_config.json."""
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": get(f"{get('general.architecture', '')}.context_length", None),
-        "chat_template": get("tokenizer.chat_template", None),
     }
-    config = {key: value for key, value in (config | special_tokens).items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    length = f"{metadata.text('general.architecture', '')}.context_length"
+    if length in metadata:
+        config["model_max_length"] = metadata.integer(length)
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata.text("tokenizer.chat_template")
+    for name, key in _SPECIAL_TOKENS.items():
+        if key in vocabulary.named:
+            config[f"{name}_token"] = vocabulary.tokens[vocabulary.special_ids[key]]
+    return config
 
-    turn_ends = {vocabulary[token] for token in _TURN_ENDS if token in vocabulary}
-    eos_ids = {i for i in turn_ends if types[i] == TokenType.CONTROL}
-    eos_ids |= {special_ids["eos"], get("tokenizer.ggml.eot_token_id", None)} - {None}
-    return {"bos_token_id": special_ids["bos"], "eos_token_id": sorted(eos_ids)}
+
+def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Add the tokens that are never split."""
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=_ADDED_TYPES[TokenType(kind)], normalized=False)
+            for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+            if kind in _ADDED_TYPES
+        ]
+    )
 
 
-def _build_tokenizer(
-    get: Get, vocabulary: dict[str, int], types: list[int], unknown: str | None
-) -> Tokenizer:
-    """Build the tokenizer, without added tokens and post-processor.
+def _add_ends(
+    tokenizer: Tokenizer, metadata: Metadata, vocabulary: Vocabulary, adds_bos: bool
+) -> None:
+    """Make the tokenizer add the tokens that text starts and ends with.
 
     Args:
-        get: see `write_tokenizer`.
-        vocabulary: the ids of all tokens.
-        types: the `TokenType` of every token, by id.
-        unknown: the token for unknown characters.
+        tokenizer: the tokenizer.
+        metadata: the metadata of the file.
+        vocabulary: the tokens.
+        adds_bos: whether text starts with BOS, if the file does not say.
+
+    Raises:
+        GGUFError: if a token is to be added that the file does not have.
     """
-    model = get("tokenizer.ggml.model", None)
-    if model == "gpt2":
-        return _byte_level_bpe(get, vocabulary)
-    if model == "llama":
-        return _sentencepiece_bpe(get, vocabulary, types, unknown)
-    raise ValueError(f"its tokenizer of kind {model!r} is not known")
+    used = []
+    for name, default in (("bos", adds_bos), ("eos", False)):
+        key = f"tokenizer.ggml.add_{name}_token"
+        if not metadata.flag(key, default):
+            continue
+        if name not in vocabulary.special_ids:
+            raise GGUFError(f"it adds the token {name} to text, but has no such token")
+        used.append(name)
+    if not used:
+        return
+    before, after = ["bos"] * ("bos" in used), ["eos"] * ("eos" in used)
+    special_tokens = [
+        {"id": name, "ids": [i], "tokens": [vocabulary.tokens[i]]}
+        for name in used
+        for i in [vocabulary.special_ids[name]]
+    ]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *before, "$B", *after],
+        special_tokens=special_tokens,
+    )
 
 
-def _byte_level_bpe(get: Get, vocabulary: dict[str, int]) -> Tokenizer:
-    name = get("tokenizer.ggml.pre", None)
-    if name not in PRE_TOKENIZERS:
-        raise ValueError(
+def _find_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
+    name = metadata.text("tokenizer.ggml.pre", "")
+    if not name:
+        warn("tokenizer.ggml.pre is missing; using 'default', which may split text differently")
+    kind = PRE_TOKENIZERS.get(name or "default")
+    if kind is None:
+        raise GGUFError(
             f"its pre-tokenizer {name!r} is not known, but only {', '.join(PRE_TOKENIZERS)}"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges", ())]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in _IGNORING_MERGES))
-    if name in _NFC:
+    return kind
+
+
+def _byte_level_bpe(metadata: Metadata, vocabulary: Vocabulary, kind: PreTokenizer) -> Tokenizer:
+    ids = vocabulary.ids
+    merges = _read_merges(metadata, ids)
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=kind.ignores_merges))
+    if kind.is_nfc:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[name])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(kind.steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece_bpe(
-    get: Get, vocabulary: dict[str, int], types: list[int], unknown: str | None
-) -> Tokenizer:
-    scores = get("tokenizer.ggml.scores", None)
+def _read_merges(metadata: Metadata, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the pairs of tokens that form another token, best pair first."""
+    pairs = [tuple(merge.split(" ")) for merge in metadata.strings("tokenizer.ggml.merges")]
+    merges = [
+        (pair[0], pair[1])
+        for pair in pairs
+        if len(pair) == 2 and pair[0] in ids and pair[1] in ids and pair[0] + pair[1] in ids
+    ]
+    if len(merges) < len(pairs):
+        warn(f"{len(pairs) - len(merges)} of tokenizer.ggml.merges do not name tokens; ignored")
+    return merges
+
+
+def _sentencepiece_bpe(metadata: Metadata, vocabulary: Vocabulary) -> Tokenizer:
+    scores = metadata.numbers("tokenizer.ggml.scores")
     if scores is None:
-        raise ValueError("its SentencePiece vocabulary has no scores")
-    has_prefix = get("tokenizer.ggml.add_space_prefix", True)
-    mergeable = {piece for piece, i in vocabulary.items() if types[i] == TokenType.NORMAL}
-    merges = _merges_from_scores(vocabulary, scores, mergeable)
+        raise GGUFError("its SentencePiece vocabulary has no scores")
+    check_length("tokenizer.ggml.scores", scores, len(vocabulary.tokens))
+    if np.isnan(scores).any():
+        raise GGUFError("its tokenizer.ggml.scores are not all numbers")
+    has_prefix = metadata.flag("tokenizer.ggml.add_space_prefix", True)
+    unknown = None
+    if "unknown" in vocabulary.named:
+        unknown = vocabulary.tokens[vocabulary.special_ids["unknown"]]
+    merges = _merges_from_scores(vocabulary, scores)
     tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     spaces = [normalizers.Prepend("▁")] * has_prefix + [normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(spaces)
@@ -188,16 +212,21 @@ def _sentencepiece_bpe(
     return tokenizer
 
 
-def _merges_from_scores(
-    vocabulary: dict[str, int], scores: list[float], mergeable: set[str]
-) -> list[tuple[str, str]]:
+def _merges_from_scores(vocabulary: Vocabulary, scores: np.ndarray) -> list[tuple[str, str]]:
     """List the pairs that form a piece, best piece first, as SentencePiece joins them."""
+    mergeable = {
+        token: i
+        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if kind == TokenType.NORMAL
+    }
+    # Few lengths occur, so that even a very long piece is cut in few places.
+    lengths = sorted({len(piece) for piece in mergeable})
     merges = []
-    for piece in mergeable:
-        pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        merges += [
-            (-scores[vocabulary[piece]], vocabulary[left], vocabulary[right], left, right)
-            for left, right in pairs
-            if left in mergeable and right in mergeable
-        ]
+    for piece, i in mergeable.items():
+        for length in lengths:
+            if length >= len(piece):
+                break
+            left, right = piece[:length], piece[length:]
+            if left in mergeable and right in mergeable:
+                merges.append((-scores[i], mergeable[left], mergeable[right], left, right))
     return [(left, right) for *_, left, right in sorted(merges)]
