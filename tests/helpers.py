@@ -114,7 +114,8 @@ def write_gguf(
     file: Path,
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     leave_out: str = "",
-    **metadata: str | int,
+    tensors: dict[str, np.ndarray] | None = None,
+    **metadata: Any,
 ) -> None:
     """Write a tiny model to a GGUF file as llama.cpp's converter does.
 
@@ -123,30 +124,39 @@ def write_gguf(
         file: the GGUF file to write.
         kind: the tensor format of matrices.
         leave_out: the name of a tensor to omit.
-        **metadata: additional metadata keys and values.
+        tensors: additional tensors, in float32, or those that replace the model's.
+        **metadata: additional metadata keys and values; a key with the value None is omitted.
     """
     architecture = GGUF_ARCHITECTURES[model.args.model_type]
     writer = gguf.GGUFWriter(file, architecture)
     _add_gguf_hparams(writer, architecture, model.args)
     _add_gguf_tokenizer(writer)
     for key, value in metadata.items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_uint32(key, value)
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            _gguf_adder(writer, value)(key, value)
     for path, array in tree_flatten(model.parameters()):
         name = _gguf_tensor_name(path, architecture)
-        if name == leave_out:
+        if name == leave_out or name in (tensors or {}):
             continue
         values = _gguf_values(np.array(array), name, architecture, model.args)
         if values.ndim == 2 and kind != GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, values)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _gguf_adder(writer: gguf.GGUFWriter, value: Any) -> Callable[[str, Any], None]:
+    """Return the writer's function for values of a type."""
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    adders |= {str: writer.add_string, list: writer.add_array}
+    return adders[type(value)]
 
 
 def _add_gguf_hparams(writer: gguf.GGUFWriter, architecture: str, args: Any) -> None:

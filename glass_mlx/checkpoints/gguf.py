@@ -348,4 +348,11 @@ def _write_weights(modules: Iterator[_Module], folder: Path) -> dict[str, Any]:
 
 
 def _write_shard(folder: Path, index: int, arrays: dict[str, mx.array]) -> None:
-    mx.save_safetensors(str(folder / f"model-{index:05}.safetensors"), arrays, {"format": "mlx"})
+    path = folder / f"model-{index:05}.safetensors"
+    try:
+        mx.save_safetensors(str(path), arrays, {"format": "mlx"})
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written; is the disk full?") from error
+    # MLX may not notice that the disk is full.
+    if path.stat().st_size < sum(array.nbytes for array in arrays.values()):
+        raise OSError(f"{path} is incomplete; is the disk full?")

@@ -105,6 +105,12 @@ def build_config(metadata: Metadata, model_type: str, factors: np.ndarray | None
         raise GGUFError("it is a mixture of experts, which is not supported from GGUF")
     blocks = metadata.integer(key("block_count"), low=1)
     context_length = metadata.integer(key("context_length"), low=1)
+    sizes = _attention_sizes(metadata, blocks, model_type)
+    if factors is not None and 2 * len(factors) != sizes["head_dim"]:
+        raise GGUFError(
+            f"it has {len(factors)} rotary frequency factors, not one for each pair of the "
+            f"{sizes['head_dim']} dimensions of a head"
+        )
     config = {
         "model_type": model_type,
         "num_hidden_layers": blocks,
@@ -114,7 +120,7 @@ def build_config(metadata: Metadata, model_type: str, factors: np.ndarray | None
         "rope_theta": freq_base(metadata),
         "rope_scaling": rope_scaling(metadata, context_length, factors),
     }
-    config |= _attention_sizes(metadata, blocks, model_type)
+    config |= sizes
     if metadata.architecture == "gemma3":
         config |= _gemma_attention(metadata, config)
     _refuse_other_keys(metadata, config)

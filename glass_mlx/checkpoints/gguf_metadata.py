@@ -11,8 +11,18 @@ Value = bool | int | float | str | list[str] | np.ndarray
 MAX_INTEGER = 2**31 - 1
 
 
+_MAX_MESSAGE = 500
+
+
 class GGUFError(ValueError):
-    """Says in one sentence why a GGUF file cannot be used; "it" is the file."""
+    """Says in one sentence why a GGUF file cannot be used; "it" is the file.
+
+    Names in a damaged file may hold anything; what cannot be printed is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        text = message[:_MAX_MESSAGE]
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def warn(message: str) -> None:

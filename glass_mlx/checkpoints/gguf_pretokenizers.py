@@ -52,7 +52,7 @@ class PreTokenizer(NamedTuple):
     is_nfc: bool = False
 
 
-_GPT2 = PreTokenizer(_split_at(_GPT2_PATTERN))
+_GPT2 = PreTokenizer([pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
 _SMOLLM = PreTokenizer([pre_tokenizers.Digits(individual_digits=True), *_GPT2.steps])
 _LLAMA3 = PreTokenizer(_split_at(_word_pattern(r"\p{N}{1,3}")), adds_bos=True, ignores_merges=True)
 _QWEN2 = PreTokenizer(_split_at(_word_pattern(r"\p{N}")))

@@ -80,7 +80,7 @@ def write_tokenizer(metadata: Metadata, folder: Path, rows: int | None = None) -
         # every id.
         remove = decoders.Replace(Regex(STAND_IN_PATTERN), "")
         tokenizer.decoder = decoders.Sequence([remove, tokenizer.decoder])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     config = _tokenizer_config(metadata, vocabulary)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return {
