@@ -298,7 +298,8 @@ def _convert_tensors(
         if name == _ROPE_FACTORS:
             continue  # config["rope_scaling"] has them
         module, parameter, tensor, shape, _ = expected[name]
-        parts, quantization = _convert_tensor(tensors[name], parameter, shape)
+        with np.errstate(all="ignore"):  # what is not finite is found below
+            parts, quantization = _convert_tensor(tensors[name], parameter, shape)
         if tensor.endswith("norm"):
             parts = {key: part - architecture.norm_offset for key, part in parts.items()}
         if architecture.has_permuted_rows and tensor in heads:
@@ -307,6 +308,7 @@ def _convert_tensors(
             key: mx.array(part) if part.dtype == np.uint32 else mx.array(part).astype(dtype)
             for key, part in parts.items()
         }
+        _check_finite(name, arrays)
         yield _Module(module, arrays, quantization)
     for name, (module, parameter, _, shape, _) in expected.items():
         if name not in tensors and parameter == "bias":
@@ -322,6 +324,15 @@ def _convert_tensor(
         quantization = {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
         return repack(tensor.data, tensor.kind)._asdict(), quantization
     return {parameter: tensor.dequantize().reshape(shape)}, None
+
+
+def _check_finite(name: str, arrays: dict[str, mx.array]) -> None:
+    """Raise an error if a number of a tensor is infinite or undefined in its new type."""
+    for array in arrays.values():
+        if array.dtype != mx.uint32 and not mx.isfinite(array).all():
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            hint = "; dtype bfloat16 or float32 may hold them" if kind == "float16" else ""
+            raise GGUFError(f"its tensor {name} has numbers that are not finite in {kind}{hint}")
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

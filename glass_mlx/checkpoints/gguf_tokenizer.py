@@ -63,6 +63,9 @@ def write_tokenizer(metadata: Metadata, folder: Path, rows: int | None = None) -
     count = len(vocabulary.tokens)
     if rows is not None and count > rows:
         raise GGUFError(f"its tokenizer has {count} tokens, but its embedding has {rows} rows")
+    suppressed = "tokenizer.ggml.suppress_tokens"
+    if suppressed in metadata and np.size(metadata.value(suppressed)):
+        raise GGUFError(f"it has {suppressed}, which is not supported")
     model = metadata.text("tokenizer.ggml.model")
     if model == _BYTE_LEVEL:
         kind = _find_pre_tokenizer(metadata)

@@ -55,14 +55,14 @@ def convert_tiny(model, folder, **options):
     return (*mlx_lm.load(str(converted)), converted)
 
 
-def refusal(folder, **options):
-    """Return the message with which a GGUF file is refused; nothing is written then."""
+def refusal(folder, is_empty=True, **options):
+    """Return the message with which a GGUF file is refused; mostly nothing is written then."""
     write_gguf(options.pop("model", None) or tiny_model("llama"), folder / "tiny.gguf", **options)
     converted = folder / "tiny"
     converted.mkdir()
     with pytest.raises(ValueError, match="cannot be used: ") as error:
         convert(folder / "tiny.gguf", converted)
-    assert not list(converted.iterdir())
+    assert not (is_empty and list(converted.iterdir()))
     assert "\n" not in str(error.value)
     return str(error.value).partition("cannot be used: ")[2]
 
@@ -125,6 +125,17 @@ def test_a_missing_tensor_is_named(model_type, name, tmp_path):
 def test_a_tensor_that_does_not_fit_is_named(name, shape, message, tmp_path):
     tensors = {name: np.ones(shape, np.float32)}
     assert refusal(tmp_path, tensors=tensors) == f"its tensor {name} {message}"
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "blk.2.attn_norm.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e5])
+def test_numbers_that_the_new_type_cannot_hold_are_refused(name, value, tmp_path):
+    values = np.ones((128, 64) if "ffn" in name else (64,), np.float32)
+    values[..., 5] = value
+    message = refusal(tmp_path, tensors={name: values}, is_empty=False)
+    assert message.startswith(f"its tensor {name} has numbers that are not finite in float16; ")
+    if np.isfinite(value):
+        convert(tmp_path / "tiny.gguf", tmp_path / "tiny", "bfloat16")
 
 
 def test_tokens_without_a_row_of_the_embedding_are_refused(tmp_path):

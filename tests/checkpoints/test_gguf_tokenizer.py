@@ -463,6 +463,7 @@ def test_merges_of_unknown_tokens_are_ignored_with_a_warning(tmp_path, capsys):
         ({"pre": "unheard-of"}, "pre-tokenizer 'unheard-of' is not known, but only default, gpt"),
         ({"pre": ["qwen2"]}, r"tokenizer.ggml.pre is \['qwen2'\], not a string"),
         ({"merges": "a b"}, "tokenizer.ggml.merges is 'a b', not an array of strings"),
+        ({"suppress_tokens": np.arange(2)}, "it has tokenizer.ggml.suppress_tokens, which is not"),
         ({"eos_token_id": 3.0}, "tokenizer.ggml.eos_token_id is 3.0, not an integer"),
         ({"eos_token_id": True}, "tokenizer.ggml.eos_token_id is True, not an integer"),
         ({"eos_token_id": "2"}, "tokenizer.ggml.eos_token_id is '2', not an integer"),
