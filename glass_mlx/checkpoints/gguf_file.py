@@ -143,12 +143,6 @@ class _Cursor:
         value: int = struct.unpack(form, self.take(struct.calcsize(form), what))[0]
         return value
 
-    def count(self, min_bytes: int, what: str) -> int:
-        """Return the next count of things that take at least `min_bytes` each."""
-        count = self.number("<Q", what)
-        self.check(count * min_bytes, what)
-        return count
-
     def text(self, what: str, errors: str = "strict") -> str:
         """Return the next string."""
         try:
@@ -201,8 +195,8 @@ def _read_value(cursor: _Cursor, key: str) -> Value:
 def _read_array(cursor: _Cursor, what: str) -> Value:
     kind = cursor.number("<I", what)
     if kind == GGUFValueType.STRING:
-        return [cursor.text(what) for _ in range(cursor.count(8, what))]
-    return _read_numbers(cursor, kind, cursor.count(1, what), what)
+        return [cursor.text(what) for _ in range(cursor.number("<Q", what))]
+    return _read_numbers(cursor, kind, cursor.number("<Q", what), what)
 
 
 def _read_numbers(cursor: _Cursor, kind: int, count: int, what: str) -> np.ndarray:
