@@ -31,19 +31,24 @@ MAX_BYTES, MAX_SIZES = 64 << 20, 20
 _ADDRESS_SPACE = 1 << 30
 
 _MAX_MESSAGE = 1000
-# What Python, NumPy and MLX say of an error in a program, and not of a file.
+# What Python, NumPy, transformers and MLX say of an error in a program, and not of a file.
 _INTERNALS = re.compile(
-    r"index out of range|out of bounds|NoneType|unhashable|has no attribute|cannot reshape"
-    r"|unsupported operand|not supported between|not iterable|not subscriptable|not callable"
-    r"|positional argument|unexpected keyword|keyword argument|invalid literal for|codec can't"
-    r"|could not convert|could not be broadcast|division by zero|divided by|unpack|<class '"
-    r"|\w object|object of type|must be real number|must be str|must be a real|as an integer"
-    r"|expected str|\b\w+(Error|Exception)\b|\b0x[0-9a-f]{4}|Traceback|__\w+__|recursion"
-    r"|\[(?!load_safetensors\]|safetensors?\])[a-z]\w+\]|incompatible function arguments"
-    r"|bad_alloc|std::|bytes-like|is not in list|buffer size|buffer is smaller|memory|dtype\("
-    r"|data type .* not understood|broadcast|array\(|unrecognized arguments|out of memory"
-    r"|sequence item|list indices|string indices|must not be|zip\(\)|ambiguous|math domain"
-    r"|cannot convert float|too large to convert|int too|overflow|Invalid shape"
+    "|".join(
+        (
+            r"index out of range|out of bounds|is not in list|(list|string) indices|sequence item",
+            r"NoneType|'\w+' object|object of type|<class '|\b0x[0-9a-f]{4}|array\(|dtype\(",
+            r"unhashable|has no attribute|not (iterable|subscriptable|callable)|bytes-like",
+            r"unsupported operand|not supported between|division by zero|math domain|truth value",
+            r"positional argument|keyword argument|incompatible function|unrecognized arguments",
+            r"invalid literal for|could not convert|cannot convert float|as an integer|zip\(\)",
+            r"must be real number|must be str,|expected str\b|codec can't|values to unpack",
+            r"cannot reshape|broadcast|buffer is smaller|data type .* not understood|too large to",
+            r"\b\w+(Error|Exception)\b|Traceback|__(?!metadata__)\w+__|recursion depth",
+            r"json\.exception|std::|bad_alloc|out of memory|Unable to allocate",
+            # names of MLX's functions
+            r"\[(?!load_safetensors\]|safetensors?\])[a-z]\w+\]",
+        )
+    )
 )
 # A message that is only a key or another value: what str() makes of a KeyError.
 _BARE_VALUE = re.compile(r"(?:.*[:(] ?)?(['\"])[^'\"]*\1\)?|(?:.*: ?)?-?\d+|.*: ?\(?\)?")
@@ -150,8 +155,8 @@ def message_defect(error: Exception) -> str | None:
             return "an error of another library"
     if not message.strip():
         return "no message"
-    if "\n" in message or not message.isprintable():
-        return "a message of several lines"
+    if not message.isprintable():
+        return "a message with line breaks or control characters"
     if len(message) > _MAX_MESSAGE:
         return "a long message"
     text = re.sub(r"/\S*", "FILE", message)

@@ -102,10 +102,14 @@ def _set_type(rng: random.Random, file: GGUFFile) -> Mutation:
     """Replace a value with one of another type."""
     entry = rng.choice(file.entries)
     others = [kind for kind in GGUFValueType if _category(kind) != _category(entry.kind)]
-    entry.kind = rng.choice(others)
+    old, entry.kind = entry.kind, rng.choice(others)
     entry.value = _odd_item(rng, entry.kind)
     what = f"{entry.key.decode()} has the type {GGUFValueType(entry.kind).name}"
-    return Mutation(f"{what} and is {_shown(entry.value)}", Expected.SAME_IF_LOADED)
+    # A whole number can stand for a real one.
+    expected = Expected.SAME_IF_LOADED
+    if old in _REAL and entry.kind in _WHOLE:
+        expected = Expected.FINITE
+    return Mutation(f"{what} and is {_shown(entry.value)}", expected)
 
 
 def _widen(rng: random.Random, file: GGUFFile) -> Mutation:

@@ -53,7 +53,11 @@ def _set_shape(rng: random.Random, file: SafetensorsFile) -> Mutation:
     choices += [[2 * n for n in old], [-n for n in old], [0, *old], [2**63, 2], [2**31] * 3]
     entry["shape"] = rng.choice(choices)
     what = f"{name} has the shape {entry['shape']} instead of {old}"
-    return Mutation(what, Expected.SAME if entry["shape"] == old else Expected.REFUSED)
+    if entry["shape"] == old:
+        return Mutation(what, Expected.SAME)
+    # A number is the same in an array of one.
+    is_number = old == [] and math.prod(entry["shape"]) == 1
+    return Mutation(what, Expected.SAME_IF_LOADED if is_number else Expected.REFUSED)
 
 
 def _set_dtype(rng: random.Random, file: SafetensorsFile) -> Mutation:
