@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -84,9 +85,15 @@ class Outcome:
 Output = list[np.ndarray]
 
 
-def prepare(formats: list[str]) -> None:
-    """Open all valid files once, so that libraries are imported and outputs are known."""
+def prepare(formats: list[str], folder: str) -> None:
+    """Open all valid files once, so that libraries are imported and outputs are known.
+
+    Args:
+        formats: the formats of the files.
+        folder: the folder for temporary files, which crashes leave behind.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
+    tempfile.tempdir = folder
     for kind in formats:
         for name in seed_files(kind):
             seed_output(kind, name)
@@ -296,13 +303,8 @@ def _bounded_memory(case: Case) -> Iterator[None]:
     limit = MAX_BYTES + MAX_SIZES * sum(map(len, case.files.values()))
     mx.clear_cache()
     before = _peak_memory(reset=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if (used := _address_space()) is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (used + limit + _ADDRESS_SPACE, hard))
-    try:
+    with _bounded_address_space(limit + _ADDRESS_SPACE):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     taken = _peak_memory() - before
     if taken > limit:
         raise WrongLoad(f"it takes {taken >> 20} MiB of memory, more than {limit >> 20} MiB")
@@ -310,17 +312,25 @@ def _bounded_memory(case: Case) -> Iterator[None]:
 
 def _peak_memory(reset: bool = False) -> int:
     """Return the peak of this process's memory in bytes, on Linux since the latest reset."""
-    if Path("/proc/self/clear_refs").exists():
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) << 10  # type: ignore[index]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak  # bytes on macOS
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
+    return int(peak) << 10
 
 
-def _address_space() -> int | None:
-    """Return the size of this process's address space in bytes, or None if that is not known."""
-    if not Path("/proc/self/statm").exists():
-        return None
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+@contextmanager
+def _bounded_address_space(growth: int) -> Iterator[None]:
+    """Make larger allocations fail, on Linux, so that they do not slow the machine down."""
+    if sys.platform != "linux":
+        yield
+        return
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + growth, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -29,7 +29,7 @@ class Lost:
     reason: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     """A process, and what it is at.
 
@@ -47,7 +47,7 @@ class _Worker:
 
 
 def watched(
-    numbers: Iterable[int],
+    numbers: Sequence[int],
     run: Callable[[int], Any],
     prepare: Callable[[], object],
     jobs: int,
@@ -60,7 +60,7 @@ def watched(
         numbers: the tasks' numbers.
         run: runs one task; it and its result must be picklable.
         prepare: runs once in every process before its first task.
-        jobs: the number of processes.
+        jobs: the largest number of processes at a time.
         limit: the time of one task in seconds.
         is_quiet: whether to drop what tasks print.
 
@@ -72,7 +72,7 @@ def watched(
     """
     waiting, workers = iter(numbers), []
     try:
-        for _ in range(jobs):
+        for _ in range(min(jobs, len(numbers))):
             workers.append(_start(run, prepare, is_quiet))
         while workers:
             by_connection = {worker.connection: worker for worker in workers}
