@@ -6,6 +6,12 @@ from typing import Any
 from glass_mlx.checkpoints.loading import DTYPES
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless MLX and numpy accept a seed."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the seed must be from 0 to 2^64 - 1, not {seed}")
+
+
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that set how the model's weights are stored in memory."""
     parser.add_argument(

@@ -12,7 +12,7 @@ from glass_mlx.chat import encode_beginning
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load
 from glass_mlx.conversation import Conversation
-from glass_mlx.errors import exit_on_error
+from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.prompt_cache import check_name, make_prompt_cache, read_prompt
 
 import mlx.core as mx
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a bad value or a model that cannot be used.
     """
     file = check_name(args.prompt_cache_file)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = read_standard_input() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     tokenizer_config = {} if args.eos_token is None else {"eos_token": args.eos_token}
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("cache_prompt"):
+        args = setup_arg_parser().parse_args()
         run(args)
 
 

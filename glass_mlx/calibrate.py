@@ -168,16 +168,17 @@ def run(args: argparse.Namespace) -> None:
     else:
         file, prior = args.output, _build(args)
     if args.push_to_hub:
-        print(f"Published at {publish(prior, file, args.push_to_hub)}")
+        url, writes_card = publish(prior, file, args.push_to_hub)
+        print(f"Published at {url}{'' if writes_card else '; the README.md there was kept'}")
     if args.show:  # last, because a missing matplotlib is an error
         _draw(prior, args.picture or Path(f"{file.stem}.png"))
 
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     interrupted = "\nInterrupted; the same command continues after the last complete batch"
     with exit_on_error("build_priors", interrupted):
+        args = setup_arg_parser().parse_args()
         run(args)
 
 

@@ -9,6 +9,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 # Replaces the user's message, to find the position of the message in the template's text.
 _PLACEHOLDER = "<query>"
 
+# Options of a chat template that this module sets.
+RESERVED_OPTIONS = frozenset(
+    ("add_generation_prompt", "continue_final_message", "conversation", "messages", "tokenize")
+)
+
 # Each message has a role and its content.
 Messages = list[dict[str, str]]
 

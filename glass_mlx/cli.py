@@ -2,6 +2,9 @@
 
 import importlib
 import sys
+from importlib.metadata import version
+
+from glass_mlx.errors import exit_on_error
 
 COMMANDS = {
     "generate": ("glass_mlx.generate", "answer a prompt"),
@@ -28,24 +31,25 @@ def usage() -> str:
             *lines,
             "",
             "glass-mlx COMMAND --help lists a command's flags.",
+            "glass-mlx --version prints the version.",
         ]
     )
 
 
 def main() -> None:
     """Run the named command; an unknown name ends with one sentence and exit code 2."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("", "-h", "--help"):
-        print(usage())
-        sys.exit(0 if name else 2)
-    if name not in COMMANDS:
-        print(
-            f"glass-mlx: error: {name!r} is not a command; commands are {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    sys.argv = [f"glass-mlx {name}", *sys.argv[2:]]  # the name in the command's usage
-    importlib.import_module(COMMANDS[name][0]).main()
+    with exit_on_error("glass-mlx"):
+        name = sys.argv[1] if len(sys.argv) > 1 else ""
+        if name in ("", "-h", "--help"):
+            print(usage())
+            sys.exit(0 if name else 2)
+        if name == "--version":
+            print(version("glass-mlx"))
+            sys.exit(0)
+        if name not in COMMANDS:
+            raise ValueError(f"{name!r} is not a command; commands are {', '.join(COMMANDS)}")
+        sys.argv = [f"glass-mlx {name}", *sys.argv[2:]]  # the name in the command's usage
+        importlib.import_module(COMMANDS[name][0]).main()
 
 
 if __name__ == "__main__":

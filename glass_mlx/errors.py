@@ -1,29 +1,103 @@
 """Errors of commands: one sentence on standard error, and an exit code."""
 
+import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The longest message that `one_line` returns.
+_MAX_LENGTH = 800
 
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line, or its class name if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+
+def one_line(error: Exception | str) -> str:
+    """Return an error's message on one line, or its class name if it has no message.
+
+    Characters that cannot be printed become spaces, and a long message is shortened.
+    """
+    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    line = " ".join(printable.split()) or type(error).__name__
+    return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} ..."
 
 
 @contextmanager
 def exit_on_error(command: str, interrupted: str = "") -> Iterator[None]:
-    """Turn errors into a message and an exit code: 2 for bad input, 130 for an interrupt.
+    """Run a command: turn its errors into a message and an exit code.
+
+    The codes are 2 for bad input, 130 for an interrupt, and 141 if the reader of the output has
+    gone, as in `glass-mlx generate ... | head`. Characters that the terminal cannot show are
+    printed as question marks.
 
     Args:
         command: the command's name, which the message starts with.
         interrupted: the message for an interrupt. Default: none.
     """
     try:
-        yield
+        _replace_unprintable_characters()
+        try:
+            _check_arguments()
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a pipe may break only now
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(141)
     except (ValueError, OSError, NotImplementedError) as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
+        print(f"{command}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)
         sys.exit(130)
+
+
+def _replace_unprintable_characters() -> None:
+    """Print a question mark for each character that a stream's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _check_arguments() -> None:
+    """Raise ValueError for an argument with bytes that are not text."""
+    for argument in sys.argv:
+        check_text(argument, f"the argument {one_line(ascii(argument))}")
+
+
+def _discard_output() -> None:
+    """Redirect standard output to nowhere, so that Python's last flush of it succeeds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+
+
+def check_text(text: str, name: str) -> str:
+    """Return text that can be encoded.
+
+    Args:
+        text: the text.
+        name: what it is, for the message.
+
+    Raises:
+        ValueError: if it has half a character (a lone surrogate), which comes from bytes that are
+            not UTF-8 or from a JSON escape.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid UTF-8 text") from error
+    return text
+
+
+def read_standard_input() -> str:
+    """Read standard input to its end.
+
+    Raises:
+        ValueError: if it is closed or not UTF-8 text.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("standard input is closed; give the prompt itself with --prompt")
+    try:
+        return check_text(sys.stdin.read(), "standard input")
+    except UnicodeDecodeError as error:
+        raise ValueError("standard input is not valid UTF-8 text") from error

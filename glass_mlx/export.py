@@ -198,8 +198,8 @@ def run(args: argparse.Namespace) -> str:
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("export"):
+        args = setup_arg_parser().parse_args()
         print(run(args))
 
 

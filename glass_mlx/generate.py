@@ -10,21 +10,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from glass_mlx.arguments import add_load_arguments, load_options
+from glass_mlx.arguments import add_load_arguments, check_seed, load_options
 from glass_mlx.calibration.first_use import find_or_measure_prior
-from glass_mlx.chat import Messages
+from glass_mlx.chat import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load
 from glass_mlx.config import AUTO, GlassConfig
 from glass_mlx.conversation import Conversation, full_history, with_answer
-from glass_mlx.errors import exit_on_error
+from glass_mlx.errors import exit_on_error, read_standard_input
+from glass_mlx.generation_report import summary
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import locate
 from glass_mlx.prompt_cache import check_name, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
-from glass_mlx.streaming import check_max_tokens, generate
+from glass_mlx.streaming import check_max_tokens, collect, stream_generate
 
 import mlx.core as mx
 import mlx_lm
@@ -192,11 +193,12 @@ def run(args: argparse.Namespace) -> None:
 
     # 4) Generate.
     options = _generation_options(args, tokenizer) | {"prompt_cache": conversation.cache}
+    response = None
     if args.dense:
-        text = mlx_lm.generate(model, tokenizer, tokens, **options)
+        text = mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
     else:
         session = Session.of(model)
-        text = generate(
+        responses = stream_generate(
             session,
             tokenizer,
             tokens,
@@ -205,15 +207,18 @@ def run(args: argparse.Namespace) -> None:
             reload=(lambda: load_model(lazy=True)[0]) if args.release_dense else None,
             **options,
         )
+        text, response = collect(responses, args.verbose)
     if not args.verbose:
         print(text)
 
-    # 5) Save the conversation.
+    # 5) Save the conversation, before a closing line that can fail is printed.
     if args.save_prompt_cache:
         history = None
         if tokenizer.has_chat_template and not args.ignore_chat_template:
             history = with_answer(full_history(conversation.history, messages), text)
         conversation.save(args.save_prompt_cache, args.model, history)
+    if response is not None and args.verbose:
+        print(summary(response))
 
 
 def _loader(args: argparse.Namespace, conversation: Conversation) -> Callable[..., Any]:
@@ -235,12 +240,14 @@ def _check_flags(args: argparse.Namespace) -> None:
         if args.dense:
             raise ValueError("--save-prompt-cache cannot be combined with --dense")
     check_max_tokens(args.max_tokens)
+    if args.seed is not None:
+        check_seed(args.seed)
 
 
 def _messages(args: argparse.Namespace) -> Messages:
     """Return the new messages: the prompt, a system prompt and the beginning of an answer."""
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = read_standard_input() if prompt == "-" else prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     messages = [{"role": "user", "content": prompt}]
@@ -258,6 +265,10 @@ def _template_options(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--chat-template-config is not JSON: {error}") from error
     if not isinstance(options, dict):
         raise ValueError("--chat-template-config must be a JSON object")
+    if reserved := sorted(RESERVED_OPTIONS & options.keys()):
+        raise ValueError(
+            f"--chat-template-config cannot set {', '.join(reserved)}, which glass-mlx sets itself"
+        )
     return options
 
 
@@ -324,7 +335,6 @@ def _generation_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -
     )
     return {
         "max_tokens": args.max_tokens,
-        "verbose": args.verbose,
         "sampler": sampler,
         "max_kv_size": args.max_kv_size,
         "prefill_step_size": args.prefill_step_size,
@@ -354,8 +364,8 @@ def _find_prior(
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("glass-mlx"):
+        args = setup_arg_parser().parse_args()
         run(args)
 
 

@@ -1,7 +1,7 @@
 """Text in, text out: `stream_generate` and `generate`, with mlx-lm's signatures."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -231,8 +231,25 @@ def generate(
     Returns:
         The generated text.
     """
+    text, response = collect(stream_generate(model, tokenizer, prompt, **kwargs), verbose)
+    if verbose:
+        print(summary(response))
+    return text
+
+
+def collect(
+    responses: Iterable[GenerationResponse], verbose: bool = False
+) -> tuple[str, GenerationResponse]:
+    """Put the text of responses together.
+
+    Args:
+        responses: the responses.
+        verbose: whether to print the text as it is generated, between two lines.
+
+    Returns:
+        The text, and the last response.
+    """
     text = ""
-    responses = stream_generate(model, tokenizer, prompt, **kwargs)
     if verbose:
         print("=" * 10)
     for response in responses:
@@ -242,5 +259,4 @@ def generate(
     if verbose:
         print()
         print("=" * 10)
-        print(summary(response))
-    return text
+    return text, response

@@ -1,12 +1,13 @@
 """The texts that a prior is measured on: written by the model itself, or from a corpus."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.chat import Messages
+from glass_mlx.documents import read_content, read_lines, read_messages, read_records
 from glass_mlx.errors import one_line
 from glass_mlx.files import sha256
 from glass_mlx.writing import Writer, stop_sequences
@@ -21,6 +22,9 @@ KINDS = ("bos", "chat", "corpus")
 # such early positions, and their activations differ from those of later ones (docs/experiments.md).
 SKIPPED_POSITIONS = 16
 
+# A text file is tokenized in blocks of this many lines.
+_LINES_PER_BLOCK = 1024
+
 # The largest share of a sequence that the user's turn of a conversation takes.
 _USER_SHARE = 1 / 4
 
@@ -34,7 +38,7 @@ class Recipe:
             prompt stimulation, arXiv 2508.14302); "chat", where the model writes a user's turn from
             the opening of its chat template and then answers it; or "corpus".
         weight: the weight of the text's scores in the prior.
-        file: the corpus: text, or JSONL with `messages`, `prompt` and `completion`, or `text`.
+        file: the corpus: text, or JSONL with `text`, or as in `documents.read_messages`.
     """
 
     kind: str
@@ -69,8 +73,10 @@ class Recipe:
         record: dict[str, Any] = {"recipe": self.kind, "weight": self.weight}
         if self.file is None:
             return record
-        if not self.file.is_file():
+        if not self.file.exists():
             raise FileNotFoundError(f"there is no corpus at {self.file}")
+        if not self.file.is_file():  # a pipe could be read only once
+            raise ValueError(f"the corpus {self.file} is not a regular file")
         return record | {"file": self.file.name, "sha256": sha256(self.file)}
 
 
@@ -187,51 +193,52 @@ def _write_chats(
     return [sequence for sequence in sequences if any(sequence.mask)]
 
 
-def _read_documents(file: Path, field: str) -> Iterator[str | dict[str, Any]]:
-    """Yield the documents of a corpus: the records of a JSONL file, or blocks of a text file."""
-    with file.open(encoding="utf-8") as stream:
-        try:
-            if file.suffix != ".jsonl":
-                while block := stream.read(1 << 16):
-                    yield block
-                return
-            for n, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict) or not {field, "messages", "prompt"} & {*record}:
-                    raise ValueError(f"line {n} has neither {field} nor messages nor prompt")
-                yield record
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # from UTF-8, from JSON, or from the check above
-            raise ValueError(f"the corpus {file} cannot be read: {error}") from error
+def _read_documents(file: Path, field: str) -> Iterator[str | Messages]:
+    """Yield the documents of a corpus: texts, or conversations with an answer.
+
+    A text file is read in blocks of lines, and a JSONL file has one document per line.
+    """
+    if file.suffix != ".jsonl":
+        block: list[str] = []
+        for n, line in read_lines(file, "corpus"):
+            block.append(line)
+            if n % _LINES_PER_BLOCK == 0:
+                yield "\n".join(block)
+                block = []
+        yield "\n".join(block)
+        return
+    for place, record in read_records(file, "corpus"):
+        if field in record:
+            yield read_content(record[field], f"{place}, {field},")
+        elif messages := read_messages(record, place):
+            yield messages
+        else:
+            raise ValueError(f"{place} has neither {field} nor messages nor prompt")
 
 
 def _encode_conversation(
-    record: dict[str, Any], tokenizer: TokenizerWrapper
+    messages: Messages, tokenizer: TokenizerWrapper
 ) -> tuple[list[int], list[int]]:
-    """Encode a record with `messages` or `prompt`.
+    """Encode a conversation.
 
     Returns:
-        Token ids, and a mask that is 1 from the first answer on.
+        Token ids, and a mask that is 1 from the first answer on. Without an answer, nothing counts.
     """
-    messages = record.get("messages")
-    if messages is None:
-        pair = (("user", record["prompt"]), ("assistant", record.get("completion", "")))
-        messages = [{"role": role, "content": content} for role, content in pair if content]
     if not tokenizer.has_chat_template:
-        parts = [message["content"] for message in messages]
-        tokens = tokenizer.encode("\n".join(parts))
-        context = len(tokenizer.encode(parts[0]))
-    else:
-        first = [m["role"] for m in messages].index("assistant")
-        tokens = tokenizer.apply_chat_template(messages, **_TEMPLATE_OPTIONS)
+        texts = [message["content"] for message in messages]
+        tokens = tokenizer.encode("\n".join(texts))
+        context = len(tokenizer.encode(texts[0]))
+        return tokens, [int(n >= context) for n in range(len(tokens))]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return [], []
+    first = roles.index("assistant")
+    tokens = tokenizer.apply_chat_template(messages, **_TEMPLATE_OPTIONS)
+    context = 0
+    if first > 0:
+        before = messages[:first]
         context = len(
-            tokenizer.apply_chat_template(
-                messages[:first], add_generation_prompt=True, **_TEMPLATE_OPTIONS
-            )
+            tokenizer.apply_chat_template(before, add_generation_prompt=True, **_TEMPLATE_OPTIONS)
         )
     return tokens, [int(n >= context) for n in range(len(tokens))]
 
@@ -242,18 +249,16 @@ def _read_corpus(
     """Yield the texts of a corpus, cut into windows that each start like a new text."""
     start = null_token(tokenizer)
     for document in _read_documents(file, field):
-        if isinstance(document, dict) and field not in document:
+        if isinstance(document, list):
             try:
                 tokens, mask = _encode_conversation(document, tokenizer)
-            except Exception as error:  # from the template, or a record with another structure
+            except Exception as error:  # templates raise exceptions of any type
                 raise ValueError(
-                    f"the corpus {file} has a conversation that cannot be read: {one_line(error)}"
+                    f"the corpus {file} has a conversation that the model's chat template does not "
+                    f"accept: {one_line(error)}"
                 ) from error
         else:
-            text = document if isinstance(document, str) else document[field]
-            if not isinstance(text, str):
-                raise ValueError(f"the corpus {file} has a {field} that is not text: {text!r:.50}")
-            tokens = [start, *tokenizer.encode(text, add_special_tokens=False)]
+            tokens = [start, *tokenizer.encode(document, add_special_tokens=False)]
             mask = [int(n >= SKIPPED_POSITIONS) for n in range(len(tokens))]
         for at in range(0, len(tokens), length + 1):
             window, flags = tokens[at : at + length + 1], mask[at : at + length + 1]

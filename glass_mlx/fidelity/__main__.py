@@ -229,8 +229,8 @@ def make_rows(outcomes: Outcomes, seed: int, about: dict[str, Any]) -> list[dict
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("evaluate_fidelity"):
+        args = setup_arg_parser().parse_args()
         run(args)
 
 

@@ -1,16 +1,18 @@
 """Prompts, and the dense model's continuations of them."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.chat import Messages, encode
+from glass_mlx.documents import read_lines, read_messages, read_records
 from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_NAME = "prompts file"
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,19 @@ class WritingSettings:
 
 
 def read_prompts(file: Path) -> list[Messages]:
-    """Read prompts: a text file with one per line, or JSONL with `prompt` or `messages`.
+    """Read prompts: a text file with one per line, or JSONL (see `documents.read_messages`).
 
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if a line cannot be read, or there are no prompts.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there are no prompts at {file}")
-    prompts = []
-    try:
-        for n, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                is_json = file.suffix == ".jsonl"
-                prompts.append(_messages_of(line, n) if is_json else _user_message(line))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the prompts {file} cannot be read: {error}") from error
+    if file.suffix == ".jsonl":
+        prompts = [
+            _messages_of(record, place) for place, record in read_records(file, "prompts file")
+        ]
+    else:
+        lines = read_lines(file, "prompts file")
+        prompts = [_user_message(line) for _, line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"there are no prompts in {file}")
     return prompts
@@ -69,23 +68,12 @@ def _user_message(prompt: str) -> Messages:
     return [{"role": "user", "content": prompt}]
 
 
-def _messages_of(line: str, n: int) -> Messages:
-    """Return the messages of a JSON line. An error names the line's number."""
-    record = json.loads(line)
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return _user_message(record["prompt"])
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ValueError(f"line {n} has neither a prompt nor messages with role and content")
+def _messages_of(record: dict[str, Any], place: str) -> Messages:
+    """Return the messages of a JSON object; see `documents.read_messages`."""
+    messages = read_messages({k: v for k, v in record.items() if k != "completion"}, place)
+    if messages is None:
+        raise ValueError(f"{place} has neither a prompt nor messages")
     return messages
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    )
 
 
 def continue_prompts(

@@ -153,8 +153,8 @@ def report_results(
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("measure_latency"):
+        args = setup_arg_parser().parse_args()
         run(args)
 
 

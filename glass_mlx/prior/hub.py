@@ -12,6 +12,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 
 PREFIX = "hub:"
 
+_CARD = "README.md"
+_CARD_TITLE = "# GLASS prior of"  # marks a card that this module wrote
+
 
 def locate(prior: str | Path) -> Path:
     """Return the file of a prior, which is fetched into the hub's cache for `hub:user/repo`.
@@ -42,7 +45,7 @@ def model_card(prior: GlobalPrior, repository: str) -> ModelCard:
     )
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
-        f"# GLASS prior of {model or 'a model'}\n\n"
+        f"{_CARD_TITLE} {model or 'a model'}\n\n"
         "The general importance of each feed-forward neuron of the model. glass-mlx uses it to "
         "decode with only some of the neurons (GLASS, "
         "[arXiv 2508.14302](https://arxiv.org/abs/2508.14302)):\n\n"
@@ -53,8 +56,10 @@ def model_card(prior: GlobalPrior, repository: str) -> ModelCard:
     )
 
 
-def publish(prior: GlobalPrior, file: Path, repository: str) -> str:
+def publish(prior: GlobalPrior, file: Path, repository: str) -> tuple[str, bool]:
     """Upload a prior and its model card to a repository, and create the repository if needed.
+
+    Nothing else in the repository changes. A README that somebody else wrote is kept.
 
     Args:
         prior: the prior, for the model card.
@@ -62,17 +67,18 @@ def publish(prior: GlobalPrior, file: Path, repository: str) -> str:
         repository: `user/repo`.
 
     Returns:
-        The URL of the repository.
+        The URL of the repository, and whether the model card was written.
 
     Raises:
         ValueError: if the upload fails.
     """
     try:
+        api = HfApi()
+        url = api.create_repo(repository, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / FILE_NAME).write_bytes(file.read_bytes())
-            model_card(prior, repository).save(Path(folder) / "README.md")
-            api = HfApi()
-            url = api.create_repo(repository, exist_ok=True)
+            if writes_card := _may_write_card(api, repository):
+                model_card(prior, repository).save(Path(folder) / _CARD)
             api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message="Add a GLASS prior"
             )
@@ -80,4 +86,11 @@ def publish(prior: GlobalPrior, file: Path, repository: str) -> str:
         raise ValueError(
             f"{file} cannot be published to {repository}: {one_line(error)}"
         ) from error
-    return str(url)
+    return str(url), writes_card
+
+
+def _may_write_card(api: HfApi, repository: str) -> bool:
+    """Return whether a repository has no README, or one that `publish` wrote before."""
+    if not api.file_exists(repository, _CARD):
+        return True
+    return _CARD_TITLE in Path(hf_hub_download(repository, _CARD)).read_text(encoding="utf-8")

@@ -120,6 +120,23 @@ def test_a_prior_can_be_published_with_its_card_and_fetched(server, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_readme_of_somebody_else_is_kept(server, tmp_path):
+    file = tmp_path / "measured.safetensors"
+    made_prior(tiny_model("llama")).save(file)
+    arguments = ("--show", file, "--push-to-hub", "me/prior")
+    server.files["README.md"] = b"# Mine"
+    result = run(server, tmp_path, "calibrate", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "; the README.md there was kept" in result.stdout
+    assert server.files == {"README.md": b"# Mine", FILE_NAME: file.read_bytes()}
+
+    server.files["README.md"] = b"# GLASS prior of an older model"
+    result = run(server, tmp_path, "calibrate", *arguments)
+    assert "kept" not in result.stdout
+    assert b"--prior hub:me/prior" in server.files["README.md"]
+
+
+@pytest.mark.slow
 def test_a_missing_prior_is_reported_in_one_sentence(server, tmp_path):
     folder = save_tiny_folder(tmp_path / "tiny")
     for name in ("hub:me/other", "hub:not a name", "hub:me/prior@main"):

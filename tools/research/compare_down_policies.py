@@ -261,8 +261,8 @@ def measure_model(args: argparse.Namespace) -> dict[tuple[float, str], list[Pair
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("compare_down_policies"):
+        args = setup_arg_parser().parse_args()
         columns = [
             "density", "down", "error of the output", "MB per token", "ms to slice", "ms per token",
         ]  # fmt: skip

@@ -133,8 +133,8 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("compare_priors"):
+        args = setup_arg_parser().parse_args()
         report(args, make_rows(compare(args), args.seed))
 
 

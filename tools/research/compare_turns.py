@@ -166,8 +166,8 @@ def compare(args: argparse.Namespace) -> dict[tuple[float, str], list[float]]:
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("compare_turns"):
+        args = setup_arg_parser().parse_args()
         columns = ["density", "selected after", "by", "KL", "conversations"]
         rows = [
             [f"{density:g}", f"{CASES[name].point}", name, f"{np.mean(kl):.3f}", f"{len(kl)}"]

@@ -112,8 +112,8 @@ def _numbers(args: argparse.Namespace) -> list[int]:
 
 def main() -> None:
     """Run the command; the exit code is 1 if a case failed."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("fuzz_files"):
+        args = setup_arg_parser().parse_args()
         numbers, is_one = _numbers(args), args.case is not None
         if args.keep is not None:
             _keep(make_case(args.seed, args.case), args.keep)

@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    args = setup_arg_parser().parse_args()
     with exit_on_error("profile_decode"):
+        args = setup_arg_parser().parse_args()
         run(args)
 
 
