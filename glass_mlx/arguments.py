@@ -1,6 +1,7 @@
 """Command-line flags that several commands share, all for loading the model."""
 
 import argparse
+import sys
 from typing import Any
 
 from glass_mlx.checkpoints.loading import DTYPES
@@ -10,6 +11,46 @@ def check_seed(seed: int) -> None:
     """Raise ValueError unless MLX and numpy accept a seed."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"the seed must be from 0 to 2^64 - 1, not {seed}")
+
+
+# The quantizations of the key-value cache that MLX has kernels for.
+_KV_BITS = (2, 3, 4, 5, 6, 8)
+_KV_GROUP_SIZES = (32, 64, 128)
+
+
+def check_cache_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for the first of mlx-lm's cache flags whose value is of no use."""
+    if args.max_kv_size is not None and args.max_kv_size < 1:
+        raise ValueError(f"--max-kv-size must be at least 1, not {args.max_kv_size}")
+    if args.kv_bits not in (None, *_KV_BITS):
+        raise ValueError(f"--kv-bits must be one of {_listed(_KV_BITS)}, not {args.kv_bits}")
+    if args.kv_group_size not in _KV_GROUP_SIZES:
+        raise ValueError(
+            f"--kv-group-size must be one of {_listed(_KV_GROUP_SIZES)}, not {args.kv_group_size}"
+        )
+    if args.quantized_kv_start < 0:
+        raise ValueError(f"--quantized-kv-start must be at least 0, not {args.quantized_kv_start}")
+
+
+def check_sampling_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for the first of mlx-lm's sampling flags whose value is out of range."""
+    for flag, low, high in (
+        ("--temp", 0, sys.float_info.max),
+        ("--top-p", 0, 1),
+        ("--min-p", 0, 1),
+        ("--top-k", 0, sys.maxsize),
+        ("--min-tokens-to-keep", 1, sys.maxsize),
+        ("--xtc-probability", 0, 1),
+        ("--xtc-threshold", 0, 0.5),
+    ):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if not low <= value <= high:
+            limit = f"from {low} to {high}" if high <= 1 else f"at least {low}"
+            raise ValueError(f"{flag} must be {limit}, not {value}")
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ files that it writes.
 import argparse
 import sys
 
-from glass_mlx.arguments import add_load_arguments, load_options
+from glass_mlx.arguments import add_load_arguments, check_cache_flags, load_options
 from glass_mlx.chat import encode_beginning
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a bad value or a model that cannot be used.
     """
     file = check_name(args.prompt_cache_file)
+    check_cache_flags(args)
     prompt = read_standard_input() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")

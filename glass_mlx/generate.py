@@ -10,7 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from glass_mlx.arguments import add_load_arguments, check_seed, load_options
+from glass_mlx.arguments import (
+    add_load_arguments,
+    check_cache_flags,
+    check_sampling_flags,
+    check_seed,
+    load_options,
+)
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
@@ -240,6 +246,10 @@ def _check_flags(args: argparse.Namespace) -> None:
         if args.dense:
             raise ValueError("--save-prompt-cache cannot be combined with --dense")
     check_max_tokens(args.max_tokens)
+    check_cache_flags(args)
+    check_sampling_flags(args)
+    if args.prefill_step_size < 1:
+        raise ValueError(f"--prefill-step-size must be at least 1, not {args.prefill_step_size}")
     if args.seed is not None:
         check_seed(args.seed)
 

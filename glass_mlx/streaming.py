@@ -114,9 +114,12 @@ def _pop_config(
 
 
 def check_max_tokens(max_tokens: int) -> None:
-    """Raise ValueError if no tokens are to be generated."""
-    if max_tokens == 0:
-        raise ValueError("the number of tokens to generate must not be zero; -1 means no limit")
+    """Raise ValueError if a number of tokens cannot be generated."""
+    if max_tokens < 1 and max_tokens != -1:
+        raise ValueError(
+            "the number of tokens to generate must be at least 1, or -1 for no limit, not "
+            f"{max_tokens}"
+        )
 
 
 def _check_statistics(tokens: mx.array, cache: list[Any] | None, config: GlassConfig) -> None:

@@ -153,7 +153,7 @@ def test_the_command_writes_and_shows_a_prior_that_the_model_finds(
         (["--batch-size", 0], "must be positive"),
         (["--temp", 0], "must be positive"),
         (["--temp", "nan"], "must be positive"),
-        (["--seed", -1], "the seed must not be negative"),
+        (["--seed", -1], "the seed must be from 0 to"),
         (["--until-stable", 2], "--until-stable must be between 0 and 1"),
         (["--recipe", "poem"], "'poem' is not a recipe"),
         (["--recipe", "corpus"], "'corpus' is not a recipe"),

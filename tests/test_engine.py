@@ -349,7 +349,7 @@ def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsy
         ({"prior_statistic": "impact"}, "has no statistic"),
         ({"down_policy": "float"}, "down policy"),
         ({"prompt": []}, "prompt is empty"),
-        ({"n": 0}, "must not be zero"),
+        ({"n": 0}, "must be at least 1, or -1 for no limit"),
         ({"draft_model": SimpleNamespace()}, "draft model"),
         ({"prior": "missing.safetensors"}, "missing.safetensors"),
     ],

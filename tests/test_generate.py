@@ -82,7 +82,7 @@ def test_every_flag_of_mlx_lm_is_accepted():
         (["--density", "0"], "the density must be above 0 and at most 1, not 0.0"),
         (["--density", "2"], "the density must be above 0"),
         (["--prior-weight", "-1"], "the prior weight λ must be between 0 and 1"),
-        (["--max-tokens", "0"], "must not be zero"),
+        (["--max-tokens", "0"], "must be at least 1, or -1 for no limit"),
         (["--prior", "missing.safetensors"], "there is no prior at missing.safetensors"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "-"], "the prompt is empty"),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.arguments import check_seed
 from glass_mlx.calibration.curve import READINGS_PER_TEXT, measure_curve
 from glass_mlx.calibration.mixture import MeasuredRecipe, Mixture
 from glass_mlx.calibration.moments import SequenceMoments
@@ -97,8 +98,7 @@ class CalibrationSettings:
             raise ValueError(
                 f"the number of texts for the curve must not be negative, but is {self.curve_texts}"
             )
-        if self.seed < 0:
-            raise ValueError(f"the seed must not be negative, but is {self.seed}")
+        check_seed(self.seed)
         if self.until_stable is not None and not 0 < self.until_stable < 1:
             raise ValueError(f"--until-stable must be between 0 and 1, not {self.until_stable}")
         if not self.statistics or not {*self.statistics} <= {*PRIOR_STATISTICS}:

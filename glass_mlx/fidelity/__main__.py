@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import Session, load
-from glass_mlx.arguments import add_load_arguments
+from glass_mlx.arguments import add_load_arguments, check_seed
 from glass_mlx.calibration.first_use import find_or_measure_prior
+from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.config import check_density
@@ -36,7 +37,7 @@ from glass_mlx.files import locked
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.reporting.plotting import require_matplotlib
-from glass_mlx.reporting.tables import write_results
+from glass_mlx.reporting.tables import check_result_files, write_results
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
@@ -131,16 +132,15 @@ def check(args: argparse.Namespace) -> None:
         ("--tokens", args.tokens, 2),
         ("--batch-size", args.batch_size, 1),
         ("--limit", 1 if args.limit is None else args.limit, 1),
-        ("--seed", args.seed, 0),
     ):
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, not {value}")
     if args.ablation and (args.json or args.markdown or args.plots or len(args.density) > 1):
         raise ValueError("--ablation prints one table, at one density, and writes no files")
+    check_seed(args.seed)
+    check_result_files(args.json, args.markdown)
     if args.plots:
         require_matplotlib()
-    if args.task is None:
-        read_prompts(args.prompts)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -152,12 +152,13 @@ def run(args: argparse.Namespace) -> None:
     """
     # 1) Load the model and its prior, choose the methods, and make the texts.
     check(args)
+    prompts = [] if args.task else read_prompts(args.prompts)[: args.limit]
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     session = Session.of(model)
     prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
     methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
     evaluation = Evaluation(session, prior, methods, args.density, args.seed)
-    samples = make_samples(session, tokenizer, args)
+    samples = make_samples(session, tokenizer, prompts, args)
     if args.ablation:
         texts = (sample.text for sample in tqdm(samples, unit="prompt"))
         print(format_ablation(ABLATIONS[args.ablation](session, prior, texts, args.density[0])))
@@ -190,7 +191,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_samples(
-    session: Session, tokenizer: TokenizerWrapper, args: argparse.Namespace
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prompts: list[Messages],
+    args: argparse.Namespace,
 ) -> list[Sample]:
     """Write the texts to score: those of a task, or continuations of prompts.
 
@@ -200,7 +204,6 @@ def make_samples(
     if args.task:
         samples = [*write_task(args.task, tokenizer, args.limit or _TASK_TEXTS, args.seed)]
     else:
-        prompts = read_prompts(args.prompts)[: args.limit]
         settings = WritingSettings(args.tokens, args.temp, args.seed, args.batch_size)
         load_options = (args.dtype, args.dequantize)
         texts = cached_continuations(session, tokenizer, prompts, settings, load_options)

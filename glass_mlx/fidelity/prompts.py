@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.arguments import check_seed
 from glass_mlx.chat import Messages, encode
 from glass_mlx.documents import read_lines, read_messages, read_records
 from glass_mlx.writing import Writer, stop_sequences
@@ -43,6 +44,10 @@ class WritingSettings:
     temperature: float
     seed: int
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the seed; see `check_seed`."""
+        check_seed(self.seed)
 
 
 def read_prompts(file: Path) -> list[Messages]:

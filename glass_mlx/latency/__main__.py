@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.arguments import check_seed
 from glass_mlx.checkpoints.loading import advice
 from glass_mlx.errors import exit_on_error
 from glass_mlx.latency.measured_model import (
@@ -37,7 +38,7 @@ from glass_mlx.reporting.machine import (
     slowdown_warning,
 )
 from glass_mlx.reporting.plotting import require_matplotlib
-from glass_mlx.reporting.tables import write_results
+from glass_mlx.reporting.tables import check_result_files, write_results
 from glass_mlx.session import Session
 
 import mlx.core as mx
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.repetitions < 2 or args.generation_tokens < 4 or min(args.prompt_tokens) < 2:
         raise ValueError("at least 2 repetitions, 4 generated and 2 prompt tokens are needed")
+    check_seed(args.seed)
+    check_result_files(args.json, args.markdown, args.plot)
     if args.plot:
         require_matplotlib()
     settings = Settings(

@@ -96,7 +96,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(arguments, tmp_path, monkey
 
 def test_bad_input_is_reported_in_one_sentence(arguments, tmp_path, monkeypatch, capsys):
     for options, message in (
-        (["--prompts", tmp_path / "none"], "no prompts at"),
+        (["--prompts", tmp_path / "none"], "no prompts file at"),
         (["--density", 0.5, 2], "density"),
         (["--temp", 0], "temperature of sampling must be positive"),
         (["--tokens", 1], "--tokens must be at least 2"),

@@ -1,6 +1,7 @@
 """Publishing and fetching priors, tested with a small local hub."""
 
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -46,7 +47,8 @@ class Hub(BaseHTTPRequestHandler):
         if content is None or not self.path.startswith("/me/prior/resolve/"):
             self.answer(code=404, X_Error_Code="RepoNotFound")
         else:
-            self.answer(content, ETag='"1"', X_Repo_Commit=COMMIT)
+            tag = hashlib.sha256(content).hexdigest()
+            self.answer(content, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
