@@ -2,9 +2,15 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from glass_mlx.checkpoints.loading import DTYPES
+
+
+def path(text: str) -> Path:
+    """Return the path that a flag names, with the user's home folder in place of `~`."""
+    return Path(text).expanduser()
 
 
 def check_seed(seed: int) -> None:

@@ -6,7 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
+from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options, path
 from glass_mlx.calibration.building import CalibrationSettings, build
 from glass_mlx.calibration.stability import overall_stability
 from glass_mlx.calibration.texts import Recipe
@@ -32,7 +32,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
         "--output",
-        type=Path,
+        type=path,
         help="The file to write. Repeating the command continues an interrupted run.",
     )
     action.add_argument(
@@ -40,7 +40,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--picture",
-        type=Path,
+        type=path,
         help="The PNG file that --show draws. Default: FILE's stem with .png.",
     )
     parser.add_argument(

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options
+from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options, path
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
@@ -41,10 +41,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
     )
-    parser.add_argument("--output", type=Path, required=True, help="The folder to write.")
+    parser.add_argument("--output", type=path, required=True, help="The folder to write.")
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=path,
         help="Prompts like those that the model will answer: text with one per line, or JSONL with "
         "prompt or messages. Default: select from the prior alone.",
     )

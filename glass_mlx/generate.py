@@ -16,6 +16,7 @@ from glass_mlx.arguments import (
     check_sampling_flags,
     check_seed,
     load_options,
+    path,
 )
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import RESERVED_OPTIONS, Messages
@@ -289,7 +290,7 @@ def _open_conversation(args: argparse.Namespace) -> Conversation:
     """
     if args.prompt_cache_file is None:
         return Conversation()
-    conversation = Conversation.load(args.prompt_cache_file)
+    conversation = Conversation.load(str(path(args.prompt_cache_file)))
     cached_model, cache = conversation.model, conversation.cache
     assert cache is not None
     if args.model is None and cached_model != DEFAULT_MODEL:

@@ -186,7 +186,7 @@ def check_name(file_name: str | Path) -> Path:
     Raises:
         ValueError: if mlx-lm could not load a file of this name.
     """
-    file = Path(file_name)
+    file = Path(file_name).expanduser()
     if file.suffix != _SUFFIX:
         raise ValueError(f"the prompt cache {file} must have a name that ends in {_SUFFIX}")
     return file

@@ -104,3 +104,17 @@ def test_a_conversation_is_saved_before_the_closing_lines_are_printed(
     arguments = ("--model", folder, *GENERATE[1], "-m", 3, "--save-prompt-cache", file)
     assert run_command(module.main, *arguments)[0] == 141
     assert file.is_file()
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(run_command, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main = importlib.import_module("glass_mlx.generate").main
+    arguments = ("--model", folder, *GENERATE[1], "-m", 3)
+    assert run_command(main, *arguments, "--save-prompt-cache=~/talk.safetensors")[0] == 0
+    assert (tmp_path / "talk.safetensors").is_file()
+    assert run_command(main, *arguments, "--prompt-cache-file=~/talk.safetensors")[0] == 0
+    export = importlib.import_module("glass_mlx.export").main
+    (tmp_path / "prompts.txt").write_text("丁丂\n")
+    flags = ("--no-prior", "--prompts=~/prompts.txt", "--output=~/sliced", "--tokens", 24)
+    assert run_command(export, "--model", folder, *flags)[0] == 0
+    assert (tmp_path / "sliced/config.json").is_file()

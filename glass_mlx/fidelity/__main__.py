@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import Session, load
-from glass_mlx.arguments import add_load_arguments, check_seed
+from glass_mlx.arguments import add_load_arguments, check_seed, path
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
@@ -56,7 +56,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=path,
         default=PROMPTS,
         help="A text file with one prompt per line, or JSONL with prompt or messages "
         "(%(default)s).",
@@ -115,9 +115,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         default=["glass"],
         help="Methods to score with every λ of --prior-weight, too (%(default)s).",
     )
-    parser.add_argument("--json", type=Path, help="Write one JSON line per method and density.")
-    parser.add_argument("--markdown", type=Path, help="Write the table to this file, too.")
-    parser.add_argument("--plots", type=Path, help="Draw plots into this folder.")
+    parser.add_argument("--json", type=path, help="Write one JSON line per method and density.")
+    parser.add_argument("--markdown", type=path, help="Write the table to this file, too.")
+    parser.add_argument("--plots", type=path, help="Draw plots into this folder.")
     add_load_arguments(parser)
     return parser
 

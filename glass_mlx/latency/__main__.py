@@ -9,10 +9,9 @@ dense decoding reads per token, divided by those that sliced decoding reads.
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from glass_mlx.arguments import check_seed
+from glass_mlx.arguments import check_seed, path
 from glass_mlx.checkpoints.loading import advice
 from glass_mlx.errors import exit_on_error
 from glass_mlx.latency.measured_model import (
@@ -81,10 +80,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed of the random prompts (%(default)s)."
     )
-    parser.add_argument("--json", type=Path, help="Write one JSON line per row to this file.")
-    parser.add_argument("--markdown", type=Path, help="Write the tables to this file, too.")
+    parser.add_argument("--json", type=path, help="Write one JSON line per row to this file.")
+    parser.add_argument("--markdown", type=path, help="Write the tables to this file, too.")
     parser.add_argument(
-        "--plot", type=Path, help="Draw tokens/s and ceiling by density into this PNG file."
+        "--plot", type=path, help="Draw tokens/s and ceiling by density into this PNG file."
     )
     return parser
 

