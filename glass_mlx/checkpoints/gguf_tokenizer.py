@@ -6,10 +6,11 @@ added to text, and when, follows `llama_vocab::impl::load` in llama.cpp's src/ll
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.checkpoints.gguf_metadata import GGUFError, Metadata, warn
+from glass_mlx.checkpoints.gguf_metadata import GGUFError, Metadata, shorten, warn
 from glass_mlx.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from glass_mlx.checkpoints.gguf_vocabulary import (
     STAND_IN_PATTERN,
@@ -198,8 +199,11 @@ def _sentencepiece_bpe(metadata: Metadata, vocabulary: Vocabulary) -> Tokenizer:
     if scores is None:
         raise GGUFError("its SentencePiece vocabulary has no scores")
     check_length("tokenizer.ggml.scores", scores, len(vocabulary.tokens))
-    if np.isnan(scores).any():
-        raise GGUFError("its tokenizer.ggml.scores are not all numbers")
+    if scores.dtype.kind != "f" or np.isnan(scores).any():
+        raise GGUFError("its tokenizer.ggml.scores are not all floating-point numbers")
+    for token in vocabulary.tokens:
+        if token.startswith("<0x") and not re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            raise GGUFError(f"its token {shorten(token)} is not a byte in hexadecimal")
     has_prefix = metadata.flag("tokenizer.ggml.add_space_prefix", True)
     unknown = None
     if "unknown" in vocabulary.named:

@@ -455,7 +455,12 @@ def test_merges_of_unknown_tokens_are_ignored_with_a_warning(tmp_path, capsys):
         ({"model": 7}, "tokenizer.ggml.model is 7, not a string"),
         ({"model": "llama"}, "its SentencePiece vocabulary has no scores"),
         ({"model": "llama", "scores": np.zeros(9)}, "scores has 9 values for 256 tokens"),
-        ({"model": "llama", "scores": np.full(256, np.nan)}, "scores are not all numbers"),
+        ({"model": "llama", "scores": np.full(256, np.nan)}, "scores are not all floating-point"),
+        ({"model": "llama", "scores": np.ones(256, bool)}, "scores are not all floating-point"),
+        (
+            {"model": "llama", "scores": np.ones(256), "tokens": [*ALPHABET[:-1], "<0x6@>"]},
+            "its token '<0x6@>' is not a byte in hexadecimal",
+        ),
         ({"model": "llama", "scores": 1.0}, "scores is 1.0, not an array of numbers"),
         ({"token_type": np.ones(9, int)}, "token_type has 9 values for 256 tokens"),
         ({"token_type": np.ones(256)}, "token_type are not integers"),
