@@ -5,10 +5,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from glass_mlx.cache_snapshot import CacheSnapshot, masked_as_one_by_one
 from glass_mlx.decoding import Decoder
 from glass_mlx.generation_report import Report, Reporter
 from glass_mlx.models import weight_bytes
-from glass_mlx.prompt_cache import CacheSnapshot
 from glass_mlx.renewal import selection_points
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
@@ -100,9 +100,8 @@ class Generation:
             # 6) Read again. The dense model reads the tokens that the sliced model generated, which
             #    corrects the cache and adds to the statistics. It also computes the next token.
             if is_renewed:
-                written = decoder.generated - start
-                snapshot.rewind(written)
-                yield from self._reread(writer, written)
+                snapshot.rewind()
+                yield from self._reread(writer, decoder.generated - start)
 
     def _select_and_slice(self) -> nn.Module:
         """Choose neurons, bring the slices up to date, and return the sliced model."""
@@ -152,10 +151,14 @@ class Generation:
 
     def _reread(self, model: nn.Module, written: int) -> Generator[Step, None, None]:
         """Have the observed dense model read the last tokens again, and compute one more."""
+        decoder = self._decoder
         steps = self._dense_steps(
-            model, self._decoder.last(written + 1), until=self._decoder.generated + 1
+            model,
+            decoder.last(written + 1),
+            until=decoder.generated + 1,
+            prefill_step_size=decoder.exact_step_size(),
         )
-        with closing(steps):
+        with masked_as_one_by_one(decoder.cache), closing(steps):
             with self._reporter.timed("reread_time"):
                 step = next(steps)
             self._reporter.reread(written)

@@ -20,7 +20,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 FORMAT = "glass-statistics-1"
 _SUFFIX = ".safetensors"
@@ -92,33 +91,6 @@ class PromptCache(list[Any]):
             )
         mlx_lm_cache.trim_prompt_cache(self, count)
         del self.tokens[len(self.tokens) - count :]
-
-
-class CacheSnapshot:
-    """A state of a prompt cache that the cache can be rewound to.
-
-    Plain key-value caches are trimmed. All others are copied here, because they may lose earlier
-    contents (rotating windows, recurrent states).
-
-    Args:
-        cache: the cache, one entry per layer. Rewinding replaces entries.
-    """
-
-    def __init__(self, cache: list[Any]) -> None:
-        self._cache = cache
-        self._copies = {
-            n: copy.deepcopy(layer)
-            for n, layer in enumerate(cache)
-            if type(layer) not in (KVCache, QuantizedKVCache)
-        }
-
-    def rewind(self, tokens: int) -> None:
-        """Remove the tokens read since the snapshot, given their number. Call this only once."""
-        for n, layer in enumerate(self._cache):
-            if n in self._copies:
-                self._cache[n] = self._copies[n]
-            else:
-                layer.trim(tokens)
 
 
 def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None) -> PromptCache:

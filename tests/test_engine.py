@@ -24,7 +24,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
@@ -237,6 +237,64 @@ def test_the_end_of_sequence_token_is_cached_as_in_mlx_lm(model, tokenizer, end)
     assert [r.token for r in responses] == tokens[: end + 1]
     assert responses[-1].finish_reason == "stop"
     assert cache[0].offset == len(PROMPT) + end + 1
+
+
+def rotating_cache(size, keep):
+    return lambda model: [RotatingKVCache(size, keep=keep) for _ in model.layers]
+
+
+def mixed_cache(model):
+    return [KVCache() if n % 2 else RotatingKVCache(9, keep=4) for n in range(len(model.layers))]
+
+
+# Architecture, a function that makes the cache, and options of the generation.
+CACHES = {
+    "plain": ("llama", make_prompt_cache, {}),
+    **{
+        f"window {size}, keep {keep}": ("qwen3", rotating_cache(size, keep), {})
+        for size in (6, 12, 24, 64)
+        for keep in (0, 4)
+    },
+    "sinks alone": ("llama", rotating_cache(4, 4), {}),
+    "prompt in chunks": ("qwen3", rotating_cache(8, 4), {"prefill_step_size": 3}),
+    "own windows": ("gemma3_text", make_prompt_cache, {}),
+    "a window with a sink in place of its own": ("gemma3_text", rotating_cache(16, 4), {}),
+    "different caches by layer": ("llama", mixed_cache, {}),
+    "quantized at once": ("llama", make_prompt_cache, QUANTIZED_CACHE | {"quantized_kv_start": 0}),
+    "quantized in a stretch": ("llama", make_prompt_cache, QUANTIZED_CACHE),
+    "quantized after a stretch": (
+        "llama",
+        make_prompt_cache,
+        QUANTIZED_CACHE | {"quantized_kv_start": len(PROMPT) + 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("schedule", [RENEWAL, {"warmup": 1, "refresh": 7}], ids=str)
+def test_with_all_neurons_renewals_change_nothing_whatever_the_cache(tokenizer, name, schedule):
+    kind, make_cache, options = CACHES[name]
+    model = tiny_model(kind, seed=49, head_dim=32, num_hidden_layers=2)
+    options = options | {"prompt": PROMPT, "max_tokens": 40}
+    cache = make_cache(model)
+    dense = list(mlx_lm.stream_generate(model, tokenizer, prompt_cache=cache, **options))
+    ours = make_cache(model)
+    slicing = {"prior": made_prior(model), "density": 0.9999, "prompt_cache": ours} | schedule
+    responses = list(stream_generate(model, tokenizer, **options, **slicing))
+    assert responses[-1].glass.reread_tokens >= 20
+    assert [r.token for r in responses] == [r.token for r in dense]
+    for a, b in zip(responses, dense, strict=True):
+        assert mx.allclose(a.logprobs, b.logprobs, rtol=1e-4, atol=1e-3)
+    assert [type(entry) for entry in ours] == [type(entry) for entry in cache]
+    assert [entry.offset for entry in ours] == [entry.offset for entry in cache]
+
+
+def test_a_cache_may_be_a_tuple_as_in_mlx_lm(model, tokenizer):
+    cache = tuple(make_prompt_cache(model))
+    expected = run(model, tokenizer, n=20, **RENEWAL)
+    responses = run(model, tokenizer, n=20, prompt_cache=cache, **RENEWAL)
+    assert [r.token for r in responses] == [r.token for r in expected]
+    assert cache[0].offset == len(PROMPT) + 20
 
 
 def test_reports_count_dense_tokens_reread_tokens_and_selections(model, tokenizer):

@@ -5,6 +5,7 @@ If a new mlx-lm changes one of these parts, the test with its name fails.
 
 import importlib
 import inspect
+from operator import attrgetter
 
 import pytest
 
@@ -43,6 +44,10 @@ USED = [
     ("mlx_lm.models.cache", "trim_prompt_cache", ["cache", "num_tokens"]),
     ("mlx_lm.models.cache", "KVCache", []),
     ("mlx_lm.models.cache", "QuantizedKVCache", []),
+    ("mlx_lm.models.cache", "RotatingKVCache", ["max_size", "keep"]),
+    ("mlx_lm.models.cache", "RotatingKVCache.make_mask", ["N", "window_size", "return_array"]),
+    ("mlx_lm.models.cache", "CacheList", []),
+    ("mlx_lm.generate", "DEFAULT_QUANTIZED_KV_START", []),
     ("mlx_lm.models.switch_layers", "SwitchLinear", []),
     ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear", []),
     ("mlx_lm.sample_utils", "make_sampler", ["temp", "top_p", "min_p", "top_k"]),
@@ -58,7 +63,7 @@ USED = [
 
 @pytest.mark.parametrize(("module", "name", "parameters"), USED, ids=lambda value: str(value))
 def test_mlx_lm_still_has(module, name, parameters):
-    used = getattr(importlib.import_module(module), name)
+    used = attrgetter(name)(importlib.import_module(module))
     if parameters:
         assert {*parameters} <= {*inspect.signature(used).parameters}
 
@@ -79,3 +84,21 @@ def test_the_decode_loop_samples_one_more_token_than_it_yields():
     steps = generate_step(mx.array([1, 2]), tiny_model("llama"), max_tokens=3, sampler=sampler)
     assert [int(token) for token, _ in steps] == [token.item() for token in sampled[:3]]
     assert len(sampled) == 4
+
+
+def test_a_model_asks_its_caches_for_masks_in_the_order_sinks_latest_tokens_new_tokens():
+    """`cache_snapshot` replaces the masks of rotating caches."""
+    import mlx.core as mx
+    from mlx_lm.models.base import create_attention_mask
+    from mlx_lm.models.cache import RotatingKVCache
+
+    cache, asked = RotatingKVCache(6, keep=2), []
+    for tokens in (range(9), [9]):  # at once and one by one
+        values = mx.array([*tokens], mx.float32).reshape(1, 1, -1, 1)
+        cache.update_and_fetch(values, values)
+    cache.make_mask = lambda n, **options: asked.append((n, {*options}))
+    create_attention_mask(mx.zeros((1, 3, 8)), cache, window_size=6)
+    assert asked == [(3, {"window_size", "return_array"})]
+    values = mx.array([10, 11, 12], mx.float32).reshape(1, 1, 3, 1)
+    keys, _ = cache.update_and_fetch(values, values)
+    assert keys.flatten().tolist() == [0, 1, 7, 8, 9, 10, 11, 12]

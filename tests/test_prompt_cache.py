@@ -11,15 +11,13 @@ from glass_mlx.chat import encode, encode_beginning, encode_rest
 from glass_mlx.decoding import Decoder
 from glass_mlx.generate import main as generate
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.prompt_cache import CacheSnapshot, read_prompt
+from glass_mlx.prompt_cache import read_prompt
 from helpers import CHAT_TEMPLATE, chat_tokenizer, letter_tokenizer, made_prior, save_tiny_folder
 
-import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
 FIRST, SECOND = [1, 7, 3, 200, 9, 54, 21], [8, 31, 77, 5]
@@ -381,29 +379,3 @@ def test_bad_input_to_cache_prompt_is_reported_in_one_sentence(run_command, argu
     code, out, err = run_command(cache_prompt, *arguments)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])  # gemma3's window is 8 tokens
-@pytest.mark.parametrize("count", [1, 5, 20])
-def test_rewinding_a_cache_undoes_the_last_tokens(kind, count):
-    model, tokens = tiny_model(kind), mx.array([[1, 7, 3, 200, 9, 54, 21, 8, 8, 31, 4, 6]])
-    cache = mlx_lm_cache.make_prompt_cache(model)
-    model(tokens, cache=cache)
-    snapshot = CacheSnapshot(cache)
-    for n in range(count):
-        mx.eval(model(mx.array([[n]]), cache=cache))
-    snapshot.rewind(count)
-    rewound = model(tokens[:, :5], cache=cache)
-
-    fresh = mlx_lm_cache.make_prompt_cache(model)
-    model(tokens, cache=fresh)
-    assert mx.allclose(rewound, model(tokens[:, :5], cache=fresh), rtol=1e-4, atol=1e-5)
-
-
-def test_recurrent_states_are_copied():
-    cache = [KVCache(), ArraysCache(1)]
-    cache[1][0] = mx.array([1.0])
-    snapshot = CacheSnapshot(cache)
-    cache[1][0] = cache[1][0] + 1
-    snapshot.rewind(0)
-    assert cache[1][0].item() == 1.0
