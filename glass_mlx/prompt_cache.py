@@ -110,7 +110,7 @@ def read_prompt(
     model: nn.Module | Session,
     tokens: list[int],
     cache: PromptCache,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], object] = lambda done, total: None,
     **kwargs: Any,
 ) -> None:
     """Read tokens into a prompt cache without generating any.

@@ -260,11 +260,11 @@ def _read_corpus(
         else:
             tokens = [start, *tokenizer.encode(document, add_special_tokens=False)]
             mask = [int(n >= SKIPPED_POSITIONS) for n in range(len(tokens))]
-        for at in range(0, len(tokens), length + 1):
-            window, flags = tokens[at : at + length + 1], mask[at : at + length + 1]
-            if at > 0:
-                window[0] = start
-                flags[:SKIPPED_POSITIONS] = [0] * min(SKIPPED_POSITIONS, len(flags))
+        if any(mask[: length + 1]):
+            yield Sequence(tokens[: length + 1], mask[: length + 1])
+        for at in range(length + 1, len(tokens), length):  # the start token comes in addition
+            window, flags = [start, *tokens[at : at + length]], [0, *mask[at : at + length]]
+            flags[:SKIPPED_POSITIONS] = [0] * min(SKIPPED_POSITIONS, len(flags))
             if any(flags):
                 yield Sequence(window, flags)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from glass_mlx.cache_snapshot import masked_as_one_by_one
 from glass_mlx.fidelity.prompts import Continuation
-from glass_mlx.models import with_taps
+from glass_mlx.prompt_cache import make_prompt_cache, read_prompt
 from glass_mlx.renewal import sliced_stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
@@ -22,7 +23,6 @@ from glass_mlx.statistics import LocalStatistics
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
 # Chooses the neurons to keep from what the dense model has read.
 Select = Callable[[LocalStatistics], Selection]
@@ -44,6 +44,7 @@ class DenseReading:
         text: the continuation, with at least two written tokens.
         points: the numbers of generated tokens after which neurons may be selected; see
             `renewal.all_selection_points`.
+        **options: how the prompt is read, as for `read_prompt`; for example `prefill_step_size`.
 
     Attributes:
         session: the dense model's session.
@@ -54,17 +55,21 @@ class DenseReading:
     """
 
     def __init__(
-        self, model: nn.Module | Session, text: Continuation, points: Sequence[int] = (1,)
+        self,
+        model: nn.Module | Session,
+        text: Continuation,
+        points: Sequence[int] = (1,),
+        **options: Any,
     ) -> None:
         self.session = session = Session.of(model)
         self._written, self.tokens = text.written, len(text.written) - 1
         self.following = mx.array(text.written[1:])
 
-        # 1) Read the prompt.
-        statistics, cache = session.empty_statistics(), make_prompt_cache(session.model)
-        reader = with_taps(session.model, statistics.prompt.update, ffns=session.ffns)
-        reader(mx.array(text.prompt)[None], cache=cache)
-        mx.eval([layer.state for layer in cache], statistics.prompt.sums)
+        # 1) Read the prompt as the engine does, which observes a sample of it in the last FFN.
+        prompt_cache = make_prompt_cache(session)
+        read_prompt(session, text.prompt, prompt_cache, **options)
+        cache, statistics = [*prompt_cache], prompt_cache.statistics
+        assert statistics is not None
         self._checkpoints = {0: _Checkpoint(copy.deepcopy(cache), statistics.copy())}
 
         # 2) Read the text, and keep a checkpoint at every point. After n tokens the last token is
@@ -74,7 +79,8 @@ class DenseReading:
         logits: list[mx.array] = []
         for start, stop in pairwise(stops):
             part = mx.array(self._written[start:stop])[None]
-            logits.append(reader(part, cache=cache)[0].astype(mx.float32))
+            with masked_as_one_by_one(cache):
+                logits.append(reader(part, cache=cache)[0].astype(mx.float32))
             mx.eval(logits, [layer.state for layer in cache], statistics.arrays)
             if stop < self.tokens:
                 self._checkpoints[stop] = _Checkpoint(copy.deepcopy(cache), statistics.copy())
@@ -105,7 +111,9 @@ class DenseReading:
         """
         cache = copy.deepcopy(self._checkpoints[start].cache)
         tokens = mx.array(self._written[start : self.tokens if stop is None else stop])
-        return _log_probabilities(model(tokens[None], cache=cache)[0].astype(mx.float32))
+        with masked_as_one_by_one(cache):
+            logits = model(tokens[None], cache=cache)[0]
+        return _log_probabilities(logits.astype(mx.float32))
 
 
 def _log_probabilities(logits: mx.array) -> mx.array:

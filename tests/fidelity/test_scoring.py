@@ -58,6 +58,52 @@ def test_scores_match_generation_by_the_engine(kind, changes):
     assert np.all(scores.kl[~scores.dense] > 0)
 
 
+@pytest.mark.parametrize("prefill", [{}, {"prefill_step_size": 100}, {"prefill_step_size": 150}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warmup": 1, "refresh": 0},
+        {"warmup": 1, "refresh": 0, "statistic": "activation"},
+        {"warmup": 9, "refresh": 10},
+    ],
+)
+def test_selections_are_the_engine_s_for_long_prompts(prefill, changes):
+    """In prefill the engine observes a sample of each chunk in the last FFN."""
+    model, tokenizer = tiny_model("llama"), TokenizerWrapper(letter_tokenizer())
+    prompt = np.random.default_rng(0).integers(2, 256, 333).tolist()
+    options = {"density": 0.5, "prior_weight": 0.0} | changes
+    responses = list(
+        stream_generate(model, tokenizer, prompt, 24, prior=made_prior(model), **options, **prefill)
+    )
+    text, config = Continuation(prompt, [r.token for r in responses]), GlassConfig(**options)
+    reading = DenseReading(model, text, all_selection_points([config], 24), **prefill)
+    selections = score(reading, reading.session.selector(config, made_prior(model))).selections
+    assert len(selections) == responses[-1].glass.selections
+    for point, selection in selections.items():
+        expected = responses[point].glass.selection
+        assert all(
+            np.array_equal(kept, expected.indices[path]) for path, kept in selection.indices.items()
+        )
+
+
+def test_the_last_ffn_is_scored_on_the_sample_that_the_engine_observes():
+    """Static methods on prompts of more than 128 tokens would select other neurons without it."""
+    model = tiny_model("llama")
+    prompt = np.random.default_rng(0).integers(2, 256, 333).tolist()
+    text = Continuation(prompt, [5, 9, 77])
+    all_tokens = statistics_of(model, [mx.array([prompt])], cached=True)["griffin"]
+    last = [*all_tokens][-1]
+    for step, is_sampled in ((2048, True), (128, False)):
+        statistics = DenseReading(model, text, prefill_step_size=step).statistics().prompt
+        scores = statistics.scores("griffin")
+        for path, expected in all_tokens.items():
+            equal = np.allclose(scores[path], expected, rtol=1e-4)
+            assert equal != (is_sampled and path == last)
+        # Every third of 332 tokens, and the last token, which is read alone.
+        counts = {path: int(statistics.state()[f"{path}.tokens"][0]) for path in all_tokens}
+        assert counts == dict.fromkeys(all_tokens, 333) | ({last: 112} if is_sampled else {})
+
+
 def test_scores_with_all_neurons_equal_dense_scores():
     model = tiny_model("llama")
     text = Continuation(PROMPT, [5, 9, 77, 31, 5, 200])
