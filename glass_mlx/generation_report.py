@@ -18,6 +18,9 @@ class Report:
     Attributes:
         dense: whether the dense model computed this token.
         density: the share of neurons asked for.
+        max_kl: the bound on KL that gave the density "auto", in nats per token, or None.
+        unmeasured: in which conditions this generation differs from the measurement of the bound,
+            or "".
         density_got: the share of neurons in the slices; 1 before there are slices.
         prior_weight: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
         statistic: the statistic that ranks neurons locally.
@@ -41,6 +44,8 @@ class Report:
 
     dense: bool
     density: float
+    max_kl: float | None
+    unmeasured: str
     density_got: float
     prior_weight: float
     statistic: str
@@ -82,6 +87,8 @@ class Reporter:
         self.report = Report(
             dense=True,
             density=selector.density,
+            max_kl=selector.max_kl,
+            unmeasured=selector.unmeasured,
             density_got=1.0,
             prior_weight=0.0,
             statistic=config.statistic,
@@ -133,9 +140,17 @@ class Reporter:
 
 
 def summary(response: GenerationResponse) -> str:
-    """Return the closing lines of a generation: mlx-lm's, and two on the slicing."""
+    """Return the closing lines of a generation: mlx-lm's, and two or three on the slicing."""
     glass = response.glass
     assert glass is not None
+    expectation = ""
+    if glass.max_kl is not None:
+        expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
+        if glass.unmeasured:
+            expectation = (
+                f"\nGLASS: the KL of this run is not known: the bound {glass.max_kl:g} was "
+                f"measured with {glass.unmeasured}"
+            )
     return (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, "
@@ -148,5 +163,5 @@ def summary(response: GenerationResponse) -> str:
         f"GLASS: {glass.dense_tokens} tokens dense, {glass.reread_tokens} read again in "
         f"{glass.reread_time:.3f} s, {glass.selections} selections: select "
         f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s; "
-        f"{glass.held_bytes / 1e9:.3f} GB held"
+        f"{glass.held_bytes / 1e9:.3f} GB held{expectation}"
     )

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from glass_mlx.config import GlassConfig, check_density
-from glass_mlx.prior.density_curve import expected_density
+from glass_mlx.prior.density_curve import expected_density, unmeasured_conditions
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.statistics import LocalStatistics
@@ -113,11 +113,14 @@ class Selector:
         config: how neurons are ranked and how many are kept.
         multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
         prior: the model's prior, or None to select from the local statistics alone.
+        weights: the number format of the FFNs' weights, for `unmeasured`.
 
     Attributes:
         config: the configuration, with a number in place of the density "auto".
         density: the share of neurons to keep.
         prior: the model's prior, or None.
+        max_kl: the bound that the density "auto" is expected to stay within, or None.
+        unmeasured: the conditions under which this was not measured; see `unmeasured_conditions`.
 
     Raises:
         ValueError: if the prior lacks the statistic that the configuration names, or the density
@@ -125,16 +128,23 @@ class Selector:
     """
 
     def __init__(
-        self, config: GlassConfig, multiples: Mapping[str, int], prior: GlobalPrior | None
+        self,
+        config: GlassConfig,
+        multiples: Mapping[str, int],
+        prior: GlobalPrior | None,
+        weights: str,
     ) -> None:
         if prior is not None and config.prior_statistic not in prior.scores:
             raise ValueError(
                 f"the prior {prior.source} has no statistic {config.prior_statistic!r}; it has "
                 f"{', '.join(prior.scores)}"
             )
+        self.max_kl, self.unmeasured = config.max_kl, ""
         if isinstance(config.density, str):
             assert config.max_kl is not None
             self.density = expected_density(prior, config.max_kl)
+            assert prior is not None
+            self.unmeasured = unmeasured_conditions(prior, config, weights)
         else:
             self.density = config.density
         self.config, self.prior = replace(config, density=self.density, max_kl=None), prior

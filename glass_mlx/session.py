@@ -133,6 +133,16 @@ class Session:
         """The bytes of weights that the dense model reads per token."""
         return self._facts.weight_bytes
 
+    @property
+    def weight_format(self) -> str:
+        """The number format of the FFNs' weights, such as "4-bit" or "float32"."""
+        layers = [layer for ffn in self.ffns for layer in ffn.layers.values()]
+        formats = {
+            f"{layer.bits}-bit" if "scales" in layer else str(layer.weight.dtype).split(".")[-1]
+            for layer in layers
+        }
+        return " and ".join(sorted(formats))
+
     def find_prior(
         self,
         prior: GlobalPrior | str | Path | None = None,
@@ -176,7 +186,7 @@ class Session:
 
     def selector(self, config: GlassConfig, prior: GlobalPrior | None) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""
-        return Selector(config, self.multiples, prior)
+        return Selector(config, self.multiples, prior, self.weight_format)
 
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
         """Return local statistics without any tokens; see `LocalStatistics.empty`."""

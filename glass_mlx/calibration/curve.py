@@ -12,6 +12,7 @@ from glass_mlx.calibration.texts import BatchSource, ChatFrame, Recipe, chat_fra
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, score
+from glass_mlx.prior.density_curve import conditions
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.renewal import all_selection_points
 from glass_mlx.session import Session
@@ -88,6 +89,7 @@ def measure_curve(
             "texts": len(long_texts),
             "tokens": sum(len(text.written) - 1 for text in long_texts),
             "temperature": _TEMPERATURE,
+            "conditions": conditions(GlassConfig(), session.weight_format),
         },
     }
 

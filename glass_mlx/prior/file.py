@@ -247,6 +247,7 @@ def _is_curve(curve: Any) -> bool:
         return False
     return (
         len(densities) == len(kl) > 0
+        and isinstance(curve.get("conditions", {}), dict)
         and all(isinstance(value, int | float) for value in (*densities, *kl))
         and all(a < b for a, b in pairwise([0, *densities, 1]))
         and isinstance(curve.get("tokens"), int)

@@ -3,11 +3,17 @@
 from dataclasses import replace
 
 from glass_mlx import stream_generate
+from glass_mlx.config import GlassConfig
+from glass_mlx.generation_report import summary
+from glass_mlx.models import fingerprint
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.prior.density_curve import expected_density
+from glass_mlx.prior.density_curve import conditions, expected_density
 from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.session import Session
 from helpers import letter_tokenizer, made_prior
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -83,3 +89,55 @@ def test_generation_takes_the_density_from_the_bound(model):
         stream_generate(
             model, tokenizer, [1, 2, 3], density="auto", max_kl=1.0, prior=made_prior(model)
         )
+
+
+def last_response(model, **options):
+    tokenizer = TokenizerWrapper(letter_tokenizer())
+    options = {"density": "auto", "max_kl": 1.0} | options
+    *_, last = stream_generate(model, tokenizer, [1, 2, 3], 3, **options)
+    return last
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"prior_weight": 0.6}, "λ 0.45 (here 0.6)"),
+        ({"warmup": 1}, "warm-up 16 (here 1)"),
+        ({"refresh": 0}, "refresh 32 (here 0)"),
+        ({"statistic": "activation"}, "statistic griffin (here activation)"),
+        ({"prior_statistic": "activation"}, "prior statistic griffin (here activation)"),
+        ({"uniform": True}, "uniform False (here True)"),
+        ({"warmup": 1, "refresh": 0}, "warm-up 16 (here 1), refresh 32 (here 0)"),
+    ],
+)
+def test_the_expectation_is_not_claimed_for_other_settings(model, changes, difference):
+    last = last_response(model, prior=with_curve(model), **changes)
+    assert last.glass.unmeasured == difference
+    assert summary(last).splitlines()[-1] == (
+        f"GLASS: the KL of this run is not known: the bound 1 was measured with {difference}"
+    )
+
+
+def test_the_expectation_is_not_claimed_for_other_weights(model):
+    prior = with_curve(model)
+    nn.quantize(model, 32, 4)
+    last = last_response(model, prior=replace(prior, fingerprint=fingerprint(model)))
+    assert last.glass.unmeasured == "float32 weights (here 4-bit)"
+    model = tiny_model("llama")
+    model.set_dtype(mx.bfloat16)
+    last = last_response(model, prior=replace(prior, fingerprint=fingerprint(model)))
+    assert last.glass.unmeasured == "float32 weights (here bfloat16)"
+
+
+def test_the_expectation_is_claimed_under_the_conditions_of_the_measurement(model):
+    last = last_response(model, prior=with_curve(model))
+    assert (last.glass.max_kl, last.glass.unmeasured) == (1.0, "")
+    assert summary(last).splitlines()[-1] == "GLASS: KL is expected to stay within 1 nats per token"
+    session = Session(model)
+    measured = conditions(GlassConfig(warmup=3), session.weight_format)
+    prior = with_curve(model, CURVE | {"conditions": measured})
+    assert last_response(model, prior=prior, warmup=3).glass.unmeasured == ""
+    assert last_response(model, prior=prior).glass.unmeasured == "warm-up 3 (here 16)"
+    last = last_response(model, prior=prior, density=0.5, max_kl=None)
+    assert last.glass.max_kl is None
+    assert "KL" not in summary(last)
