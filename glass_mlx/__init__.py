@@ -11,6 +11,7 @@ from glass_mlx.blas import prefer_openblas
 
 prefer_openblas()  # must come before anything imports MLX
 
+from glass_mlx.cache_file import load_prompt_cache, save_prompt_cache  # noqa: E402
 from glass_mlx.checkpoints.loading import load  # noqa: E402
 from glass_mlx.config import GlassConfig  # noqa: E402
 from glass_mlx.generation_report import GenerationResponse, Report  # noqa: E402
@@ -18,9 +19,8 @@ from glass_mlx.prior.file import GlobalPrior  # noqa: E402
 from glass_mlx.prior.lookup import NoPriorError  # noqa: E402
 from glass_mlx.prompt_cache import (  # noqa: E402
     PromptCache,
-    load_prompt_cache,
     make_prompt_cache,
-    save_prompt_cache,
+    trim_prompt_cache,
 )
 from glass_mlx.selection import Selection  # noqa: E402
 from glass_mlx.session import Session, resolve_prior  # noqa: E402
@@ -42,4 +42,5 @@ __all__ = [
     "resolve_prior",
     "save_prompt_cache",
     "stream_generate",
+    "trim_prompt_cache",
 ]

@@ -8,12 +8,13 @@ import argparse
 import sys
 
 from glass_mlx.arguments import add_load_arguments, check_cache_flags, load_options
+from glass_mlx.cache_file import check_name
 from glass_mlx.chat import encode_beginning
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load
 from glass_mlx.conversation import Conversation
 from glass_mlx.errors import exit_on_error, read_standard_input
-from glass_mlx.prompt_cache import check_name, make_prompt_cache, read_prompt
+from glass_mlx.prompt_cache import make_prompt_cache, read_prompt
 
 import mlx.core as mx
 from mlx_lm.cache_prompt import setup_arg_parser as mlx_lm_arg_parser

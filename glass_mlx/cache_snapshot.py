@@ -93,15 +93,15 @@ def _kinds(cache: Iterable[Any]) -> list[tuple[type, int, int]]:
             getattr(part, "max_size", 0),
             getattr(part, "keep", 0),
         )
-        for part in _parts(cache)
+        for part in cache_parts(cache)
     ]
 
 
-def _parts(cache: Iterable[Any]) -> Iterator[Any]:
+def cache_parts(cache: Iterable[Any]) -> Iterator[Any]:
     """Yield the entries of a cache, and the parts of composed entries in their place."""
     for entry in cache:
         if isinstance(entry, CacheList):
-            yield from _parts(entry.caches)
+            yield from cache_parts(entry.caches)
         else:
             yield entry
 
@@ -113,7 +113,7 @@ def masked_as_one_by_one(cache: list[Any]) -> Iterator[None]:
     mlx-lm's masks for many tokens at once move the window of a rotating cache over its sinks, and
     some models use a window that is larger than the cache.
     """
-    rotating = [part for part in _parts(cache) if type(part) is RotatingKVCache]
+    rotating = [part for part in cache_parts(cache) if type(part) is RotatingKVCache]
     for part in rotating:
         vars(part)["make_mask"] = partial(_one_by_one_mask, part)
     try:

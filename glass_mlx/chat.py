@@ -18,6 +18,15 @@ RESERVED_OPTIONS = frozenset(
 Messages = list[dict[str, str]]
 
 
+def is_message(value: Any) -> bool:
+    """Return whether a value from outside is a message: a role and its content."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str)
+    )
+
+
 def encode(
     tokenizer: TokenizerWrapper,
     messages: Messages,

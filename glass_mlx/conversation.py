@@ -6,14 +6,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import Messages, encode, encode_rest
-from glass_mlx.prompt_cache import (
-    PromptCache,
-    cache_metadata,
-    load_prompt_cache,
-    save_prompt_cache,
-)
+from glass_mlx.cache_file import cache_metadata, load_prompt_cache, save_prompt_cache
+from glass_mlx.chat import Messages, encode, encode_rest, is_message
+from glass_mlx.prompt_cache import PromptCache, make_empty_copy, trim_prompt_cache
 
+import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
@@ -39,20 +36,25 @@ class Conversation:
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file is not a complete prompt cache, or does not name its model.
+            ValueError: if the file is not a complete prompt cache, does not name its model, or has
+                malformed messages or options.
         """
         cache, metadata = load_prompt_cache(file, return_metadata=True)
-        if metadata.get("model") is None:
+        if not isinstance(metadata.get("model"), str):
             raise ValueError(f"the prompt cache {file} does not name its model")
-        return Conversation(
-            cache,
-            json.loads(metadata.get("messages", "[]")),
-            metadata["model"],
-            json.loads(metadata.get("tokenizer_config", "{}")),
-        )
+        messages = _parse(metadata.get("messages", "[]"))
+        if not isinstance(messages, list) or not all(map(is_message, messages)):
+            raise ValueError(
+                f"the messages in the prompt cache {file} are not a list of roles and contents"
+            )
+        tokenizer_config = _parse(metadata.get("tokenizer_config", "{}"))
+        if not isinstance(tokenizer_config, dict):
+            raise ValueError(f"the tokenizer options in the prompt cache {file} are not an object")
+        return Conversation(cache, messages, metadata["model"], tokenizer_config)
 
     def unread_tokens(
         self,
+        model: nn.Module,
         tokenizer: TokenizerWrapper,
         messages: Messages,
         ignore_template: bool,
@@ -62,9 +64,11 @@ class Conversation:
         """Encode the part of the conversation that the model has not read yet.
 
         If earlier messages now give other tokens than those in the cache, the cache is trimmed to
-        the tokens that both share.
+        the tokens that both share. If it cannot be trimmed, because it has lost earlier contents,
+        everything is read again into a new cache.
 
         Args:
+            model: the model.
             tokenizer: the model's tokenizer.
             messages: the new messages.
             ignore_template: whether to encode as if the model had no chat template.
@@ -94,7 +98,10 @@ class Conversation:
         pairs = zip(self.cache.tokens, tokens[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if shared < len(self.cache.tokens):
-            self.cache.trim(len(self.cache.tokens) - shared)
+            trim_prompt_cache(self.cache, len(self.cache.tokens) - shared)
+        if shared != len(self.cache.tokens):
+            self.cache = make_empty_copy(model, self.cache)
+            return tokens
         return tokens[shared:]
 
     def save(self, file: str | Path, model: str | None, messages: Messages | None) -> None:
@@ -113,6 +120,14 @@ class Conversation:
         if messages is not None:
             metadata["messages"] = json.dumps(messages)
         save_prompt_cache(file, self.cache, metadata)
+
+
+def _parse(text: object) -> Any:
+    """Return the value of a JSON text, or None if it is not JSON."""
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def full_history(history: Messages, messages: Messages) -> Messages:

@@ -18,6 +18,7 @@ from glass_mlx.arguments import (
     load_options,
     path,
 )
+from glass_mlx.cache_file import check_name
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
@@ -29,7 +30,7 @@ from glass_mlx.generation_report import summary
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import locate
-from glass_mlx.prompt_cache import check_name, make_prompt_cache
+from glass_mlx.prompt_cache import make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
 from glass_mlx.streaming import check_max_tokens, collect, stream_generate
@@ -189,6 +190,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 3) Encode the new messages.
     tokens = conversation.unread_tokens(
+        model,
         tokenizer,
         messages,
         args.ignore_chat_template,

@@ -1,39 +1,59 @@
 """A prompt cache that continues from turn to turn, with the statistics of the tokens in it.
 
-The functions have the names of mlx-lm's functions and can replace them. Files have mlx-lm's format;
-the statistics are in a second file beside the first, `NAME.glass.safetensors`.
+The functions have the names of mlx-lm's functions and can replace them.
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.errors import one_line
-from glass_mlx.files import digest, read_tensors, replacing, write_tensors
+from glass_mlx.cache_snapshot import cache_parts
 from glass_mlx.session import Session
-from glass_mlx.statistics import LocalStatistics, NeuronStatistics
+from glass_mlx.statistics import LocalStatistics
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import RotatingKVCache
 
-FORMAT = "glass-statistics-1"
-_SUFFIX = ".safetensors"
-_DIGEST = "glass_statistics"
+# The statistics at the beginning of this many turns are kept, for trimming.
+_MAX_TURNS = 4
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One use of a prompt cache, in which a prompt was read and an answer generated.
+
+    Attributes:
+        start: the number of tokens in `PromptCache.tokens` before the turn.
+        prompt_end: their number after the turn's prompt.
+        before: the local statistics before the turn.
+    """
+
+    start: int
+    prompt_end: int
+    before: LocalStatistics
 
 
 class PromptCache(list[Any]):
     """mlx-lm's prompt cache, one entry per layer, with its tokens and their statistics.
 
-    Attributes:
+    If tokens are trimmed from the cache, by whatever function, `tokens` and `statistics` follow.
+    Sums over tokens cannot be taken apart, so the statistics go back to the latest point that is
+    known and within the remaining tokens: the end of the prompt or the beginning of one of the
+    latest turns. If there is none, they begin anew.
+
+    Args:
+        layers: the entries.
         statistics: the local statistics of the tokens; None for a cache from mlx-lm.
-        tokens: the ids of the tokens; for a cache from mlx-lm, only those that were added later.
+        tokens: the ids of the tokens; for a cache from mlx-lm, only those that are added later.
+
+    Attributes:
         intact: whether the contents of the cache are known. They are unknown after an error in the
             middle of a generation.
+        turns: the latest turns.
     """
 
     def __init__(
@@ -43,14 +63,29 @@ class PromptCache(list[Any]):
         tokens: Iterable[int] = (),
     ) -> None:
         super().__init__(layers)
-        self.statistics, self.tokens, self.intact = statistics, list(tokens), True
+        self._statistics, self._tokens, self.intact = statistics, list(tokens), True
+        self._unlisted = (token_count(self) or len(self._tokens)) - len(self._tokens)
+        self.turns: list[Turn] = []
+        self._before: LocalStatistics | None = None  # the statistics before the current turn
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptCache":
         """Return a copy, such as for one of several questions about the same prompt."""
         statistics = None if self.statistics is None else self.statistics.copy()
         other = PromptCache(copy.deepcopy([*self], memo), statistics, self.tokens)
-        other.intact = self.intact
+        other.intact, other._unlisted, other.turns = self.intact, self._unlisted, [*self.turns]
         return other
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of the tokens in the cache; see the arguments."""
+        self._follow_trimming()
+        return self._tokens
+
+    @property
+    def statistics(self) -> LocalStatistics | None:
+        """The local statistics of tokens in the cache; None if no tokens were read with any."""
+        self._follow_trimming()
+        return self._statistics
 
     def begin(self, widths: Mapping[str, int]) -> LocalStatistics:
         """Begin to read tokens into the cache, which is not intact until `add` records them.
@@ -62,35 +97,109 @@ class PromptCache(list[Any]):
             The statistics to add the tokens to.
 
         Raises:
-            ValueError: if the cache is not intact, or belongs to another model.
+            ValueError: if the cache is not intact, has tokens that were read without this
+                package, or belongs to another model.
         """
-        if not self.intact:
-            raise ValueError("the prompt cache was left in the middle of a step; begin a new one")
-        if self.statistics is None:
-            self.statistics = LocalStatistics.empty(widths)
-        if self.statistics.prompt.widths != widths:
+        self.check("begin a new one")
+        statistics = self._statistics or LocalStatistics.empty(widths)
+        if statistics.prompt.widths != widths:
             raise ValueError("the statistics of the prompt cache are of another model")
+        self._statistics, self._before = statistics, statistics.copy()
         self.intact = False
-        return self.statistics
+        return statistics
 
-    def add(self, tokens: Iterable[int]) -> None:
-        """Record the tokens that were read into the cache."""
-        self.tokens += tokens
+    def add(self, tokens: Iterable[int], prompt_tokens: int) -> None:
+        """Record the tokens that were read into the cache, the first of which are the prompt."""
+        start, added = len(self._tokens), [*tokens]
+        self._tokens += added
+        assert self._before is not None
+        self.turns.append(Turn(start, start + prompt_tokens, self._before))
+        del self.turns[:-_MAX_TURNS]
+        count = token_count(self)
+        if count is not None and count != self._unlisted + len(self._tokens):
+            # The prompt was given as embeddings, which have no token ids.
+            self._tokens, self._unlisted, self.turns = added, count - len(added), []
         self.intact = True
 
-    def trim(self, count: int) -> None:
-        """Remove the last tokens. The statistics still count them.
+    def check(self, consequence: str) -> None:
+        """Raise ValueError unless the contents of the cache are known.
 
-        Raises:
-            ValueError: if the cache of a layer cannot be trimmed.
+        Args:
+            consequence: what follows from an error in the middle of a generation.
         """
-        if not mlx_lm_cache.can_trim_prompt_cache(self):
+        if not self.intact:
+            raise ValueError(f"the prompt cache was left in the middle of a step; {consequence}")
+        count, known = token_count(self), self._unlisted + len(self.tokens)
+        if count is not None and count > known:
             raise ValueError(
-                "the chat template no longer gives the same tokens for the earlier messages, and "
-                "this model's prompt cache cannot be trimmed; begin a new one"
+                f"the prompt cache has {count - known} tokens that glass_mlx did not read, so its "
+                "statistics do not fit; trim them with trim_prompt_cache, or begin a new one"
             )
-        mlx_lm_cache.trim_prompt_cache(self, count)
-        del self.tokens[len(self.tokens) - count :]
+
+    def _follow_trimming(self) -> None:
+        """Forget the tokens that are no longer in the cache, and their statistics."""
+        count = token_count(self)
+        if not self.intact or count is None or count >= self._unlisted + len(self._tokens):
+            return
+        self._unlisted = min(self._unlisted, count)
+        del self._tokens[count - self._unlisted :]
+        if self._statistics is not None:
+            self._statistics = self._earlier_statistics(self._statistics)
+
+    def _earlier_statistics(self, latest: LocalStatistics) -> LocalStatistics:
+        """Return the latest known statistics that count only tokens in `tokens`."""
+        remaining, prompt = len(self._tokens), latest.prompt
+        while self.turns:
+            turn = self.turns[-1]
+            if turn.prompt_end <= remaining:
+                return LocalStatistics(prompt, turn.before.text).copy()
+            self.turns.pop()
+            if turn.start <= remaining:
+                return turn.before.copy()
+            prompt = turn.before.prompt
+        return LocalStatistics.empty(latest.prompt.widths, latest.prompt.names)
+
+
+def token_count(cache: Iterable[Any]) -> int | None:
+    """Return the number of tokens that were read into a cache, or None if it does not count."""
+    counts = (getattr(part, "offset", None) for part in cache_parts(cache))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
+    """Trim the last tokens from a prompt cache, as mlx-lm's function of this name does.
+
+    The tokens and statistics of a `PromptCache` follow; mlx-lm's own function does the same.
+
+    Args:
+        cache: the cache.
+        num_tokens: the number of tokens to trim.
+
+    Returns:
+        The number of tokens that were trimmed; 0 if the cache of a layer cannot be trimmed.
+    """
+    return cast(int, mlx_lm_cache.trim_prompt_cache(cache, num_tokens))
+
+
+def check_layers(model: nn.Module, cache: list[Any]) -> None:
+    """Raise ValueError if a prompt cache does not have the layers that a model needs."""
+    own = mlx_lm_cache.make_prompt_cache(model)
+    kinds, own_kinds = ([_kind(layer) for layer in layers] for layers in (cache, own))
+    if kinds != own_kinds:
+        raise ValueError(
+            f"the prompt cache does not fit the model: it has {_describe(kinds)}, and the model "
+            f"needs {_describe(own_kinds)}"
+        )
+
+
+def _kind(layer: Any) -> str:
+    """Return a name for what an entry holds. Caches of keys and values can replace each other."""
+    return "keys and values" if hasattr(layer, "update_and_fetch") else type(layer).__name__
+
+
+def _describe(kinds: list[str]) -> str:
+    """Return text such as "4 layers (ArraysCache, keys and values)"."""
+    return f"{len(kinds)} layers ({', '.join(dict.fromkeys(kinds))})"
 
 
 def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None) -> PromptCache:
@@ -104,6 +213,15 @@ def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None
     session = Session.of(model)
     layers = mlx_lm_cache.make_prompt_cache(session.model, max_kv_size)
     return PromptCache(layers, session.empty_statistics())
+
+
+def make_empty_copy(model: nn.Module | Session, cache: PromptCache) -> PromptCache:
+    """Make an empty prompt cache with the rotating windows of another cache of the model."""
+    fresh = make_prompt_cache(model)
+    for n, layer in enumerate(cache):
+        if type(layer) is RotatingKVCache:
+            fresh[n] = RotatingKVCache(layer.max_size, keep=layer.keep)
+    return fresh
 
 
 def read_prompt(
@@ -141,120 +259,4 @@ def read_prompt(
     for _ in steps:
         pass
     mx.eval(statistics.prompt.sums)
-    cache.add(tokens)
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def _statistics_file(file: Path) -> Path:
-    """Return the file beside a prompt cache that holds its statistics."""
-    return file.with_suffix(f".glass{_SUFFIX}")
-
-
-def check_name(file_name: str | Path) -> Path:
-    """Return the path of a file that a prompt cache can be saved to.
-
-    Raises:
-        ValueError: if mlx-lm could not load a file of this name.
-    """
-    file = Path(file_name).expanduser()
-    if file.suffix != _SUFFIX:
-        raise ValueError(f"the prompt cache {file} must have a name that ends in {_SUFFIX}")
-    return file
-
-
-def cache_metadata(model: str | None, tokenizer_config: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata that tells mlx-lm's commands which model a prompt cache belongs to."""
-    return {
-        "model": model or DEFAULT_MODEL,
-        "tokenizer_config": json.dumps(tokenizer_config),
-    }
-
-
-def save_prompt_cache(
-    file_name: str | Path, cache: PromptCache, metadata: dict[str, str] | None = None
-) -> None:
-    """Save a prompt cache for mlx-lm and for `load_prompt_cache`, and its statistics beside it.
-
-    Args:
-        file_name: the file, whose name ends in .safetensors.
-        cache: the cache.
-        metadata: further entries for the file.
-
-    Raises:
-        OSError: if a file cannot be written.
-        ValueError: if the file has another extension, or the cache is not intact.
-    """
-    if not cache.intact:
-        raise ValueError("the prompt cache was left in the middle of a step; it cannot be saved")
-    file, about, tensors, statistics_digest = check_name(file_name), {}, {}, ""
-    if cache.statistics is not None:
-        parts = {"prompt": cache.statistics.prompt, "text": cache.statistics.text}
-        about = {
-            "tokens": cache.tokens,
-            "dtypes": {name: str(part.dtype).split(".")[-1] for name, part in parts.items()},
-        }
-        tensors = {
-            f"{name}.{key}": values
-            for name, part in parts.items()
-            for key, values in part.state().items()
-        }
-        statistics_digest = digest(tensors, about)
-        metadata = (metadata or {}) | {_DIGEST: statistics_digest}
-    with replacing(file) as temporary:
-        try:
-            mlx_lm_cache.save_prompt_cache(str(temporary), cache, metadata)
-        except RuntimeError as error:
-            raise OSError(f"{file} cannot be written: {one_line(error)}") from error
-        if tensors:
-            write_tensors(_statistics_file(file), tensors, FORMAT, about, statistics_digest)
-
-
-def load_prompt_cache(
-    file_name: str | Path, return_metadata: bool = False
-) -> PromptCache | tuple[PromptCache, dict[str, str]]:
-    """Load a prompt cache that `save_prompt_cache` or mlx-lm saved.
-
-    Args:
-        file_name: the file.
-        return_metadata: whether to return the file's metadata, too.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if the file is incomplete, or its statistics are missing or belong to another
-            cache.
-    """
-    file = Path(file_name)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no prompt cache at {file}")
-    try:
-        layers, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
-        statistics_digest = dict(metadata).get(_DIGEST)
-    except Exception as error:  # a file of another kind causes errors of any type
-        raise ValueError(f"{file} is not a prompt cache ({one_line(error)})") from error
-    if not layers:
-        raise ValueError(f"{file} is not a prompt cache (it has no layers)")
-    cache = PromptCache(layers, None)
-    if statistics_digest is not None:
-        statistics_file = _statistics_file(file)
-        cache.statistics, cache.tokens = _load_statistics(statistics_file, statistics_digest)
-    return (cache, metadata) if return_metadata else cache
-
-
-def _load_statistics(file: Path, expected_digest: str) -> tuple[LocalStatistics, list[int]]:
-    """Read the statistics beside a prompt cache, if they were saved together with it."""
-    if not file.is_file():
-        raise ValueError(f"the statistics of the prompt cache are missing: {file}")
-    tensors, about, stored_digest = read_tensors(file, FORMAT)
-    if stored_digest != expected_digest:
-        raise ValueError(f"{file} does not belong to this prompt cache; save both again")
-    states: dict[str, dict[str, Any]] = {"prompt": {}, "text": {}}
-    for name, values in tensors.items():
-        part, _, key = name.partition(".")
-        states[part][key] = values
-    restored = {
-        part: NeuronStatistics.restored(state, getattr(mx, about["dtypes"][part]))
-        for part, state in states.items()
-    }
-    return LocalStatistics(**restored), about["tokens"]
+    cache.add(tokens, len(tokens))

@@ -15,7 +15,7 @@ from glass_mlx.engine import Generation, Step
 from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.lookup import model_folder
-from glass_mlx.prompt_cache import PromptCache
+from glass_mlx.prompt_cache import PromptCache, check_layers
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.statistics import MIN_GENERATED_TOKENS
@@ -159,6 +159,7 @@ def _steps(
     }
     max_kv_size = options.pop("max_kv_size", None)
     cache = options.pop("prompt_cache", None) or make_prompt_cache(session.model, max_kv_size)
+    check_layers(session.model, cache)
     if isinstance(cache, PromptCache):
         record = cache
     else:  # a cache from mlx-lm cannot hold statistics
@@ -168,9 +169,9 @@ def _steps(
     try:
         yield from Generation(session, selector, decoder, statistics, reload).steps(**prefill)
     except GeneratorExit:  # the caller stopped early
-        record.add(decoder.tokens)
+        record.add(decoder.tokens, prompt.size)
         raise
-    record.add(decoder.tokens)
+    record.add(decoder.tokens, prompt.size)
 
 
 def _responses(

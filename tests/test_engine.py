@@ -274,7 +274,7 @@ CACHES = {
 @pytest.mark.parametrize("schedule", [RENEWAL, {"warmup": 1, "refresh": 7}], ids=str)
 def test_with_all_neurons_renewals_change_nothing_whatever_the_cache(tokenizer, name, schedule):
     kind, make_cache, options = CACHES[name]
-    model = tiny_model(kind, seed=49, head_dim=32, num_hidden_layers=2)
+    model = tiny_model(kind, seed=49, head_dim=32)
     options = options | {"prompt": PROMPT, "max_tokens": 40}
     cache = make_cache(model)
     dense = list(mlx_lm.stream_generate(model, tokenizer, prompt_cache=cache, **options))

@@ -1,23 +1,35 @@
 """Conversations that continue from a prompt cache: in Python, in files and across commands."""
 
 import copy
+import itertools
 import json
 import os
+import re
 import sys
 
-from glass_mlx import load_prompt_cache, make_prompt_cache, save_prompt_cache, stream_generate
+from glass_mlx import (
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    stream_generate,
+    trim_prompt_cache,
+)
 from glass_mlx.cache_prompt import main as cache_prompt
 from glass_mlx.chat import encode, encode_beginning, encode_rest
+from glass_mlx.conversation import Conversation
 from glass_mlx.decoding import Decoder
 from glass_mlx.generate import main as generate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prompt_cache import read_prompt
+from glass_mlx.streaming import generate as sliced_generate
 from helpers import CHAT_TEMPLATE, chat_tokenizer, letter_tokenizer, made_prior, save_tiny_folder
 
+import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
 FIRST, SECOND = [1, 7, 3, 200, 9, 54, 21], [8, 31, 77, 5]
@@ -151,12 +163,39 @@ def test_a_cache_is_refused_after_an_error(model, tokenizer):
         turn(model, tokenizer, FIRST, cache)
 
 
-def test_a_cache_that_an_error_left_is_not_saved(model, tokenizer, tmp_path):
-    cache = make_prompt_cache(model)
-    cache.intact = False
-    with pytest.raises(ValueError, match="left in the middle of a step; it cannot be saved"):
-        save_prompt_cache(tmp_path / "talk.safetensors", cache)
-    assert not list(tmp_path.iterdir())
+def fail_at(count):
+    """Return a sampler that raises an error when it samples for the n-th time."""
+    calls = itertools.count(1)
+
+    def sampler(logprobs):
+        if next(calls) == count:
+            raise RuntimeError("sampler")
+        return mx.argmax(logprobs, axis=-1)
+
+    return sampler
+
+
+# In prefill, in the warm-up, in a sliced stretch, while text is read again, and after that.
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 7])
+def test_a_cache_that_an_error_left_is_neither_saved_nor_used_nor_good_as_a_copy(
+    model, tokenizer, tmp_path, count
+):
+    cache, file = make_prompt_cache(model), tmp_path / "talk.safetensors"
+    turn(model, tokenizer, SECOND, cache)
+    save_prompt_cache(file, cache)
+    before, expected = copy.deepcopy(cache), load_prompt_cache(file)
+    with pytest.raises(RuntimeError, match="sampler"):
+        turn(model, tokenizer, FIRST, cache, sampler=fail_at(count))
+    for broken in (cache, copy.deepcopy(cache)):
+        with pytest.raises(ValueError, match="left in the middle of a step; it cannot be saved"):
+            save_prompt_cache(file, broken)
+        with pytest.raises(ValueError, match="left in the middle of a step; begin a new one"):
+            turn(model, tokenizer, FIRST, broken)
+    # The file and the copy from before the error are good.
+    assert load_prompt_cache(file).tokens == before.tokens == expected.tokens
+    assert equal(before.statistics, expected.statistics)
+    one, two = (turn(model, tokenizer, FIRST, good) for good in (before, expected))
+    assert [r.token for r in one] == [r.token for r in two]
 
 
 def test_questions_can_be_asked_of_copies_of_a_cache(model, tokenizer):
@@ -169,6 +208,149 @@ def test_questions_can_be_asked_of_copies_of_a_cache(model, tokenizer):
     assert answers[0] == answers[1]
     assert (cache.tokens, cache[0].offset) == (tokens, offset)
     assert [r.token for r in turn(model, tokenizer, SECOND, cache)] == answers[0]
+
+
+def both(tokens):
+    """Return the token counts of local statistics."""
+    return tokens.prompt.tokens, tokens.text.tokens
+
+
+def two_turns(model, tokenizer):
+    """Return a cache after two turns of 7 + 13 and 4 + 13 tokens, and states between them."""
+    cache, states = make_prompt_cache(model), {}
+    for prompt in (FIRST, SECOND):
+        states[len(cache.tokens)] = cache.statistics.copy()
+        stream = stream_generate(
+            model, tokenizer, prompt, 13, prompt_cache=cache, prior=made_prior(model), **RENEWAL
+        )
+        next(stream)
+        read = cache._statistics.copy()  # the first token is not read yet
+        stream_end = [*stream]
+        assert len(stream_end) == 12
+        states[len(cache.tokens) - 13] = read
+    states[len(cache.tokens)] = cache.statistics.copy()
+    return cache, states
+
+
+@pytest.mark.parametrize("trim", [trim_prompt_cache, mlx_lm_cache.trim_prompt_cache])
+@pytest.mark.parametrize("how", ["in memory", "from a file", "a copy"])
+@pytest.mark.parametrize(
+    ("remaining", "known"),
+    [(37, 37), (36, 24), (24, 24), (23, 20), (20, 20), (19, 7), (7, 7), (6, 0), (1, 0), (0, 0)],
+)
+def test_tokens_and_statistics_follow_trimming(
+    model, tokenizer, tmp_path, trim, how, remaining, known
+):
+    cache, states = two_turns(model, tokenizer)
+    assert [*states] == [0, 7, 20, 24, 37]
+    tokens = [*cache.tokens]
+    if how == "a copy":
+        original, cache = cache, copy.deepcopy(cache)
+    elif how == "from a file":
+        save_prompt_cache(tmp_path / "talk.safetensors", cache)
+        cache = load_prompt_cache(tmp_path / "talk.safetensors")
+        known = 0 if known == 7 else known  # a file has the beginning of the last turn alone
+    trim(cache, 37 - remaining)
+    assert cache.tokens == tokens[:remaining]
+    assert {layer.offset for layer in cache} == {remaining}
+    assert equal(cache.statistics, states[known])
+    if how == "a copy":
+        assert original.tokens == tokens
+        assert equal(original.statistics, states[37])
+
+
+def test_trimming_step_by_step_gives_the_same_statistics(model, tokenizer):
+    cache, states = two_turns(model, tokenizer)
+    for count, known in ((1, 24), (11, 24), (2, 20), (4, 7), (11, 7), (3, 0)):
+        trim_prompt_cache(cache, count)
+        assert equal(cache.statistics, states[known])
+    assert len(cache.tokens) == 5
+
+
+def test_a_trimmed_cache_continues_as_if_it_had_never_had_the_tokens(model, tokenizer):
+    trimmed, untouched = make_prompt_cache(model), make_prompt_cache(model)
+    for cache in (trimmed, untouched):
+        turn(model, tokenizer, FIRST, cache)
+    turn(model, tokenizer, [9, 9, 9, 200, 17], trimmed)
+    assert trim_prompt_cache(trimmed, 18) == 18
+    one, two = (turn(model, tokenizer, SECOND, cache) for cache in (trimmed, untouched))
+    assert [r.token for r in one] == [r.token for r in two]
+    assert trimmed.tokens == untouched.tokens
+    assert equal(trimmed.statistics, untouched.statistics)
+
+
+def test_a_cache_that_cannot_be_trimmed_stays_as_it_is(tokenizer):
+    model = tiny_model("gemma3_text")  # with a window of 8 tokens
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, FIRST, cache)
+    tokens, statistics = [*cache.tokens], cache.statistics.copy()
+    assert trim_prompt_cache(cache, 3) == 0
+    assert cache.tokens == tokens
+    assert equal(cache.statistics, statistics)
+
+
+def test_tokens_that_another_program_read_are_not_taken_for_known_ones(model, tokenizer, tmp_path):
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, FIRST, cache)
+    tokens = [*cache.tokens]
+    model(mx.array([[5, 6, 7]]), cache=cache)
+    for use in (
+        lambda: turn(model, tokenizer, SECOND, cache),
+        lambda: save_prompt_cache(tmp_path / "talk.safetensors", cache),
+    ):
+        with pytest.raises(ValueError, match="has 3 tokens that glass_mlx did not read"):
+            use()
+    assert not [*tmp_path.iterdir()]
+    trim_prompt_cache(cache, 3)
+    assert cache.tokens == tokens
+    turn(model, tokenizer, SECOND, cache)
+    assert len(cache.tokens) == len(tokens) + 4 + 13
+
+
+def test_tokens_of_a_cache_from_mlx_lm_can_be_trimmed(model, tokenizer, tmp_path):
+    file, plain = tmp_path / "talk.safetensors", mlx_lm_cache.make_prompt_cache(model)
+    model(mx.array([FIRST]), cache=plain)
+    mlx_lm_cache.save_prompt_cache(str(file), plain, {})
+    cache = load_prompt_cache(file)
+    answer = [r.token for r in turn(model, tokenizer, SECOND, cache)]
+    trim_prompt_cache(cache, 10)
+    assert cache.tokens == SECOND + answer[:3]
+    assert both(cache.statistics) == (len(SECOND), 0)
+    trim_prompt_cache(cache, 10)  # some that were read before
+    assert cache.tokens == []
+    assert both(cache.statistics) == (0, 0)
+    turn(model, tokenizer, SECOND, cache)
+    assert {layer.offset for layer in cache} == {4 + 4 + 13}
+
+
+def test_a_prompt_of_embeddings_has_no_tokens(model, tokenizer):
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, FIRST, cache)
+    embeddings = model.model.embed_tokens(mx.array(SECOND))
+    answer = turn(model, tokenizer, [], cache, input_embeddings=embeddings)
+    assert cache.tokens == [r.token for r in answer]
+    turn(model, tokenizer, SECOND, cache)
+    assert len(cache.tokens) == 13 + 4 + 13
+    trim_prompt_cache(cache, 17)
+    assert cache.tokens == [r.token for r in answer]
+
+
+def test_the_statistics_of_the_latest_turns_are_kept(model, tokenizer):
+    cache = make_prompt_cache(model)
+    for _ in range(6):
+        turn(model, tokenizer, [5], cache, n=2)
+    assert [one.start for one in cache.turns] == [6, 9, 12, 15]
+
+
+@pytest.mark.parametrize("make", [make_prompt_cache, mlx_lm_cache.make_prompt_cache])
+def test_a_cache_with_other_layers_is_refused(model, tokenizer, make):
+    for other, has in (
+        (tiny_model("qwen3", num_hidden_layers=3), "3 layers (keys and values)"),
+        (tiny_model("falcon_h1"), "4 layers (CacheList)"),
+    ):
+        message = re.escape(f"it has {has}, and the model needs 4 layers (keys and values)")
+        with pytest.raises(ValueError, match=message):
+            turn(model, tokenizer, FIRST, make(other))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
@@ -231,6 +413,53 @@ def test_encode_rest_continues_the_encoded_beginning():
     tokenizer.chat_template = "上"
     with pytest.raises(ValueError, match="does not show the user's message"):
         encode_rest(tokenizer, [message])
+
+
+@pytest.mark.parametrize("name", ["talk.safetensors", "talk.glass.safetensors"])
+def test_damaged_files_are_refused(model, tokenizer, tmp_path, name):
+    """Every changed byte is noticed, or does not matter."""
+    cache, good = make_prompt_cache(model), tmp_path / "talk.safetensors"
+    turn(model, tokenizer, FIRST, cache)
+    save_prompt_cache(good, cache, {"model": "tiny"})
+    file = tmp_path / name
+    data, generator = file.read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    states = [layer.state for layer in load_prompt_cache(good)]
+    places = [*generator.integers(0, header, 60), *generator.integers(header, len(data), 40)]
+    refused = 0
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1 << generator.integers(8)
+        file.write_bytes(changed)
+        try:
+            loaded = load_prompt_cache(good)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        assert place < header  # such as another name in the metadata
+        for layer, state in zip(loaded, states, strict=True):
+            assert layer.offset == state[2]
+            assert all(mx.array_equal(a, b) for a, b in zip(layer.state[:2], state, strict=False))
+    assert refused > 60
+    for length in (0, 7, 100, header, len(data) - 1):
+        file.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=file.name):
+            load_prompt_cache(good)
+
+
+def test_a_cache_in_bfloat16_is_checked_too(tokenizer, tmp_path):
+    model = tiny_model("llama")
+    model.set_dtype(mx.bfloat16)
+    cache, file = make_prompt_cache(model), tmp_path / "talk.safetensors"
+    turn(model, tokenizer, FIRST, cache)
+    save_prompt_cache(file, cache)
+    assert load_prompt_cache(file).tokens == cache.tokens
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        load_prompt_cache(file)
 
 
 @pytest.fixture
@@ -345,6 +574,74 @@ def test_tokens_that_the_template_changes_are_read_again(run_command, folder, tm
     assert code == 0
     assert cache.tokens[:-6] == tokenizer.encode("上丁七不下丐不上丄不下")
     assert {layer.offset for layer in cache} == {len(cache.tokens)}
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_a_conversation_that_passed_its_window_is_read_again(run_command, folder, tmp_path, save):
+    """A rotating cache cannot be trimmed to what a changed template leaves of it."""
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "m.content", "(m.content if m.role == 'user' else '丐')"
+    )
+    tokenizer.save_pretrained(folder)
+    file, model = tmp_path / "talk.safetensors", mlx_lm.load(str(folder))[0]
+    # mlx-lm gives this architecture no window, so the first turn is saved from Python.
+    cache = make_prompt_cache(model)
+    cache[:] = [RotatingKVCache(max_size=12, keep=4) for _ in cache]
+    options = {"prior": made_prior(model), "density": 1.0, "max_tokens": 9, "prompt_cache": cache}
+    text = sliced_generate(model, tokenizer, tokenizer.encode("上丁七不下"), **options)
+    conversation = Conversation(cache)
+    messages = [{"role": "user", "content": "丁七"}, {"role": "assistant", "content": text}]
+    conversation.save(file, str(folder), messages)
+    saving = ("--save-prompt-cache", file) if save else ()
+    options = ("-m", 9, "--density", 1, *saving)
+    code, out, _ = run_command(generate, "--prompt-cache-file", file, "-p", "丄", *options)
+    assert code == 0
+    tokens = tokenizer.encode("上丁七不下丐不上丄不下")
+    window = [RotatingKVCache(max_size=12, keep=4) for _ in model.layers]
+    expected = mlx_lm.generate(model, tokenizer, tokens, max_tokens=9, prompt_cache=window)
+    assert answer(out) == expected
+    if save:
+        saved = load_prompt_cache(file)
+        assert saved.tokens[:-9] == tokens
+        assert {(layer.offset, layer.max_size) for layer in saved} == {(len(tokens) + 9, 12)}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"messages": "["}, "are not a list of roles and contents"),
+        ({"messages": "{}"}, "are not a list of roles and contents"),
+        ({"messages": '"hi"'}, "are not a list of roles and contents"),
+        ({"messages": "[1]"}, "are not a list of roles and contents"),
+        ({"messages": '[{"role": "user"}]'}, "are not a list of roles and contents"),
+        ({"messages": '[{"content": "a"}]'}, "are not a list of roles and contents"),
+        ({"messages": '[{"role": 1, "content": "a"}]'}, "are not a list of roles and contents"),
+        ({"messages": '[{"role": "a", "content": ["b"]}]'}, "are not a list of roles and contents"),
+        ({"messages": "[" * 100_000}, "are not a list of roles and contents"),
+        ({"messages.0": "[]"}, "are not a list of roles and contents"),
+        ({"tokenizer_config": "["}, "tokenizer options in the prompt cache"),
+        ({"tokenizer_config": "[]"}, "tokenizer options in the prompt cache"),
+        ({"model": None}, "does not name its model"),
+        ({"model": None, "model.0": "tiny"}, "does not name its model"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_malformed_metadata_is_reported_in_one_sentence(
+    run_command, folder, tmp_path, metadata, message
+):
+    file, model = tmp_path / "talk.safetensors", mlx_lm.load(str(folder))[0]
+    entries = {"model": str(folder), "messages": "[]"} | metadata
+    if "messages.0" in metadata:
+        del entries["messages"]
+    entries = {key: value for key, value in entries.items() if value is not None}
+    cache = make_prompt_cache(model)
+    read_prompt(model, FIRST, cache)
+    save_prompt_cache(file, cache, entries)
+    code, out, err = run_command(generate, "--prompt-cache-file", file, "-p", "丁")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
