@@ -37,8 +37,7 @@ def mean_compensation(local: LocalStatistics) -> dict[str, MeanCompensation]:
     outputs = text.mean_outputs()
     return {
         path: MeanCompensation(
-            mx.array(mean * trust).astype(text.dtype),
-            (outputs[path] * trust).astype(text.dtype) if path in outputs else None,
+            mx.array(mean * trust), outputs[path] * trust if path in outputs else None, text.dtype
         )
         for path, mean in text.scores(MEAN).items()
     }

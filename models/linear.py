@@ -309,18 +309,22 @@ class MeanCompensation(NamedTuple):
     """Constants that replace the inputs that a slice dropped.
 
     Attributes:
-        inputs: (in,) values of all inputs, in the dtype that the model computes in.
+        inputs: (in,) values of all inputs.
         output: (out,) the layer's output for these inputs, without its bias. Default: computed.
+        dtype: the dtype that the model computes in. Default: that of the inputs.
     """
 
     inputs: mx.array
     output: mx.array | None = None
+    dtype: mx.Dtype | None = None
 
 
 def add_mean_compensation(
     layer: nn.Module, sliced: nn.Module, kept: np.ndarray, means: MeanCompensation
 ) -> None:
     """Add the dropped inputs' constant output to the bias of a slice.
+
+    It is a small difference of large vectors, so it is computed in float32 and rounded at the end.
 
     Args:
         layer: weights (out, in).
@@ -329,8 +333,9 @@ def add_mean_compensation(
         means: the values that replace the dropped inputs.
     """
     bias, sliced_without_bias = layer.get("bias"), _with_arrays(sliced, bias=None)
-    output = means.output
+    constants, output = means.inputs.astype(mx.float32), means.output
     if output is None:
-        output = _with_arrays(layer, bias=None)(means.inputs[None])[0]
-    dropped = output - sliced_without_bias(means.inputs[mx.array(kept)][None])[0]
-    sliced.bias = dropped if bias is None else dropped + bias
+        output = _with_arrays(layer, bias=None)(constants[None])[0]
+    dropped = output - sliced_without_bias(constants[mx.array(kept)][None])[0]
+    total = dropped if bias is None else dropped + bias
+    sliced.bias = total.astype(means.dtype or means.inputs.dtype)
