@@ -134,7 +134,8 @@ class Decoder:
             Each token with its log-probabilities. If the caller closes the generator, all
             tokens so far are in the cache, as after mlx-lm's loop.
         """
-        is_last_run = until >= self.limit
+        # If there is only one token, whoever observes the prompt must not observe that token.
+        is_last_run = until >= self.limit > 1
         until = min(until, self.limit)
         count = -1 if until == math.inf else int(until) - self.generated
         steps = generate_step(
@@ -160,6 +161,8 @@ class Decoder:
             except GeneratorExit:
                 self._read(last)
                 raise
+            if self.generated == self.limit:
+                self._read(last)
 
     def _processors_of_run(self) -> list[LogitsProcessor]:
         if self.generated == 0:

@@ -1,10 +1,12 @@
 """One generation, compared with mlx-lm and with the method step by step."""
 
 import gc
+import itertools
 import weakref
 from types import SimpleNamespace
 
 from glass_mlx import load, stream_generate
+from glass_mlx import make_prompt_cache as make_glass_prompt_cache
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
@@ -26,7 +28,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    NaiveStreamingDetokenizer,
+    TokenizerWrapper,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
@@ -289,6 +297,48 @@ def test_with_all_neurons_renewals_change_nothing_whatever_the_cache(tokenizer, 
     assert [entry.offset for entry in ours] == [entry.offset for entry in cache]
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generations_in_half_precision_equal_mlx_lm_s(model, tokenizer, dtype, bits, temperature):
+    model.set_dtype(dtype)
+    if bits:
+        nn.quantize(model, 32, bits)
+
+    def generate(function, **options):
+        mx.random.seed(5)
+        options |= {"max_tokens": 30, "sampler": make_sampler(temperature)}
+        return list(function(model, tokenizer, PROMPT, **options))
+
+    dense = generate(mlx_lm.stream_generate)
+    slicing = {"prior": made_prior(model)} | RENEWAL
+    exact = generate(stream_generate, density=1.0, **slicing)
+    assert [r.token for r in exact] == [r.token for r in dense]
+    for a, b in zip(exact, dense, strict=True):
+        assert a.logprobs.dtype == b.logprobs.dtype
+        assert mx.array_equal(a.logprobs, b.logprobs)
+    # This density rounds to all neurons, but text is read again, in other shapes.
+    renewed = generate(stream_generate, density=0.9999, **slicing)
+    assert renewed[-1].glass.reread_tokens >= 15
+    assert [r.token for r in renewed] == [r.token for r in dense]
+    for a, b in zip(renewed, dense, strict=True):
+        assert mx.allclose(a.logprobs, b.logprobs, atol=0.1)
+    sliced = generate(stream_generate, density=0.5, **slicing)
+    assert sliced[-1].logprobs.dtype == dense[-1].logprobs.dtype
+    assert mx.isfinite(sliced[-1].logprobs).all()
+
+
+def test_in_prefill_the_last_ffn_is_observed_on_a_sample(model, tokenizer):
+    """Nothing else is computed there, so observing all tokens would cost time."""
+    prompt = [n % 251 for n in range(300)]
+    for step, tokens in ((2048, 100 + 1), (200, 100 + 99 + 1), (128, 300)):
+        cache = make_glass_prompt_cache(model)
+        run(model, tokenizer, prompt, n=1, prompt_cache=cache, prefill_step_size=step)
+        state = cache.statistics.prompt.state()
+        counts = [int(state[f"model.layers.{n}.mlp.tokens"].sum()) for n in range(4)]
+        assert counts == [300, 300, 300, tokens]
+
+
 def test_a_cache_may_be_a_tuple_as_in_mlx_lm(model, tokenizer):
     cache = tuple(make_prompt_cache(model))
     expected = run(model, tokenizer, n=20, **RENEWAL)
@@ -361,6 +411,38 @@ def test_generation_continues_from_a_prompt_cache(model, tokenizer):
     continued = run(model, tokenizer, prompt=PROMPT[6:], density=1.0, prompt_cache=cache)
     at_once = run(model, tokenizer, density=1.0)
     assert [r.token for r in continued] == [r.token for r in at_once]
+
+
+@pytest.mark.parametrize("ending", ["length", "stop"])
+def test_an_incomplete_character_at_the_end_is_shown_as_in_mlx_lm(ending):
+    """A streaming detokenizer holds bytes back until they are complete, or the text ends."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=plain)
+    fast.eos_token = alphabet[7]
+    first_byte = plain.token_to_id("Ã")  # 0xC3, the first of two bytes of é
+    model = tiny_model("llama")
+    bias = mx.zeros(256).at[first_byte].add(100)
+    stop = mx.zeros(256).at[7].add(200)
+
+    def text(function, detokenizer, **options):
+        calls = itertools.count()
+
+        def processor(tokens, logits):
+            return logits + bias + (stop if ending == "stop" and next(calls) == 3 else 0)
+
+        wrapper = TokenizerWrapper(fast, detokenizer, eos_token_ids=[7])
+        options |= {"max_tokens": 5, "logits_processors": [processor]}
+        responses = list(function(model, wrapper, PROMPT, **options))
+        assert responses[-1].finish_reason == ending
+        return "".join(r.text for r in responses)
+
+    for detokenizer in (NaiveStreamingDetokenizer, BPEStreamingDetokenizer):
+        expected = text(mlx_lm.stream_generate, detokenizer)
+        assert "\ufffd" in expected
+        assert text(stream_generate, detokenizer, prior=False) == expected
 
 
 def test_progress_is_reported(model, tokenizer):

@@ -267,6 +267,13 @@ def test_trimming_step_by_step_gives_the_same_statistics(model, tokenizer):
     assert len(cache.tokens) == 5
 
 
+def test_an_answer_of_one_token_is_no_part_of_the_prompt(model, tokenizer):
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, FIRST, cache, n=1)
+    assert both(cache.statistics) == (len(FIRST), 0)
+    assert {layer.offset for layer in cache} == {len(cache.tokens)} == {len(FIRST) + 1}
+
+
 def test_a_trimmed_cache_continues_as_if_it_had_never_had_the_tokens(model, tokenizer):
     trimmed, untouched = make_prompt_cache(model), make_prompt_cache(model)
     for cache in (trimmed, untouched):
