@@ -161,9 +161,12 @@ class PromptCache(list[Any]):
 
 
 def token_count(cache: Iterable[Any]) -> int | None:
-    """Return the number of tokens that were read into a cache, or None if it does not count."""
-    counts = (getattr(part, "offset", None) for part in cache_parts(cache))
-    return next((count for count in counts if isinstance(count, int)), None)
+    """Return the number of tokens that were read into a cache, or None if it does not count.
+
+    Layers without attention have caches, too, which stay empty.
+    """
+    offsets = (getattr(part, "offset", None) for part in cache_parts(cache))
+    return max((offset for offset in offsets if isinstance(offset, int)), default=None)
 
 
 def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:

@@ -8,6 +8,7 @@ import re
 import sys
 
 from glass_mlx import (
+    PromptCache,
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
@@ -29,7 +30,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
 FIRST, SECOND = [1, 7, 3, 200, 9, 54, 21], [8, 31, 77, 5]
@@ -340,6 +341,17 @@ def test_a_prompt_of_embeddings_has_no_tokens(model, tokenizer):
     assert len(cache.tokens) == 13 + 4 + 13
     trim_prompt_cache(cache, 17)
     assert cache.tokens == [r.token for r in answer]
+
+
+def test_layers_without_attention_do_not_count(model, tokenizer):
+    """nemotron-nas has such layers. mlx-lm gives them caches that stay empty."""
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, FIRST, cache)
+    with_empty = PromptCache([KVCache(), *cache], cache.statistics, cache.tokens)
+    assert with_empty.tokens == cache.tokens
+    mlx_lm_cache.trim_prompt_cache(with_empty, 3)
+    assert with_empty.tokens == cache.tokens
+    assert len(cache.tokens) == len(FIRST) + 13 - 3
 
 
 def test_the_statistics_of_the_latest_turns_are_kept(model, tokenizer):

@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from glass_mlx import stream_generate
+from glass_mlx import make_prompt_cache, stream_generate
 from glass_mlx.models import find_ffns
 from glass_mlx.models.__main__ import main, table
 from glass_mlx.models.architectures import survey, tiny_model
@@ -61,12 +61,14 @@ def test_generation_with_every_kind_of_cache(name, max_kv_size):
     if max_kv_size and hasattr(model, "make_cache"):
         pytest.skip("mlx-lm ignores the size for a model that makes its own cache")
     options = {"max_tokens": 30, "max_kv_size": max_kv_size}
-    slicing = {"prior": made_prior(model), "warmup": 2, "refresh": 8}
 
     def generate(density):
+        cache = make_prompt_cache(model, max_kv_size)
+        slicing = {"prior": made_prior(model), "warmup": 2, "refresh": 8, "prompt_cache": cache}
         responses = [
             *stream_generate(model, tokenizer, prompt, density=density, **options, **slicing)
         ]
+        assert cache.tokens == prompt + [response.token for response in responses]
         assert len(responses) == 30
         assert responses[-1].glass.selections == 4
         return responses
