@@ -179,6 +179,16 @@ class Decoder:
         self.generated += 1
 
     def _read(self, token: int) -> None:
-        """Put a token into the cache."""
-        self._dense(mx.array([[token]], mx.uint32), cache=self.cache)
+        """Put a token into the cache, and sample one more token, as mlx-lm's loop does."""
+        steps = generate_step(
+            mx.array([token], mx.uint32),
+            self._dense,
+            max_tokens=0,
+            sampler=self._sample,
+            logits_processors=self._processors_of_run(),
+            prompt_cache=self.cache,
+            **self._options,
+        )
+        for _ in steps:
+            pass
         mx.eval([layer.state for layer in self.cache])

@@ -347,6 +347,30 @@ def test_a_cache_may_be_a_tuple_as_in_mlx_lm(model, tokenizer):
     assert cache[0].offset == len(PROMPT) + 20
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 20])
+@pytest.mark.parametrize("stops", [False, True])
+def test_as_many_random_numbers_are_drawn_as_in_mlx_lm(model, tokenizer, n, stops):
+    """So that a program that goes on sampling gets the same numbers."""
+    sampler, seen = make_sampler(1.0), []
+
+    def processor(tokens, logits):
+        seen.append(len(tokens))
+        return logits
+
+    def draw(function, **options):
+        mx.random.seed(3)
+        seen.clear()
+        options |= {"sampler": sampler, "logits_processors": [processor]}
+        stream = function(model, tokenizer, PROMPT, max_tokens=30 if stops else n, **options)
+        for _ in range(n):
+            next(stream)
+        stream.close()
+        return mx.random.uniform().item(), len(seen)
+
+    ours = draw(stream_generate, prior=False, density=0.9999, **RENEWAL)
+    assert ours == draw(mlx_lm.stream_generate)
+
+
 def test_reports_count_dense_tokens_reread_tokens_and_selections(model, tokenizer):
     reports = [r.glass for r in run(model, tokenizer, n=20, **RENEWAL)]
     # The 3 warm-up tokens are dense, and so is the token after each of 4, 8, 12 and 16 tokens.

@@ -2,7 +2,7 @@
 
 from itertools import permutations
 
-from glass_mlx.ranking import fuse, ranks
+from glass_mlx.ranking import fuse, ranks, spearman
 
 import numpy as np
 import pytest
@@ -36,3 +36,18 @@ def test_fused_order_is_the_map_ranking(m, prior_weight):
 def test_a_prior_weight_outside_0_1_is_refused(prior_weight):
     with pytest.raises(ValueError, match="between 0 and 1"):
         fuse(np.array([1]), np.array([1]), prior_weight)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 9])
+def test_spearman_is_the_correlation_of_ranks(m):
+    generator = np.random.default_rng(m)
+    a = generator.permutation(m) + 1
+    for _ in range(5):
+        b = generator.permutation(m) + 1
+        assert spearman(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert spearman(a, a) == 1
+    assert spearman(a, m + 1 - a) == pytest.approx(-1)
+
+
+def test_a_single_neuron_correlates_with_itself():
+    assert spearman(np.array([1]), np.array([1])) == 1.0
