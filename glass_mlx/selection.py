@@ -152,10 +152,10 @@ class Selector:
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
     def prior_weight(self, local: LocalStatistics) -> float:
-        """Return the λ in use: 1 if only one token was read, and 0 without a prior."""
+        """Return the λ in use: 1 if at most one token was read, and 0 without a prior."""
         if self.prior is None:
             return 0.0
-        return 1.0 if local.basis.tokens == 1 else self.config.prior_weight
+        return 1.0 if local.basis.tokens <= 1 else self.config.prior_weight
 
     def fuse(self, local: LocalStatistics) -> dict[str, np.ndarray]:
         """Return the fused scores (m,) of each FFN's neurons."""

@@ -58,3 +58,9 @@ def test_jaccard_index_by_ffn():
     b = select({"f": np.array([4.0, 1, 2, 3])}, 0.5, {"f": 1})
     assert jaccard(a, a) == {"f": 1.0}
     assert jaccard(a, b) == {"f": pytest.approx(1 / 3)}
+
+
+def test_jaccard_index_of_selections_of_different_sizes():
+    a = select({"f": np.arange(8.0)}, 0.75, {"f": 1})
+    b = select({"f": -np.arange(8.0)}, 0.5, {"f": 1})
+    assert jaccard(a, b) == jaccard(b, a) == {"f": 2 / 8}
