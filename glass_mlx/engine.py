@@ -58,7 +58,7 @@ class Generation:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
         self._slices = session.sliced_model(selector.config.down_policy, reload)
-        self._reporter = Reporter(selector, session.weight_bytes)
+        self._reporter = Reporter(selector, session.weight_bytes, self._slices.down_policy)
 
     def steps(
         self, progress: Progress | None = None, input_embeddings: mx.array | None = None

@@ -21,11 +21,16 @@ from glass_mlx.fidelity.prompts import (
     continue_all,
     read_prompts,
 )
-from glass_mlx.models import weight_bytes, with_taps
+from glass_mlx.models import check_finite, weight_bytes, with_taps
+from glass_mlx.models.precision import fuse_adapters
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.selection import Selection, Selector, select
 from glass_mlx.session import Session
-from glass_mlx.sliced_checkpoint import write_sliced_checkpoint
+from glass_mlx.sliced_checkpoint import (
+    check_output,
+    without_float_layers,
+    write_sliced_checkpoint,
+)
 from glass_mlx.statistics import LocalStatistics
 
 import mlx.core as mx
@@ -85,7 +90,8 @@ def observe_answers(session: Session, texts: list[Continuation]) -> LocalStatist
         texts: prompts and answers.
 
     Raises:
-        ValueError: if there are answers, but too few tokens in them.
+        ValueError: if there are answers, but too few tokens in them, or if the model computes
+            values that are not finite.
     """
     statistics = session.empty_statistics()
     for text in tqdm(texts, desc="reading", unit="prompt", leave=False, disable=not texts):
@@ -100,6 +106,11 @@ def observe_answers(session: Session, texts: list[Continuation]) -> LocalStatist
         mx.eval(statistics.text.sums)
     if texts and not statistics.has_enough_text:
         raise ValueError("the model's answers to the prompts are too short to select neurons from")
+    sums = [array for by_name in statistics.text.sums.values() for array in by_name.values()]
+    if not all(mx.isfinite(array).all().item() for array in sums):
+        raise ValueError(
+            "the model's activations are not finite in this precision; try another one with --dtype"
+        )
     return statistics
 
 
@@ -137,6 +148,7 @@ def _write_answers(
 
 def _check_flags(args: argparse.Namespace) -> GlassConfig:
     """Check the input before anything is loaded."""
+    check_output(args.output)
     prior_weight = 1.0 if args.prompts is None else args.prior_weight
     config = GlassConfig(density=args.density, prior_weight=prior_weight)
     if args.no_prior and args.prompts is None:
@@ -144,6 +156,20 @@ def _check_flags(args: argparse.Namespace) -> GlassConfig:
     if args.tokens < 2 or args.batch_size < 1:
         raise ValueError("--tokens must be at least 2, and --batch-size 1")
     return config
+
+
+def _load(args: argparse.Namespace) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """Load the model with everything in its weights, and the configuration of the result.
+
+    Raises:
+        FileNotFoundError: if the model does not exist.
+        ValueError: if the model cannot be used.
+    """
+    options = load_options(args)
+    model, tokenizer, config = load(args.model, lazy=True, return_config=True, **options)
+    fuse_adapters(model)
+    check_finite(model)
+    return model, tokenizer, without_float_layers(config, model)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -160,10 +186,7 @@ def run(args: argparse.Namespace) -> str:
     # 1) Load.
     config = _check_flags(args)
     prompts = read_prompts(args.prompts) if args.prompts else []
-    options = load_options(args)
-    model, tokenizer, model_config = load(args.model, lazy=True, return_config=True, **options)
-    if args.dequantize:
-        model_config = {k: v for k, v in model_config.items() if not k.startswith("quantization")}
+    model, tokenizer, model_config = _load(args)
     session, prior = Session.of(model), None
     if not args.no_prior:
         prior = find_or_measure_prior(session, tokenizer, args.prior, config, args.model)

@@ -1,13 +1,17 @@
 """The package's cache folder, atomic writes, lock files, and safetensors files with a digest."""
 
-import glob
+import ctypes
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,29 @@ from safetensors.numpy import save_file
 
 _METADATA_KEY = "glass"
 
+# Temporary folders and lock files. Both are removed if the process that made them is gone.
+_WORKSPACE_NAME = re.compile(r"\..+\.glass-\w+")
+_LOCK_NAME = re.compile(r"\..+\.glass\.lock")
+
+# The file in a temporary folder that its writer holds locked.
+_WRITER_LOCK = "writer.lock"
+
+# How often to try for a lock: a process that looks for leftovers holds it for microseconds.
+_LOCK_ATTEMPTS = 20
+
+
+def expand_user(path: str | Path) -> Path:
+    """Return a path with ~ replaced by the user's home; the path of an unknown user is kept."""
+    return Path(os.path.expanduser(path))  # Path.expanduser fails for an unknown user
+
 
 def cache_folder() -> Path:
     """Return the folder for converted models and priors.
 
     $GLASS_MLX_CACHE overrides the user's cache folder.
     """
-    return Path(os.environ.get("GLASS_MLX_CACHE") or platformdirs.user_cache_dir("glass-mlx"))
+    folder = os.environ.get("GLASS_MLX_CACHE")
+    return expand_user(folder) if folder else Path(platformdirs.user_cache_dir("glass-mlx"))
 
 
 def sha256(file: Path) -> str:
@@ -39,43 +59,173 @@ def sha256(file: Path) -> str:
     return state.hexdigest()
 
 
-def _umask() -> int:
-    """Return the user's umask. It can only be read by setting it."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
-
-
 @contextmanager
 def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
-    """Yield a temporary file or folder beside `target`, and rename it to `target` on success.
+    """Yield a temporary file or folder, and put it in the place of `target` on success.
 
-    After an error `target` is unchanged, so `target` is never incomplete.
+    After an error or a crash at any moment, `target` is the old one or the new one, and never
+    incomplete. If `target` is a link, what it leads to is replaced. A device or pipe, such as
+    /dev/null, is written to.
 
     Args:
         target: the file or folder to write. Missing parents are created.
         folder: whether `target` is a folder.
+
+    Raises:
+        OSError: if `target` cannot be written, for example because it is a folder and not a file.
     """
+    if target.is_dir() and not folder:
+        raise IsADirectoryError(f"{target} is a folder; give the name of a file")
+    if target.exists() and not target.is_dir() and folder:
+        raise NotADirectoryError(f"{target} is not a folder; give another name")
+    if is_device(target):
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place) / target.name
+            with (Path(place) / target.name).open("rb") as source, target.open("wb") as device:
+                shutil.copyfileobj(source, device)
+        return
+    target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(dir=target.parent, prefix=_temporary_prefix(target)))
-    temporary = workspace / target.name
-    try:
-        if folder:
-            temporary.mkdir()
+    with _workspace(target) as workspace:
+        temporary = workspace / "new" / target.name
+        (temporary if folder else temporary.parent).mkdir(parents=True)
         yield temporary
-        if folder and target.exists():
-            target.rename(workspace / "old")
         if not folder:
-            temporary.chmod(0o666 & ~_umask())  # some writers ignore the user's umask
-        temporary.replace(target)
+            temporary.chmod(_file_mode(target, workspace))  # some writers ignore the umask
+            temporary.replace(target)
+        elif target.exists():
+            _exchange(temporary, target)
+        else:
+            temporary.rename(target)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, which disappears at once. Processes that have opened its files keep them."""
+    with _workspace(folder) as workspace, suppress(FileNotFoundError):
+        folder.rename(workspace / folder.name)
+
+
+def is_device(path: Path) -> bool:
+    """Return whether a path is a device or a pipe, which is written to and never replaced."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.parent == Path("/dev")
+
+
+def _file_mode(target: Path, workspace: Path) -> int:
+    """Return the permissions of a new file: the user's, and no more than those of the old file."""
+    probe = workspace / "mode"
+    probe.touch()  # the umask itself can only be read by setting it
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    return mode & target.stat().st_mode if target.exists() else mode
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Exchange two folders on the same disk, in one step if the system can."""
+    system = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(new), os.fsencode(old)
+    try:
+        if sys.platform == "darwin":
+            failed = system.renamex_np(*paths, 2)  # RENAME_SWAP
+        else:
+            here = -100  # AT_FDCWD
+            failed = system.renameat2(here, paths[0], here, paths[1], 2)  # RENAME_EXCHANGE
+    except AttributeError:  # an old C library
+        failed = True
+    if failed:  # a file system without this operation
+        aside = new.with_name(f"{new.name}.old")
+        old.rename(aside)
+        try:
+            new.rename(old)
+        except BaseException:
+            aside.rename(old)
+            raise
+
+
+@contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `target`, and delete it in the end.
+
+    A lock in the folder shows that its writer is alive. Before, folders of dead writers, which were
+    killed, are deleted.
+    """
+    remove_leftovers(target.parent)
+    workspace, lock = _locked_workspace(target)
+    try:
+        yield workspace
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_workspace(target: Path) -> tuple[Path, int | None]:
+    """Return a new temporary folder and its lock, or None on a file system without locks."""
+    while True:
+        prefix = f".{target.name[:50]}.glass-"
+        workspace = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+        try:
+            lock = _try_lock(workspace / _WRITER_LOCK)
+        except FileNotFoundError:
+            continue  # another process deleted the folder before it was locked
+        except OSError:
+            return workspace, None
+        if lock is not None:
+            return workspace, lock
+
+
+def _try_lock(file: Path) -> int | None:
+    """Create and lock a file without waiting.
+
+    Returns:
+        A descriptor that holds the lock until it is closed, or None if another one holds it.
+
+    Raises:
+        OSError: if the file cannot be locked.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink > 0:  # else its file was deleted in between
+            return descriptor
+    except BlockingIOError:
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary folders and lock files in a folder whose processes were killed."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False) and _WORKSPACE_NAME.fullmatch(entry.name):
+                _remove_unused(Path(entry), Path(entry) / _WRITER_LOCK)
+            elif _LOCK_NAME.fullmatch(entry.name):
+                _remove_unused(Path(entry), Path(entry))
+
+
+def _remove_unused(leftover: Path, lock_file: Path) -> None:
+    """Delete a file or folder unless a process holds its lock."""
+    with suppress(OSError):  # of another user, or deleted by another process
+        lock = _try_lock(lock_file)
+        if lock is None:
+            return
+        if leftover == lock_file:
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+        os.close(lock)
 
 
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically; see `replacing`."""
     with replacing(file) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 class LockedError(ValueError):
@@ -83,31 +233,47 @@ class LockedError(ValueError):
 
 
 @contextmanager
-def locked(*targets: Path) -> Iterator[None]:
-    """Lock files for this process, and delete temporary files that killed writers left behind.
+def locked(*targets: Path, waiting: str | None = None) -> Iterator[None]:
+    """Lock files for this process, and delete what killed writers left behind beside them.
 
-    The lock file is created beside the first target and deleted afterwards.
+    The lock file is created beside the first target and deleted afterwards. A device or pipe is not
+    locked.
+
+    Args:
+        *targets: the files or folders to write.
+        waiting: if another process holds the lock, print this line and wait. Default: an error.
 
     Raises:
         LockedError: if another process holds the lock.
     """
+    if is_device(targets[0]):
+        yield
+        return
     targets[0].parent.mkdir(parents=True, exist_ok=True)
-    file = targets[0].with_name(f"{targets[0].name}.lock")
+    file = targets[0].with_name(f".{targets[0].name}.glass.lock")
     lock = FileLock(file)
+    if not _acquired(lock):
+        if waiting is None:
+            raise LockedError(f"another run is writing {targets[0]}; wait for it, or stop it")
+        print(waiting, file=sys.stderr)
+        lock.acquire()
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        message = f"another run is writing {targets[0]}; wait for it, or stop it"
-        raise LockedError(message) from error
-    try:
-        for target in targets:
-            for leftover in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*/"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        for folder in {target.parent for target in targets}:
+            remove_leftovers(folder)
         yield
     finally:
         # Delete the file before releasing the lock: filelock notices that a file was deleted.
         file.unlink(missing_ok=True)
         lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    """Try to acquire a lock without waiting; return whether it worked."""
+    for _ in range(_LOCK_ATTEMPTS):
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            return True
+    return False
 
 
 def is_locked(target: Path) -> bool:
@@ -117,10 +283,6 @@ def is_locked(target: Path) -> bool:
             return False
     except LockedError:
         return True
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name}.glass-"
 
 
 def write_tensors(

@@ -27,7 +27,8 @@ class Report:
         prior_statistic: the statistic that ranks neurons in the prior.
         prior: the prior's file, "given" for a prior made in this process, or "none"; with a remark
             if the prior was measured on a related model.
-        down_policy: how quantized down projections are sliced.
+        down_policy: how quantized down projections are sliced; several policies, separated by
+            commas, if the one asked for does not suit every layer.
         dense_tokens: generated tokens that the dense model computed.
         reread_tokens: generated tokens that the dense model read again.
         selections: how many times neurons were selected.
@@ -77,12 +78,13 @@ class Reporter:
     Args:
         selector: chooses the neurons.
         dense_bytes: bytes of weights that the dense model reads per token.
+        down_policy: how quantized down projections are sliced.
 
     Attributes:
         report: the current report.
     """
 
-    def __init__(self, selector: Selector, dense_bytes: int) -> None:
+    def __init__(self, selector: Selector, dense_bytes: int, down_policy: str) -> None:
         config, prior = selector.config, selector.prior
         self.report = Report(
             dense=True,
@@ -94,7 +96,7 @@ class Reporter:
             statistic=config.statistic,
             prior_statistic=config.prior_statistic,
             prior=prior.title if prior else "none",
-            down_policy=config.down_policy,
+            down_policy=down_policy,
             dense_tokens=0,
             reread_tokens=0,
             selections=0,

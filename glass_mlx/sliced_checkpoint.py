@@ -1,13 +1,15 @@
 """Write a sliced model as an ordinary checkpoint, which stock mlx-lm loads and runs."""
 
 import copy
+import glob
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.errors import one_line
-from glass_mlx.files import replacing
+from glass_mlx.files import locked, replacing
 from glass_mlx.models import find_ffns, named_arrays
 from glass_mlx.prior.lookup import model_folder
 from glass_mlx.selection import Selection
@@ -47,8 +49,7 @@ def write_sliced_checkpoint(
         OSError: if the checkpoint cannot be written.
         ValueError: if `output` exists, or no configuration describes the sliced model.
     """
-    if output.exists():
-        raise ValueError(f"there is something at {output}; name a folder that does not exist yet")
+    check_output(output)
     folder = model_folder(tokenizer)
     if folder is None:
         raise ValueError("the model was not loaded from a folder with its files")
@@ -56,9 +57,13 @@ def write_sliced_checkpoint(
     width, kept = selection.widths[path], len(selection.indices[path])
     config = narrowed(session.model, config, width, kept) | {"glass": about}
     sliced = session.slice(selection, "requantize")
-    with replacing(output, folder=True) as temporary:
-        save(temporary, folder, sliced, tokenizer, config, donate_model=False)
-        (temporary / "README.md").write_text(_model_card(about), encoding="utf-8")
+    with locked(output), replacing(output, folder=True) as temporary:
+        try:
+            save(temporary, folder, sliced, tokenizer, config, donate_model=False)
+            (temporary / "README.md").write_text(_model_card(about), encoding="utf-8")
+            _check_sizes(temporary, sliced)
+        except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
+            raise OSError(f"{output} cannot be written: {one_line(error)}") from error
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         try:
             load_model(temporary, lazy=True, **options)
@@ -67,6 +72,41 @@ def write_sliced_checkpoint(
                 f"mlx-lm does not load the sliced checkpoint: {one_line(error)}"
             ) from error
     return sliced
+
+
+def check_output(output: Path) -> None:
+    """Check that a checkpoint can be written to a folder, and loaded from there.
+
+    Raises:
+        ValueError: if there is something already, or mlx-lm would not find weights in the folder.
+    """
+    if output.exists():
+        raise ValueError(f"there is something at {output}; name a folder that does not exist yet")
+    address = str(Path(os.path.realpath(output)))
+    if glob.escape(address) != address:
+        raise ValueError(f"mlx-lm finds no weights in {address}; name it without [, ], * and ?")
+
+
+def without_float_layers(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return a configuration whose quantization covers only a model's quantized layers."""
+    modules = dict(model.named_modules())
+    quantized = {path for path, module in modules.items() if "scales" in module}
+    config = dict(config)
+    for key in ("quantization", "quantization_config"):
+        entries = config.get(key)
+        if not quantized:
+            config.pop(key, None)
+        elif isinstance(entries, dict):
+            floats = {path for path in modules if path not in quantized}
+            config[key] = {k: v for k, v in entries.items() if k not in floats}
+    return config
+
+
+def _check_sizes(folder: Path, model: nn.Module) -> None:
+    """Raise OSError if a folder's weight files are too small for a model, as on a full disk."""
+    written = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    if written < sum(array.nbytes for _, array in named_arrays(model)):
+        raise OSError("its weight files are incomplete; is the disk full?")
 
 
 def narrowed(model: nn.Module, config: dict[str, Any], width: int, kept: int) -> dict[str, Any]:

@@ -76,6 +76,12 @@ class SlicedModel:
         return with_modules(self._dense, {path: parts for path, (_, parts) in self._slices.items()})
 
     @property
+    def down_policy(self) -> str:
+        """How quantized down projections are sliced: the policy, or those of all the layers."""
+        policies = dict.fromkeys(ffn.down_policy(self._policy) for ffn in self._ffns)
+        return ", ".join(sorted(policies))
+
+    @property
     def selection(self) -> Selection:
         """The neurons in the slices."""
         indices = {path: np.sort(kept) for path, (kept, _) in self._slices.items()}

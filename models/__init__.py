@@ -1,6 +1,6 @@
 """Find, observe and slice the FFNs of mlx-lm models. Nothing here ranks neurons."""
 
-from .discovery import find_ffns, has_experts
+from .discovery import QUANTIZED_ACTIVATIONS, find_ffns, has_experts
 from .ffn import FFN
 from .fingerprints import Fingerprint, fingerprint, sample_weights
 from .linear import DOWN_POLICIES, MeanCompensation, default_down_policy
@@ -11,6 +11,7 @@ from .weights import check_finite, weight_bytes
 __all__ = [
     "DOWN_POLICIES",
     "FFN",
+    "QUANTIZED_ACTIVATIONS",
     "Fingerprint",
     "MeanCompensation",
     "Observer",

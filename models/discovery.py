@@ -16,8 +16,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .adapters import bias_of
 from .ffn import FFN, LAYOUTS
-from .linear import inputs, is_linear, outputs
+from .linear import inputs, is_sliceable, outputs
 from .modules import layer_order
 
 # Model types whose FFN looks sliceable but is not.
@@ -26,6 +27,13 @@ REFUSED = {
     "bitnet": "it normalises over all neurons of a layer",
     "prism_hadamard_qwen35": "it rotates the neurons of a layer into each other",
 }
+
+# Activations are quantized in groups of neurons with a common scale.
+QUANTIZED_ACTIVATIONS = (
+    "a model that quantizes activations cannot be sliced: neurons share scales, so each one's "
+    "value depends on which others are kept; leave out --quantize-activations "
+    "(quantize_activations)"
+)
 
 # An expert in a list. It sees only the tokens that are routed to it.
 _EXPERT = re.compile(r"\bexperts\.\d+$")
@@ -50,11 +58,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     if kind in REFUSED:
         raise ValueError(f"models of type {kind} cannot be sliced: {REFUSED[kind]}")
     modules = dict(model.named_modules())
-    if any(hasattr(module, "lora_a") for module in modules.values()):
-        raise ValueError(
-            "this model has adapters that are not fused into its weights; "
-            "give adapter_path to glass_mlx.load, which fuses them"
-        )
+    if any(isinstance(module, nn.QQLinear) for module in modules.values()):
+        raise ValueError(QUANTIZED_ACTIVATIONS)
     tested: dict[Any, bool] = {}
     matches = (
         _find_ffn(path, module, tested)
@@ -111,7 +116,7 @@ def _identity(module: nn.Module) -> Any:
 
 def _candidates(path: str, module: nn.Module) -> Iterator[FFN]:
     """Yield the FFNs that a module may be, judging by the shapes of its layers."""
-    layers = {name: layer for name, layer in module.children().items() if is_linear(layer)}
+    layers = {name: layer for name, layer in module.children().items() if is_sliceable(layer)}
     for name, down in layers.items():
         m = inputs(down)
         others = {n: layer for n, layer in layers.items() if n != name}
@@ -141,7 +146,7 @@ def _trial_ffn(ffn: FFN, key: mx.array) -> FFN:
 
     def trial(layer: nn.Module, rows: int, columns: int) -> nn.Linear:
         weight = mx.random.normal((rows, columns), key=next(keys)) * columns**-0.5
-        bias = mx.random.normal((rows,), key=next(keys)) if "bias" in layer else None
+        bias = mx.random.normal((rows,), key=next(keys)) if bias_of(layer) is not None else None
         return _TrialLinear(weight, bias)
 
     rows = len(LAYOUTS[ffn.layout](np.arange(_TRIAL_NEURONS), _TRIAL_NEURONS))

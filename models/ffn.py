@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .adapters import base_layer
 from .linear import (
     NEURON_MAJOR,
     MeanCompensation,
@@ -24,7 +25,7 @@ from .linear import (
     put_outputs,
     take_inputs,
     take_outputs,
-    take_transposed,
+    working_policy,
 )
 
 # The rows of m neurons in an expanding projection. Each neuron has one row, or two if gate and up
@@ -89,7 +90,7 @@ class FFN:
 
         The copy is made once, and again only if the weights were replaced.
         """
-        _, down = self.contract
+        down = base_layer(self.contract[1])
         assert isinstance(down, nn.QuantizedLinear)
         if self._transposed is None or self._transposed.source is not down.weight:
             layer = NeuronMajorLinear(down)
@@ -97,12 +98,17 @@ class FFN:
             self._transposed = _TransposedCopy(down.weight, layer)
         return self._transposed.layer
 
+    def down_policy(self, policy: str) -> str:
+        """Return the policy by which down is sliced where `policy` is asked for."""
+        return working_policy(self.contract[1], policy)
+
     def sliced(self, indices: np.ndarray, policy: str) -> dict[str, nn.Module]:
         """Return modules that compute only some neurons, to replace the FFN's projections.
 
         Args:
             indices: (k,) neurons to keep, strictly increasing.
-            policy: how a quantized down projection is sliced; see `linear.take_inputs`.
+            policy: how a quantized down projection is sliced; see `linear.take_inputs`, and
+                `linear.working_policy` for layers that a policy does not suit.
 
         Returns:
             Modules by name; none if all neurons are kept.
@@ -110,10 +116,10 @@ class FFN:
         if len(indices) == self.width:
             return {}
         name, down = self.contract
-        if policy == NEURON_MAJOR and isinstance(down, nn.QuantizedLinear):
-            smaller = take_transposed(down, indices, self.transposed_down())
-        else:
-            smaller = take_inputs(down, indices, policy)
+        policy = self.down_policy(policy)
+        is_transposed = policy == NEURON_MAJOR and "scales" in base_layer(down)
+        transposed = self.transposed_down() if is_transposed else None
+        smaller = take_inputs(down, indices, policy, transposed)
         rows = LAYOUTS[self.layout](indices, self.width)
         return {n: take_outputs(layer, rows) for n, layer in self.expand.items()} | {name: smaller}
 
@@ -136,9 +142,9 @@ class FFN:
         after: np.ndarray = before.copy()
         after[places] = added
         name, down = self.contract
-        if isinstance(parts[name], NeuronMajorLinear):
-            put_outputs(self.transposed_down(), parts[name], places, added)
-        elif not put_inputs(down, parts[name], places, added):
+        is_transposed = isinstance(base_layer(parts[name]), NeuronMajorLinear)
+        transposed = self.transposed_down() if is_transposed else None
+        if not put_inputs(down, parts[name], places, added, transposed):
             return None
         rows = LAYOUTS[self.layout]
         for n, layer in self.expand.items():

@@ -1,4 +1,7 @@
-"""Slices of linear layers: some of their outputs, or some of their inputs."""
+"""Slices of linear layers: some of their outputs, or some of their inputs.
+
+A layer may have an adapter on its weights (see `adapters`), which is sliced along with them.
+"""
 
 import copy
 import math
@@ -9,22 +12,38 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .adapters import (
+    AdaptedLinear,
+    base_layer,
+    bias_of,
+    is_adapted,
+    low_rank_weight,
+    magnitude,
+    without_bias,
+)
+
 _FLOAT_ROUNDING = 0.003  # bfloat16
 _MODE_ROUNDING = {"mxfp4": 0.118, "nvfp4": 0.096, "mxfp8": 0.027}
 
 
 def is_linear(module: object) -> bool:
-    """Return whether a module can be sliced here. Subclasses may compute something else."""
+    """Return whether a module is a plain linear layer. Subclasses may compute something else."""
     return type(module) in (nn.Linear, nn.QuantizedLinear)
+
+
+def is_sliceable(module: object) -> bool:
+    """Return whether a module can be sliced here: a linear layer, with or without an adapter."""
+    return is_linear(module) or is_adapted(module)
 
 
 def outputs(layer: nn.Module) -> int:
     """Return the number of output features."""
-    return int(layer.weight.shape[0])
+    return int(base_layer(layer).weight.shape[0])
 
 
 def inputs(layer: nn.Module) -> int:
     """Return the number of input features."""
+    layer = base_layer(layer)
     columns = int(layer.weight.shape[1])
     return columns * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else columns
 
@@ -49,6 +68,7 @@ def rounding_error(layer: nn.Module) -> float:
     deviations. Rounded to one of 2^bits levels, its weights have errors of a step / sqrt(12). The
     errors of floating-point modes are measured.
     """
+    layer = base_layer(layer)
     if "scales" not in layer:
         return _FLOAT_ROUNDING
     if layer.mode in _MODE_ROUNDING:
@@ -57,7 +77,9 @@ def rounding_error(layer: nn.Module) -> float:
 
 
 def dense_weight(layer: nn.Module) -> mx.array:
-    """Return a layer's weights as floats, (out, in)."""
+    """Return a layer's weights as floats, (out, in). An adapter is fused into them."""
+    if is_adapted(layer):
+        return _fused_weight(layer)
     if "scales" not in layer:
         return layer.weight
     return mx.dequantize(
@@ -70,8 +92,23 @@ def dense_weight(layer: nn.Module) -> mx.array:
     )
 
 
+def _fused_weight(layer: nn.Module, columns: slice = slice(None)) -> mx.array:
+    """Fuse an adapter into its layer's weights in float32, and round the sum once."""
+    base = layer.linear
+    weight = dense_weight(base) if columns.stop is None else leading_columns(base, columns.stop)
+    fused, factor = weight + low_rank_weight(layer, columns), _magnitude(layer)
+    return (fused if factor is None else factor[:, None] * fused).astype(weight.dtype)
+
+
+def _magnitude(layer: nn.Module) -> mx.array | None:
+    """Return DoRA's factor of each output of an adapted layer; None for LoRA."""
+    return magnitude(layer, dense_weight(layer.linear))
+
+
 def leading_columns(layer: nn.Module, count: int) -> mx.array:
     """Return the weights of a layer's first inputs as floats, (out, count)."""
+    if is_adapted(layer):
+        return _fused_weight(layer, slice(count))
     if "scales" in layer:
         groups = -(-count // layer.group_size)
         words = groups * layer.group_size * layer.bits // 32
@@ -104,11 +141,21 @@ def take_outputs(layer: nn.Module, indices: np.ndarray) -> nn.Module:
         indices: (k,) outputs to keep, checked by `check_indices`.
 
     Returns:
-        A layer of the same kind with weights (k, in).
+        A layer of the same kind with weights (k, in), or an `AdaptedLinear`.
     """
     check_indices(indices, outputs(layer))
-    rows = mx.array(indices)
-    return _with_arrays(layer, **{name: layer[name][rows] for name in _arrays_by_output(layer)})
+    base, rows = base_layer(layer), mx.array(indices)
+    sliced = _with_arrays(base, **{name: base[name][rows] for name in _arrays_by_output(base)})
+    if not is_adapted(layer):
+        return sliced
+    factor = _magnitude(layer)
+    return AdaptedLinear(
+        sliced,
+        layer.lora_a,
+        layer.lora_b[:, rows],
+        layer.scale,
+        None if factor is None else factor[rows],
+    )
 
 
 def put_outputs(
@@ -122,6 +169,14 @@ def put_outputs(
         places: (n,) outputs of the slice to overwrite.
         indices: (n,) outputs of the layer to copy there.
     """
+    if isinstance(sliced, AdaptedLinear):
+        added = take_outputs(layer, indices)
+        put_outputs(added.base, sliced.base, places, np.arange(len(indices)))
+        sliced.lora_b = _overwritten(sliced.lora_b.T, places, added.lora_b.T).T
+        for name in ("magnitude", "bias"):
+            if name in sliced:
+                sliced[name] = _overwritten(sliced[name], places, added[name])
+        return
     destinations, sources = mx.array(places), mx.array(indices)
     for name in _arrays_by_output(layer):
         array = sliced[name]
@@ -129,6 +184,13 @@ def put_outputs(
         moved = array.view(wide)
         moved[destinations] = layer[name].view(wide)[sources]
         sliced[name] = moved.view(array.dtype)
+
+
+def _overwritten(array: mx.array, places: np.ndarray, rows: mx.array) -> mx.array:
+    """Return an array with some rows replaced. The given array, which others may use, is kept."""
+    array = mx.array(array)
+    array[mx.array(places)] = rows
+    return array
 
 
 def _arrays_by_output(layer: nn.Module) -> list[str]:
@@ -151,7 +213,7 @@ class ScatteredLinear(nn.Module):
 
     def __init__(self, layer: nn.QuantizedLinear, indices: np.ndarray) -> None:
         super().__init__()
-        self.layer = _with_arrays(layer, bias=None)
+        self.layer = without_bias(layer)
         if "bias" in layer:
             self.bias = layer.bias
         self._indices, self._inputs = mx.array(indices), inputs(layer)
@@ -240,13 +302,30 @@ def input_multiple(layer: nn.Module) -> int:
     Metal's fast matrix-vector kernels read quantized rows in blocks of 512 inputs (256 from 6 bits
     on). If a block is too coarse for the layer, its inputs are kept in whole groups instead.
     """
+    layer = base_layer(layer)
     if not isinstance(layer, nn.QuantizedLinear):
         return 32
     block = 512 if layer.bits < 6 else 256
     return block if inputs(layer) >= 16 * block else int(layer.group_size)
 
 
-def take_inputs(layer: nn.Module, indices: np.ndarray, policy: str = "requantize") -> nn.Module:
+def working_policy(layer: nn.Module, policy: str) -> str:
+    """Return a policy for dropping inputs of a layer: the given one, or one that works instead.
+
+    A layer whose outputs do not fill groups has no neuron-major copy; "requantize", which saves as
+    many bytes, works for every layer.
+    """
+    base = base_layer(layer)
+    fills_groups = "scales" not in base or outputs(base) % base.group_size == 0
+    return policy if fills_groups or policy != NEURON_MAJOR else "requantize"
+
+
+def take_inputs(
+    layer: nn.Module,
+    indices: np.ndarray,
+    policy: str = "requantize",
+    transposed: NeuronMajorLinear | None = None,
+) -> nn.Module:
     """Keep some inputs.
 
     Args:
@@ -255,9 +334,10 @@ def take_inputs(layer: nn.Module, indices: np.ndarray, policy: str = "requantize
         policy: a key of `DOWN_POLICIES`, for quantized layers. "requantize" quantizes the kept
             columns again in the layer's own format: the fewest bytes, with a small error.
             "neuron-major" takes rows of a copy of the layer that is quantized along the outputs:
-            as few bytes, and a similar error (`take_transposed` uses a copy that was made before).
+            as few bytes, and a similar error.
             "scatter" keeps the whole layer and puts the k inputs among zeros: exact, but no bytes
             are saved.
+        transposed: the copy for "neuron-major". Default: made here.
 
     Returns:
         A layer that maps (..., k) to (..., out).
@@ -269,9 +349,17 @@ def take_inputs(layer: nn.Module, indices: np.ndarray, policy: str = "requantize
     check_indices(indices, inputs(layer))
     if policy not in DOWN_POLICIES:
         raise ValueError(f"down policy {policy!r} is not one of {', '.join(DOWN_POLICIES)}")
-    if isinstance(layer, nn.QuantizedLinear):
-        return DOWN_POLICIES[policy](layer, indices)
-    return _with_arrays(layer, weight=_columns(layer.weight, indices))
+    base = base_layer(layer)
+    if not isinstance(base, nn.QuantizedLinear):
+        sliced = _with_arrays(base, weight=_columns(base.weight, indices))
+    elif policy == NEURON_MAJOR and transposed is not None:
+        sliced = take_transposed(base, indices, transposed)
+    else:
+        sliced = DOWN_POLICIES[policy](base, indices)
+    if not is_adapted(layer):
+        return sliced
+    lora_a = layer.lora_a[mx.array(indices)]
+    return AdaptedLinear(sliced, lora_a, layer.lora_b, layer.scale, _magnitude(layer))
 
 
 def take_transposed(
@@ -282,7 +370,11 @@ def take_transposed(
 
 
 def put_inputs(
-    layer: nn.Module, sliced: nn.Module, places: np.ndarray, indices: np.ndarray
+    layer: nn.Module,
+    sliced: nn.Module,
+    places: np.ndarray,
+    indices: np.ndarray,
+    transposed: NeuronMajorLinear | None = None,
 ) -> bool:
     """Overwrite some inputs of a slice, in place, with other inputs of its layer.
 
@@ -291,14 +383,23 @@ def put_inputs(
         sliced: a result of `take_inputs`, which changes.
         places: (n,) inputs of the slice to overwrite.
         indices: (n,) inputs of the layer to copy there.
+        transposed: the copy that a neuron-major slice was taken from.
 
     Returns:
         Whether the slice was changed, which is impossible if inputs share scales.
     """
-    if type(sliced) is not nn.Linear:
+    base, smaller = base_layer(layer), base_layer(sliced)
+    if isinstance(smaller, NeuronMajorLinear) and transposed is not None:
+        put_outputs(transposed, smaller, places, indices)
+    elif type(smaller) is nn.Linear:
+        where = mx.broadcast_to(mx.array(places)[None], (outputs(base), len(places)))
+        columns = _columns(base.weight, indices)
+        smaller.weight = mx.put_along_axis(smaller.weight, where, columns, axis=1)
+    else:
         return False
-    where = mx.broadcast_to(mx.array(places)[None], (outputs(layer), len(places)))
-    sliced.weight = mx.put_along_axis(sliced.weight, where, _columns(layer.weight, indices), axis=1)
+    if is_adapted(layer):
+        rows = layer.lora_a[mx.array(indices)]
+        sliced.lora_a = _overwritten(sliced.lora_a, places, rows)
     return True
 
 
@@ -332,10 +433,10 @@ def add_mean_compensation(
         kept: (k,) the inputs in the slice, in the slice's order.
         means: the values that replace the dropped inputs.
     """
-    bias, sliced_without_bias = layer.get("bias"), _with_arrays(sliced, bias=None)
+    bias, sliced_without_bias = bias_of(layer), without_bias(sliced)
     constants, output = means.inputs.astype(mx.float32), means.output
     if output is None:
-        output = _with_arrays(layer, bias=None)(constants[None])[0]
+        output = without_bias(layer)(constants[None])[0]
     dropped = output - sliced_without_bias(constants[mx.array(kept)][None])[0]
     total = dropped if bias is None else dropped + bias
     sliced.bias = total.astype(means.dtype or means.inputs.dtype)

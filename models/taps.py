@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapters import bias_of
 from .discovery import find_ffns
 from .ffn import FFN
 from .modules import with_modules
@@ -66,7 +67,7 @@ def tap(
         observe_output: called in the same way with the FFN's outputs, if they have no bias.
     """
     name, down = ffn.contract
-    return {name: Tap(down, ffn.path, observe, None if "bias" in down else observe_output)}
+    return {name: Tap(down, ffn.path, observe, observe_output if bias_of(down) is None else None)}
 
 
 def with_taps(

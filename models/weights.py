@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from .linear import is_linear, outputs
+from .linear import dense_weight, is_linear, outputs
 from .modules import named_arrays
 
 
@@ -30,7 +30,11 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         ValueError: if the model has weights that are infinite or not a number.
     """
-    for path, array in named_arrays(model):
+    arrays = dict(named_arrays(model))
+    for path, module in model.named_modules():
+        if is_linear(module) and "scales" in module and module.scales.dtype == mx.uint8:
+            arrays[path] = dense_weight(module)  # scales that are coded floats
+    for path, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             raise ValueError(
                 f"the model's weights {path} are not finite; its files are damaged, or --dtype "

