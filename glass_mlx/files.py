@@ -322,8 +322,15 @@ def read_about(file: Path, kind: str) -> Any:
     Raises:
         ValueError: if the file has another format.
     """
+    _check_regular(file)
     with safe_open(file, "numpy") as stored:
         return _parse_metadata(file, stored.metadata(), kind)["about"]
+
+
+def _check_regular(file: Path) -> None:
+    """Raise ValueError for a device, a pipe or a folder, whose reading may never end."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is not a regular file")
 
 
 def _parse_metadata(file: Path, stored: dict[str, str] | None, kind: str) -> dict[str, Any]:
@@ -347,6 +354,7 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any, str
         ValueError: if the file is incomplete, has another format, has values that are not finite,
             or was changed after it was written.
     """
+    _check_regular(file)
     try:
         with safe_open(file, "numpy") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118

@@ -25,11 +25,13 @@ from glass_mlx.statistics import STATISTICS, LocalStatistics, NeuronStatistics
 import gguf
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -76,6 +78,53 @@ def save_tiny_folder(folder: Path, architecture: str = "llama", **quantization: 
     (folder / "config.json").write_text(json.dumps(config))
     letter_tokenizer().save_pretrained(folder)
     return folder
+
+
+def add_adapters(model: nn.Module, kind: str, keys: list[str] | None = None) -> dict[str, Any]:
+    """Add random adapters to a model in place, as mlx-lm does for training.
+
+    Args:
+        model: the model.
+        kind: "lora" or "dora".
+        keys: see `linear_to_lora_layers`. Default: all layers of all blocks.
+
+    Returns:
+        The contents of adapter_config.json.
+    """
+    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0} | ({"keys": keys} if keys else {})
+    config = {"num_layers": 4, "fine_tune_type": kind, "lora_parameters": parameters}
+    linear_to_lora_layers(model, 4, dict(parameters), use_dora=kind == "dora")
+    mx.random.seed(3)
+    for _, module in model.named_modules():
+        if "lora_b" in module:
+            module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
+        if "m" in module:
+            module.m = module.m * (1 + 0.2 * mx.random.normal(module.m.shape))
+    model.eval()
+    return config
+
+
+def save_adapters(
+    folder: Path, model_folder: Path, kind: str, keys: list[str] | None = None
+) -> str:
+    """Save random adapters for a model's folder; return their folder."""
+    folder.mkdir()
+    model, _ = mlx_lm.load(str(model_folder))
+    if kind == "full":
+        config = {"num_layers": 4, "fine_tune_type": kind}
+        model.layers[1].mlp.up_proj.scales = 1.5 * model.layers[1].mlp.up_proj.scales
+        names = {"model.layers.1.mlp.up_proj.scales"}
+    else:
+        config = add_adapters(model, kind, keys)
+        names = {
+            path
+            for path, _ in tree_flatten(model.parameters())
+            if path.rsplit(".")[-1] in ("lora_a", "lora_b", "m")
+        }
+    weights = {path: a for path, a in tree_flatten(model.parameters()) if path in names}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    return str(folder)
 
 
 # From mlx-lm's tensor names to llama.cpp's.

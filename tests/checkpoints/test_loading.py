@@ -1,14 +1,12 @@
 """Loading of folders, GGUF files and adapters, compared with mlx-lm."""
 
-import json
-from pathlib import Path
+import os
 
-from glass_mlx import load
-from glass_mlx.checkpoints import gguf
+from glass_mlx import load, stream_generate
 from glass_mlx.checkpoints.loading import advice, resolve
 from glass_mlx.models import find_ffns
 from glass_mlx.models.architectures import tiny_model
-from helpers import save_tiny_folder, write_gguf
+from helpers import made_prior, save_adapters, save_tiny_folder, write_gguf
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +14,6 @@ import mlx_lm
 import pytest
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 @pytest.fixture
@@ -39,42 +36,16 @@ def test_a_folder_loads_as_in_mlx_lm(folder):
     assert tokenizer.encode("丁七") == [1, 3]
 
 
-def test_a_gguf_file_is_converted_once(cache, gguf_file, monkeypatch):
-    converted = resolve(str(gguf_file), "float32")
-    assert Path(converted).parent == cache / "models"
-    monkeypatch.setattr(gguf, "convert", lambda *_: pytest.fail("converted again"))
-    assert resolve(str(gguf_file), "float32") == converted
-    model, _ = load(str(gguf_file), dtype="float32")
-    tokens = mx.array([[1, 2, 3]])
-    assert mx.allclose(model(tokens), tiny_model("llama")(tokens), atol=1e-4)
-
-
 def test_a_gguf_file_with_a_missing_tensor_is_refused(cache, tmp_path):
     write_gguf(tiny_model("llama"), tmp_path / "a.gguf", leave_out="blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight"):
         load(str(tmp_path / "a.gguf"))
 
 
-def test_a_damaged_or_stale_conversion_is_repeated(cache, gguf_file):
-    folder = Path(resolve(str(gguf_file), "float32"))
-    weights = folder / "model-00000.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1])
-    assert resolve(str(gguf_file), "float32") == str(folder)
-    assert weights.read_bytes() == content
-    write_gguf(tiny_model("llama", seed=1), gguf_file)
-    assert resolve(str(gguf_file), "float32") != str(folder)
-
-
-def test_an_interrupted_conversion_leaves_nothing(cache, gguf_file, monkeypatch):
-    def interrupt(source, folder, dtype):
-        (folder / "config.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gguf, "convert", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        resolve(str(gguf_file))
-    assert list((cache / "models").iterdir()) == []
+def test_a_gguf_file_loads(cache, gguf_file):
+    model, _ = load(str(gguf_file), dtype="float32")
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.allclose(model(tokens), tiny_model("llama")(tokens), atol=1e-4)
 
 
 def test_dtype_and_dequantize(cache, tmp_path):
@@ -89,32 +60,76 @@ def test_dtype_and_dequantize(cache, tmp_path):
         load(str(tmp_path / "q8.gguf"), dtype="int8")
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters_are_fused_before_slicing(folder, tmp_path, kind):
-    adapters = tmp_path / "adapters"
-    adapters.mkdir()
-    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0}
-    (adapters / "adapter_config.json").write_text(
-        json.dumps({"num_layers": 3, "lora_parameters": parameters, "fine_tune_type": kind})
-    )
-    model = tiny_model("llama")
-    linear_to_lora_layers(model, 3, parameters, use_dora=kind == "dora")
-    for _, module in model.named_modules():
-        if hasattr(module, "lora_b"):
-            module.lora_b = mx.random.normal(module.lora_b.shape) * 0.1
-    weights = {
-        k: v for k, v in tree_flatten(model.parameters()) if "lora_" in k or k.endswith(".m")
-    }
-    mx.save_safetensors(str(adapters / "adapters.safetensors"), weights)
+TOKENS = mx.array([[1, 7, 3, 200, 9]])
 
-    with pytest.raises(ValueError, match="not fused"):
-        find_ffns(model)
-    fused, _ = load(str(folder), adapter_path=str(adapters))
-    tokens = mx.array([[1, 2, 3]])
-    assert not any("lora" in k for k, _ in tree_flatten(fused.parameters()))
-    assert mx.allclose(fused(tokens), model(tokens), atol=1e-4)
-    assert not mx.allclose(fused(tokens), tiny_model("llama")(tokens), atol=1e-2)
-    assert len(find_ffns(fused)) == 4
+
+def test_floating_point_formats_become_the_dtype_asked_for(tmp_path):
+    folder = str(save_tiny_folder(tmp_path / "tiny", group_size=32, bits=4, mode="mxfp4"))
+    model, _ = load(folder, dtype="float16", dequantize=True)
+    assert {a.dtype for _, a in tree_flatten(model.parameters())} == {mx.float16}
+    reference, _ = mlx_lm.load(folder)
+    model, _ = load(folder, dtype="float32", dequantize=True)
+    assert mx.allclose(model(TOKENS), reference(TOKENS), atol=1e-4)
+
+
+def test_dtype_keeps_the_weights_that_the_class_exempts(tmp_path):
+    folder = str(save_tiny_folder(tmp_path / "tiny", "deepseek_v3"))
+    model, _ = load(folder, dtype="bfloat16")
+    reference, _ = mlx_lm.load(folder)
+    gate, exact = model.layers[1].mlp.gate, reference.layers[1].mlp.gate
+    assert gate.weight.dtype == mx.bfloat16
+    assert mx.array_equal(gate.e_score_correction_bias, exact.e_score_correction_bias)
+    assert gate.e_score_correction_bias.dtype == mx.float32
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_compute_what_mlx_lm_does_and_change_no_weights(tmp_path, kind, bits):
+    folder = save_tiny_folder(tmp_path / "tiny", group_size=32, bits=bits)
+    adapters = save_adapters(tmp_path / "adapters", folder, kind)
+    stock, _ = mlx_lm.load(str(folder), adapter_path=adapters)
+    model, _ = load(str(folder), adapter_path=adapters)
+    assert mx.array_equal(model(TOKENS), stock(TOKENS))
+    effect = stock(TOKENS) - load(str(folder))[0](TOKENS)
+    assert mx.linalg.norm(effect) > 1e-2 * mx.linalg.norm(stock(TOKENS))
+    model, _ = load(str(folder), adapter_path=adapters, dequantize=True, dtype="float32")
+    assert mx.linalg.norm(model(TOKENS) - stock(TOKENS)) < 1e-4 * mx.linalg.norm(stock(TOKENS))
+    assert len(find_ffns(model)) == 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("deepseek_v3", None),  # experts in one array
+        ("llama", ["model.embed_tokens", "lm_head", "mlp.down_proj"]),
+        ("qwen2", ["model.embed_tokens", "self_attn.q_proj"]),
+    ],
+)
+def test_adapters_of_experts_embeddings_and_heads_stay_as_in_mlx_lm(tmp_path, architecture, keys):
+    quantization = {} if architecture == "deepseek_v3" else {"group_size": 32, "bits": 4}
+    folder = save_tiny_folder(tmp_path / "tiny", architecture, **quantization)
+    adapters = save_adapters(tmp_path / "adapters", folder, "lora", keys)
+    stock, _ = mlx_lm.load(str(folder), adapter_path=adapters)
+    model, _ = load(str(folder), adapter_path=adapters)
+    assert mx.array_equal(model(TOKENS), stock(TOKENS))
+    assert {path for path, _ in model.named_modules()} == {p for p, _ in stock.named_modules()}
+    assert find_ffns(model)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_released_dense_weights_are_loaded_again_with_their_adapters(tmp_path, kind):
+    folder = save_tiny_folder(tmp_path / "tiny", group_size=32, bits=4)
+    adapters = save_adapters(tmp_path / "adapters", folder, kind)
+    options = {"max_tokens": 20, "warmup": 2, "refresh": 4, "density": 0.5}
+
+    def generate(reload):
+        model, tokenizer = load(str(folder), adapter_path=adapters)
+        options["prior"] = made_prior(model)
+        steps = stream_generate(model, tokenizer, [1, 2, 3], reload=reload, **options)
+        return [step.token for step in steps]
+
+    reloaded = generate(lambda: load(str(folder), adapter_path=adapters, lazy=True)[0])
+    assert reloaded == generate(None)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +144,27 @@ def test_missing_paths_are_not_mistaken_for_hub_ids(name, message):
     with pytest.raises(FileNotFoundError, match=message):
         resolve(name)
     assert resolve("someone/some-model") == "someone/some-model"
+
+
+def test_what_is_neither_a_folder_nor_a_file_is_no_model(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path in ("/dev/null", str(tmp_path / "pipe.gguf")):
+        with pytest.raises(ValueError, match=f"{path} is neither a folder nor a file"):
+            load(path)
+    with pytest.raises(FileNotFoundError, match="no model at ~nobody"):
+        load("~nobody-has-this-name/model")
+
+
+def test_a_folder_in_which_mlx_lm_finds_nothing_is_refused_with_the_reason(folder, tmp_path):
+    moved = folder.rename(tmp_path / "tiny [4bit]")
+    with pytest.raises(ValueError, match=r"finds no weights in .*rename it without \[, \]"):
+        load(str(moved))
+
+
+def test_activations_are_not_quantized(folder):
+    with pytest.raises(ValueError, match="leave out --quantize-activations"):
+        load(str(folder), model_config={"quantize_activations": True})
+    load(str(folder), model_config={"quantize_activations": False})
 
 
 def test_loading_errors_are_one_sentence(folder, tmp_path):

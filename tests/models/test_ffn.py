@@ -4,10 +4,13 @@ import gc
 import weakref
 from itertools import pairwise
 
+from glass_mlx import stream_generate
 from glass_mlx.models import find_ffns, tap, with_modules
+from glass_mlx.models.architectures import tiny_model
 from glass_mlx.models.ffn import LAYOUTS
 from glass_mlx.models.linear import dense_weight, take_inputs, take_outputs
-from helpers import Network, OneFFN
+from glass_mlx.slicing import slice_model
+from helpers import Network, OneFFN, letter_tokenizer, made_prior, random_selection
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 MODES = [
     None,
@@ -112,3 +116,37 @@ def test_an_ffn_makes_its_transposed_copy_once_and_frees_it():
     del ffn, transposed
     gc.collect()
     assert copy() is None
+
+
+def test_where_outputs_do_not_fill_groups_down_is_requantized_and_the_report_says_so():
+    model = tiny_model("llama", hidden_size=96)
+    nn.quantize(model, 64, 4, class_predicate=lambda path, _: "down_proj" in path)
+    selection = random_selection(model)
+    expected = slice_model(model, selection, "requantize")(mx.array([[1, 2, 3]]))
+    assert mx.array_equal(
+        slice_model(model, selection, "neuron-major")(mx.array([[1, 2, 3]])), expected
+    )
+    tokenizer = TokenizerWrapper(letter_tokenizer())
+    options = {"max_tokens": 12, "warmup": 2, "refresh": 4, "prior": made_prior(model)}
+
+    def policy():
+        steps = stream_generate(model, tokenizer, [1, 2, 3], down_policy="neuron-major", **options)
+        return {step.glass.down_policy for step in steps}
+
+    assert policy() == {"requantize"}
+    layer = model.layers[0].mlp
+    layer.down_proj = nn.Linear(128, 96).to_quantized(32, 4)  # whose groups are filled
+    assert policy() == {"neuron-major, requantize"}
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp8"])
+def test_models_that_quantize_activations_are_refused_with_the_reason(mode):
+    model = tiny_model("llama")
+    nn.quantize(
+        model,
+        mode=mode,
+        quantize_input=True,
+        class_predicate=lambda _, module: isinstance(module, nn.Linear),
+    )
+    with pytest.raises(ValueError, match=r"share scales.*leave out --quantize-activations"):
+        find_ffns(model)
