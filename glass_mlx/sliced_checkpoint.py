@@ -61,7 +61,6 @@ def write_sliced_checkpoint(
         try:
             save(temporary, folder, sliced, tokenizer, config, donate_model=False)
             (temporary / "README.md").write_text(_model_card(about), encoding="utf-8")
-            _check_sizes(temporary, sliced)
         except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
             raise OSError(f"{output} cannot be written: {one_line(error)}") from error
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
@@ -78,13 +77,17 @@ def check_output(output: Path) -> None:
     """Check that a checkpoint can be written to a folder, and loaded from there.
 
     Raises:
+        OSError: if the folder cannot be made.
         ValueError: if there is something already, or mlx-lm would not find weights in the folder.
     """
     if output.exists():
         raise ValueError(f"there is something at {output}; name a folder that does not exist yet")
-    address = str(Path(os.path.realpath(output)))
-    if glob.escape(address) != address:
+    address = Path(os.path.realpath(output))
+    if glob.escape(str(address)) != str(address):
         raise ValueError(f"mlx-lm finds no weights in {address}; name it without [, ], * and ?")
+    parent = next(folder for folder in address.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"{output} cannot be made in {parent}; name another folder")
 
 
 def without_float_layers(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -100,13 +103,6 @@ def without_float_layers(config: dict[str, Any], model: nn.Module) -> dict[str, 
             floats = {path for path in modules if path not in quantized}
             config[key] = {k: v for k, v in entries.items() if k not in floats}
     return config
-
-
-def _check_sizes(folder: Path, model: nn.Module) -> None:
-    """Raise OSError if a folder's weight files are too small for a model, as on a full disk."""
-    written = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-    if written < sum(array.nbytes for _, array in named_arrays(model)):
-        raise OSError("its weight files are incomplete; is the disk full?")
 
 
 def narrowed(model: nn.Module, config: dict[str, Any], width: int, kept: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from glass_mlx import load
+from glass_mlx import export, load, sliced_checkpoint
 from glass_mlx.config import GlassConfig
 from glass_mlx.export import main
 from glass_mlx.fidelity.prompts import WritingSettings, continue_all, read_prompts
@@ -14,7 +14,7 @@ from glass_mlx.prior.file import FILE_NAME
 from glass_mlx.session import Session
 from glass_mlx.sliced_checkpoint import narrowed
 from glass_mlx.slicing import slice_model
-from helpers import made_prior, save_tiny_folder
+from helpers import made_prior, save_adapters, save_tiny_folder
 
 import mlx.core as mx
 import mlx_lm
@@ -183,3 +183,122 @@ def test_prior_and_answers_are_fused(tmp_path, monkeypatch):
     selection = selector.select(session.empty_statistics())
     sliced = slice_model(dense, selection, "requantize")
     assert mx.array_equal(exported(TOKENS), sliced(TOKENS))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # an untied and a tied head
+@pytest.mark.parametrize(("kind", "bits"), [("lora", 4), ("dora", 4), ("lora", None)])
+def test_adapters_are_exported_as_stock_mlx_lm_computes_them(
+    tmp_path, monkeypatch, kind, bits, architecture
+):
+    quantization = {"group_size": 32, "bits": bits} if bits else {}
+    folder = make_folder(tmp_path, architecture, **quantization)
+    adapters = save_adapters(tmp_path / "adapters", folder, kind)
+    stock, _ = mlx_lm.load(str(folder), adapter_path=adapters)
+    made_prior(stock).save(tmp_path / "prior")
+    options = ["--adapter-path", adapters, "--prior", tmp_path / "prior"]
+    exported, _ = run(monkeypatch, tmp_path, *options, "--density", 0.5)
+
+    session, config = Session(stock), GlassConfig(density=0.5, prior_weight=1.0)
+    selection = session.selector(config, made_prior(stock)).select(session.empty_statistics())
+    expected = slice_model(stock, selection, "scatter")(TOKENS)
+    assert mx.linalg.norm(exported(TOKENS) - expected) < 1e-4 * mx.linalg.norm(expected)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("quantization" in config) == bool(bits)  # embeddings have no adapters
+
+
+def test_only_the_adapted_layers_become_floats(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, group_size=32, bits=4)
+    config = json.loads((folder / "config.json").read_text())
+    # As a converted GGUF file has it, with an entry for each layer.
+    for path, module in load(str(folder))[0].named_modules():
+        if "scales" in module:
+            config["quantization"][path] = {"group_size": 32, "bits": 4, "mode": "affine"}
+    (folder / "config.json").write_text(json.dumps(config))
+    keys = ["self_attn.q_proj", "mlp.gate_proj"]
+    adapters = save_adapters(tmp_path / "adapters", folder, "lora", keys)
+    stock, _ = mlx_lm.load(str(folder), adapter_path=adapters)
+    made_prior(stock).save(tmp_path / "prior")
+    options = ["--adapter-path", adapters, "--prior", tmp_path / "prior"]
+    exported, _ = run(monkeypatch, tmp_path, *options, "--density", 1)
+    expected = stock(TOKENS)
+    assert mx.linalg.norm(exported(TOKENS) - expected) < 1e-4 * mx.linalg.norm(expected)
+    layer, exact = exported.layers[0], stock.layers[0]
+    assert "scales" not in layer.self_attn.q_proj
+    assert "scales" not in layer.mlp.gate_proj
+    assert mx.array_equal(layer.mlp.down_proj.weight, exact.mlp.down_proj.weight)
+    assert mx.array_equal(layer.self_attn.v_proj.scales, exact.self_attn.v_proj.scales)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert "model.layers.0.mlp.down_proj" in written
+    assert "model.layers.0.mlp.gate_proj" not in written
+
+
+@pytest.mark.parametrize(
+    "output", ["out [1]", "/dev/null", "taken", "taken/config.json/out", "link"]
+)
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, run_command, output
+):
+    folder = make_folder(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").touch()
+    (tmp_path / "link").symlink_to("taken")
+    monkeypatch.setattr(export, "load", lambda *_, **__: pytest.fail("loaded"))
+    code, _, error = run_command(main, "--model", folder, "--output", tmp_path / output)
+    assert code == 2
+    assert error.count("\n") == 1
+    names = {"dense", "prompts.txt", "taken", "link"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
+def fail(error):
+    def save(folder, *arguments, **options):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        fail(RuntimeError("[write] Unable to write 300092 bytes to file.")),  # MLX's
+        fail(OSError(28, "No space left on device")),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, run_command, save):
+    folder = make_folder(tmp_path)
+    monkeypatch.setattr(sliced_checkpoint, "save", save)
+    code, _, error = run_command(main, "--model", folder, "--output", tmp_path / "out")
+    assert code == 2
+    assert f"{tmp_path / 'out'} cannot be written: " in error
+    assert error.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"dense", "prompts.txt"}
+
+
+@pytest.mark.parametrize("quantization", [{}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}])
+@pytest.mark.parametrize("options", [[], ["--prompts", "prompts.txt"]])
+def test_weights_that_are_not_finite_are_named(tmp_path, run_command, quantization, options):
+    folder = make_folder(tmp_path, **quantization)
+    path = "model.layers.2.mlp.up_proj." + ("scales" if quantization else "weight")
+    arrays = mx.load(str(folder / "model.safetensors"))
+    arrays[path][5, 1] = 255 if quantization else float("nan")
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    options = [tmp_path / option if "." in option else option for option in options]
+    code, _, error = run_command(main, "--model", folder, "--output", tmp_path / "out", *options)
+    assert code == 2
+    assert "weights model.layers.2.mlp.up_proj" in error
+    assert "are not finite" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_are_not_finite_are_refused(tmp_path, run_command):
+    folder = make_folder(tmp_path)
+    arrays = mx.load(str(folder / "model.safetensors"))
+    for name in ("up_proj", "gate_proj"):
+        arrays[f"model.layers.0.mlp.{name}.weight"] *= 1e4
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    options = ["--prompts", tmp_path / "prompts.txt", "--no-prior", "--dtype", "float16"]
+    code, _, error = run_command(main, "--model", folder, "--output", tmp_path / "out", *options)
+    assert code == 2
+    assert "activations are not finite in this precision" in error
+    assert not (tmp_path / "out").exists()

@@ -140,11 +140,12 @@ def build(
     """
     if output.is_dir():
         raise ValueError(f"{output} is a folder; give the name of a file")
-    partial = output.with_name(f"{output.name}.partial")
-    with locked(output, partial):
+    partial = None if is_device(output) else output.with_name(f"{output.name}.partial")
+    with locked(output):
         prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)
         prior.save(output)
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
     return prior
 
 

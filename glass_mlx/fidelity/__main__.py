@@ -33,7 +33,7 @@ from glass_mlx.fidelity.plots import plot
 from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
 from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
-from glass_mlx.files import locked
+from glass_mlx.files import is_device, locked
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.reporting.plotting import require_matplotlib
@@ -175,7 +175,8 @@ def run(args: argparse.Namespace) -> None:
         "what": args.task or args.prompts.name,
     }
     digest = evaluation_digest(evaluation, samples, about)
-    partial = args.json.with_name(f"{args.json.name}.partial") if args.json else None
+    is_resumable = args.json is not None and not is_device(args.json)
+    partial = args.json.with_name(f"{args.json.name}.partial") if is_resumable else None
     with locked(partial) if partial else nullcontext():
         outcomes = evaluate(evaluation, samples, digest, partial)
 

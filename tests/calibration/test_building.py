@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 from glass_mlx import load, resolve_prior
 from glass_mlx.calibration import building
@@ -256,6 +257,13 @@ def test_non_finite_values_are_refused_at_once(tmp_path):
     for statistics in (("activation",), ("impact",)):
         with pytest.raises(ValueError, match="not finite in this precision"):
             calibrate(model, TOKENIZER, replace(SETTINGS, statistics=statistics))
+
+
+def test_a_device_as_output_is_written_to_and_nothing_is_left_beside_it():
+    files = {*Path("/dev").iterdir()}
+    build(tiny_model("llama"), TOKENIZER, Path("/dev/null"), SETTINGS)
+    assert Path("/dev/null").is_char_device()
+    assert {*Path("/dev").iterdir()} == files
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

