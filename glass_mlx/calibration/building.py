@@ -28,7 +28,7 @@ from glass_mlx.calibration.texts import (
     make_source,
 )
 from glass_mlx.config import GlassConfig
-from glass_mlx.files import locked
+from glass_mlx.files import is_device, locked
 from glass_mlx.models import Fingerprint, named_arrays
 from glass_mlx.prior.display import stability_lines
 from glass_mlx.prior.file import GlobalPrior
