@@ -11,6 +11,7 @@ from glass_mlx.config import GlassConfig
 from glass_mlx.models import (
     FFN,
     Fingerprint,
+    base_layer,
     find_ffns,
     named_arrays,
     sample_weights,
@@ -136,7 +137,7 @@ class Session:
     @property
     def weight_format(self) -> str:
         """The number format of the FFNs' weights, such as "4-bit" or "float32"."""
-        layers = [layer for ffn in self.ffns for layer in ffn.layers.values()]
+        layers = [base_layer(layer) for ffn in self.ffns for layer in ffn.layers.values()]
         formats = {
             f"{layer.bits}-bit" if "scales" in layer else str(layer.weight.dtype).split(".")[-1]
             for layer in layers

@@ -1,5 +1,6 @@
 """Find, observe and slice the FFNs of mlx-lm models. Nothing here ranks neurons."""
 
+from .adapters import base_layer
 from .discovery import QUANTIZED_ACTIVATIONS, find_ffns, has_experts
 from .ffn import FFN
 from .fingerprints import Fingerprint, fingerprint, sample_weights
@@ -15,6 +16,7 @@ __all__ = [
     "Fingerprint",
     "MeanCompensation",
     "Observer",
+    "base_layer",
     "check_finite",
     "default_down_policy",
     "find_ffns",

@@ -119,7 +119,7 @@ def test_more_memory_than_the_size_justifies_is_a_failure(monkeypatch):
     case = Case(1, "prior", name, files, Mutation("a change", Expected.ANY))
     sizes = [limit // 2, 1]
     assert judge(case).status == REFUSED
-    sizes = [limit + (32 << 20), 1]
+    sizes = [2 * limit + (256 << 20), 1]  # memory that is freed meanwhile hides some
     outcome = judge(case)
     assert outcome.status == FAILED
     assert "MiB of memory" in outcome.detail

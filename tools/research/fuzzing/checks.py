@@ -277,7 +277,7 @@ def _open_cache(folder: Path, seed: str) -> Output:
     output = _generate(model(seed), tokenizer(), PROMPT[:4], prompt_cache=prompt_cache)
     try:
         conversation = Conversation.load(str(file))
-        conversation.unread_tokens(tokenizer(), list(_MESSAGES), False, True, {})
+        conversation.unread_tokens(model(seed), tokenizer(), list(_MESSAGES), False, True, {})
     except ValueError as error:  # the cache alone can still be used
         if defect := message_defect(error):
             raise WrongLoad(f"as a conversation, {defect}: {describe_error(error)}") from error
