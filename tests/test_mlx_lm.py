@@ -57,7 +57,8 @@ USED = [
         ["dst_path", "src_path_or_repo", "model", "tokenizer", "config", "donate_model"],
     ),
     ("mlx_lm.utils", "load_model", ["model_path", "lazy"]),
-    ("mlx_lm.utils", "dequantize_model", ["model"]),
+    ("mlx_lm.tuner.lora", "LoRALinear", ["input_dims", "output_dims", "r", "scale"]),
+    ("mlx_lm.tuner.dora", "DoRALinear", ["input_dims", "output_dims", "r", "scale"]),
 ]
 
 

@@ -106,7 +106,9 @@ def test_slices_of_inputs_equal_the_layer_with_zeros(kind, quantization):
 def test_inputs_of_float_slices_are_replaced_in_place(kind):
     layer, x = adapted(kind, None), mx.random.normal((3, 4))
     sliced = take_inputs(layer, np.array([0, 3, 9, 200]))
+    shared, rows = sliced.lora_a, layer.lora_a[mx.array([0, 3, 9, 200])]
     assert put_inputs(layer, sliced, np.array([1, 3]), np.array([5, 6]))
+    assert mx.array_equal(shared, rows)
     expected = take_inputs(layer, np.array([0, 5, 6, 9]))
     assert close(sliced(x), expected(x[:, mx.array([0, 1, 3, 2])]))
     quantized = adapted(kind, (32, 4, "affine"))
