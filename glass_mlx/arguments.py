@@ -76,7 +76,9 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     """Add mlx-lm's flags for adapters and for code that comes with the model's files."""
-    parser.add_argument("--adapter-path", help="A folder with adapters (LoRA, DoRA or full) from mlx-lm.")
+    parser.add_argument(
+        "--adapter-path", help="A folder with adapters (LoRA, DoRA or full) from mlx-lm."
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",

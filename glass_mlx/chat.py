@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from glass_mlx.errors import one_line
+from glass_mlx.errors import library_reason, one_line
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -51,8 +51,8 @@ def encode(
     """
     if ignore_template or not tokenizer.has_chat_template:
         text = "\n".join(m["content"] for m in messages if m["role"] == "user")
-        return list(tokenizer.encode(text))
-    return _encode_text(tokenizer, _apply_template(tokenizer, messages, options))
+        return encode_text(tokenizer, text, add_special_tokens=True)
+    return encode_text(tokenizer, _apply_template(tokenizer, messages, options))
 
 
 def encode_rest(
@@ -80,14 +80,14 @@ def encode_rest(
     """
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     if ignore_template or not tokenizer.has_chat_template:
-        return _encode_text(tokenizer, messages[last]["content"])
+        return encode_text(tokenizer, messages[last]["content"])
     marked_messages = [dict(message) for message in messages]
     marked_messages[last]["content"] = _PLACEHOLDER
     marked_text = _apply_template(tokenizer, marked_messages, options)
     start = marked_text.find(_PLACEHOLDER)
     if start < 0:
         raise ValueError("the model's chat template does not show the user's message")
-    return _encode_text(tokenizer, _apply_template(tokenizer, messages, options)[start:])
+    return encode_text(tokenizer, _apply_template(tokenizer, messages, options)[start:])
 
 
 def encode_beginning(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
@@ -97,14 +97,30 @@ def encode_beginning(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
         ValueError: if the model's chat template rejects the message.
     """
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(prompt))
+        return encode_text(tokenizer, prompt, add_special_tokens=True)
     messages = [{"role": "user", "content": prompt}]
-    return _encode_text(tokenizer, _apply_template(tokenizer, messages, {}, is_unfinished=True))
+    return encode_text(tokenizer, _apply_template(tokenizer, messages, {}, is_unfinished=True))
 
 
-def _encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """Encode text that already has its special tokens."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def encode_text(
+    tokenizer: TokenizerWrapper, text: str, add_special_tokens: bool = False
+) -> list[int]:
+    """Encode text.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the text. What a chat template returns already has its special tokens.
+        add_special_tokens: whether to add the tokens that begin a text.
+
+    Raises:
+        ValueError: if the tokenizer's files are damaged.
+    """
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    except Exception as error:  # transformers raises errors of any type
+        raise ValueError(
+            f"the tokenizer cannot encode the text: {library_reason(error)}"
+        ) from error
 
 
 def _apply_template(

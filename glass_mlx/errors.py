@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,35 @@ def one_line(error: Exception | str) -> str:
     printable = "".join(c if c.isprintable() else " " for c in str(error))
     line = " ".join(printable.split()) or type(error).__name__
     return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} ..."
+
+
+_MISSING = re.compile(r"missing \d+ required [a-z -]+arguments?: (.*)")
+# What a library says when its own code fails, and not when it refuses a file.
+_INTERNAL = re.compile(
+    r"\[[a-z_]+\] |\(\): incompatible|object|invalid literal|not in list|<class|codec|unhashable"
+    r"|math domain"
+)
+
+
+def library_reason(error: Exception) -> str:
+    """Say in one sentence why another library cannot use a user's files.
+
+    Libraries raise errors of their own code for files that do not suit them. These errors tell a
+    user nothing; they are the cause of the error that is raised instead.
+    """
+    if missing := _MISSING.search(str(error)):
+        return f"its configuration lacks {missing[1]}"
+    if isinstance(error, UnicodeDecodeError):
+        return "a file is not UTF-8 text"
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    reason = re.sub(r"\b\w+(Error|Exception): ", "", one_line(error))
+    is_sentence = isinstance(error, ValueError | OSError | ImportError | RuntimeError)
+    if not is_sentence or _INTERNAL.search(reason):
+        return "its configuration, tokenizer and weights are damaged or do not fit together"
+    return reason
 
 
 @contextmanager

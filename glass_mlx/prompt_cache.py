@@ -244,6 +244,7 @@ def read_prompt(
         **kwargs: passed on to `mlx_lm.generate.generate_step`.
     """
     session = Session.of(model)
+    session.check_tokens(tokens)
     statistics = cache.begin(session.widths)
 
     def evaluate(tokens_read: int, total: int) -> None:

@@ -12,9 +12,11 @@ from glass_mlx.models import (
     FFN,
     Fingerprint,
     base_layer,
+    check_tokens,
     find_ffns,
     named_arrays,
     sample_weights,
+    vocabulary_size,
     weight_bytes,
     with_taps,
 )
@@ -40,12 +42,14 @@ class _Facts:
     Attributes:
         ffns: its FFNs in the order of the layers.
         weight_bytes: the bytes of weights that it reads per token.
+        vocabulary_size: the number of tokens that it knows.
         latest_prior: the result of the latest search for a prior.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.ffns = find_ffns(model)
         self.weight_bytes = weight_bytes(model)
+        self.vocabulary_size = vocabulary_size(model)
         self.latest_prior: _FoundPrior | None = None
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
 
@@ -143,6 +147,10 @@ class Session:
             for layer in layers
         }
         return " and ".join(sorted(formats))
+
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Raise ValueError for the first token id that the model does not know."""
+        check_tokens(tokens, self._facts.vocabulary_size)
 
     def find_prior(
         self,

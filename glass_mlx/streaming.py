@@ -5,9 +5,10 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from glass_mlx.calibration.first_use import find_or_measure_prior
+from glass_mlx.chat import encode_text
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, is_builtin
 from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
@@ -24,8 +25,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
+
+_NOT_FINITE = (
+    "the model computes probabilities that are not a number; its files are damaged, or its dtype "
+    "cannot represent its activations"
+)
 
 Tokenizer = TokenizerWrapper | PreTrainedTokenizerBase
 
@@ -87,12 +93,14 @@ def stream_generate(
     if prior is False:
         _check_statistics(tokens, kwargs.get("prompt_cache"), config)
     session, model_prior = Session.of(model), None
+    session.check_tokens(cast(list[int], tokens.tolist()))
+    detokenizer = new_detokenizer(tokenizer)
     if prior is not False:
         model_prior = find_or_measure_prior(session, tokenizer, prior, config)
     selector = session.selector(config, model_prior)
     kwargs.pop("num_draft_tokens", None)  # mlx-lm ignores it, too, without a draft model
     steps = _steps(session, selector, tokens, max_tokens, reload, **kwargs)
-    return _responses(steps, session.model, tokenizer, tokens.size, max_tokens)
+    return _responses(steps, session.model, tokenizer, detokenizer, tokens.size, max_tokens)
 
 
 def _pop_config(
@@ -133,6 +141,21 @@ def _wrapped(tokenizer: Tokenizer) -> TokenizerWrapper:
     return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
+def new_detokenizer(tokenizer: TokenizerWrapper) -> StreamingDetokenizer:
+    """Return a detokenizer for a new text. Ids without a token are decoded to nothing.
+
+    Raises:
+        ValueError: if the vocabulary has tokens that are not text.
+    """
+    try:
+        detokenizer = tokenizer.detokenizer
+    except Exception as error:  # from mlx-lm, which reads the whole vocabulary
+        raise ValueError("the tokenizer's vocabulary is damaged") from error
+    if None in (tokens := getattr(detokenizer, "tokenmap", ())):
+        detokenizer.tokenmap = [token or "" for token in tokens]
+    return detokenizer
+
+
 def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
     """Return the token ids (T,) of a prompt. Text that starts with BOS gets no second BOS."""
     if isinstance(prompt, mx.array):
@@ -140,7 +163,7 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> 
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
         add_special_tokens = bos is None or not prompt.startswith(bos)
-        return mx.array(tokenizer.encode(prompt, add_special_tokens=add_special_tokens), mx.uint32)
+        return mx.array(encode_text(tokenizer, prompt, add_special_tokens), mx.uint32)
     return mx.array(prompt, mx.uint32)
 
 
@@ -178,11 +201,11 @@ def _responses(
     steps: Generator[Step, None, None],
     model: nn.Module,
     tokenizer: TokenizerWrapper,
+    detokenizer: StreamingDetokenizer,
     prompt_tokens: int,
     max_tokens: int,
 ) -> Generator[GenerationResponse, None, None]:
     """Turn tokens into responses, up to an end-of-sequence token."""
-    detokenizer = tokenizer.detokenizer
     with (
         wired_limit(model, [generation_stream]),  # type: ignore[list-item]
         closing(steps),
@@ -190,6 +213,8 @@ def _responses(
         start = time.perf_counter()
         for n, step in enumerate(steps, 1):
             if n == 1:
+                if mx.isnan(step.logprobs).any().item():
+                    raise ValueError(_NOT_FINITE)
                 prompt_tps = prompt_tokens / (time.perf_counter() - start)
                 start = time.perf_counter()
             finish_reason = "length" if n == max_tokens else None

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from itertools import chain
+
+from glass_mlx.models import check_tokens, vocabulary_size
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,7 +63,11 @@ class Writer:
 
         Returns:
             The new token ids of each text, including the sequence that ended it.
+
+        Raises:
+            ValueError: if a prompt has a token that the model does not know.
         """
+        check_tokens(chain.from_iterable(prompts), vocabulary_size(self.model))
         state = np.random.SeedSequence([*self._seed, batch, turn]).generate_state(1)[0]
         key = mx.random.key(int(state))
 

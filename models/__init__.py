@@ -7,6 +7,7 @@ from .fingerprints import Fingerprint, fingerprint, sample_weights
 from .linear import DOWN_POLICIES, MeanCompensation, default_down_policy
 from .modules import layer_order, named_arrays, with_modules
 from .taps import Observer, tap, with_taps
+from .vocabulary import check_tokens, vocabulary_size
 from .weights import check_finite, weight_bytes
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Observer",
     "base_layer",
     "check_finite",
+    "check_tokens",
     "default_down_policy",
     "find_ffns",
     "fingerprint",
@@ -26,6 +28,7 @@ __all__ = [
     "named_arrays",
     "sample_weights",
     "tap",
+    "vocabulary_size",
     "weight_bytes",
     "with_modules",
     "with_taps",

@@ -11,7 +11,8 @@ from typing import Any, Literal, overload
 from glass_mlx.blas import has_openblas
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL, GGUF_SHA256, builtin_gguf
 from glass_mlx.checkpoints.conversions import converted_builtin, converted_file
-from glass_mlx.errors import one_line
+from glass_mlx.checkpoints.folder import check_folder
+from glass_mlx.errors import library_reason
 from glass_mlx.files import expand_user
 from glass_mlx.models import QUANTIZED_ACTIVATIONS, precision
 
@@ -142,6 +143,8 @@ def load(
     if Path(source).is_dir() and glob.escape(source) != source:
         raise ValueError(f"mlx-lm finds no weights in {source}; rename it without [, ], * and ?")
     with _one_sentence(path_or_hf_repo or DEFAULT_MODEL):
+        if Path(source).is_dir():
+            check_folder(Path(source))
         loaded = mlx_lm.load(
             source,
             tokenizer_config=tokenizer_config,
@@ -176,7 +179,7 @@ def _one_sentence(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"the model {name} cannot be loaded: {one_line(error)}") from error
+        raise kind(f"the model {name} cannot be loaded: {library_reason(error)}") from error
 
 
 def advice(model: nn.Module) -> str | None:

@@ -2,12 +2,13 @@
 
 import math
 
-from glass_mlx import Session, generate, stream_generate
+from glass_mlx import Session, stream_generate
 from glass_mlx.calibration import building, first_use
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.files import locked
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.streaming import generate
 from helpers import chat_tokenizer, made_prior
 
 import pytest

@@ -20,6 +20,7 @@ from glass_mlx import GlobalPrior, load, load_prompt_cache, stream_generate
 from glass_mlx.chat import encode
 from glass_mlx.conversation import Conversation
 from glass_mlx.prior.file import FILE_NAME
+from glass_mlx.streaming import new_detokenizer
 
 import mlx.core as mx
 import numpy as np
@@ -236,7 +237,7 @@ def _open_model(path: Path, cache_folder: Path) -> Output:
         if rows and not all(0 <= identifier < rows for identifier in ids):
             raise WrongLoad(f"token id {max(ids)} reaches a model with {rows} embeddings")
     for identifier in range(rows):
-        detokenizer = words.detokenizer
+        detokenizer = new_detokenizer(words)
         detokenizer.add_token(identifier)
         detokenizer.finalize()
         assert isinstance(detokenizer.text, str)
