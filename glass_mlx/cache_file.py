@@ -12,8 +12,8 @@ from typing import Any
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.errors import one_line
 from glass_mlx.files import digest, read_tensors, replacing, write_tensors
-from glass_mlx.prompt_cache import PromptCache, Turn
-from glass_mlx.statistics import LocalStatistics, NeuronStatistics
+from glass_mlx.prompt_cache import PromptCache, Turn, token_count
+from glass_mlx.statistics import MEAN, STATISTICS, LocalStatistics, NeuronStatistics
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +24,12 @@ from safetensors import safe_open
 FORMAT = "glass-statistics-1"
 _SUFFIX = ".safetensors"
 _DIGEST = "glass_statistics"
+
+# More entries than any prompt cache has. mlx-lm makes lists as long as the numbers in a file say.
+_MAX_ENTRIES = 10_000
+
+# The types of hidden vectors.
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 # The names of the statistics in a file: those of all tokens, and those before the last turn.
 _NOW, _BEFORE = ("prompt", "text"), ("prompt_before", "text_before")
@@ -103,20 +109,49 @@ def load_prompt_cache(
     if not file.is_file():
         raise FileNotFoundError(f"there is no prompt cache at {file}")
     try:
-        with safe_open(file, "numpy"):  # checks what MLX does not: that all offsets are in the file
-            pass
+        _check_structure(file)
         layers, metadata = mlx_lm_cache.load_prompt_cache(str(file), return_metadata=True)
         metadata = dict(metadata)
         mx.eval([layer.state for layer in layers])
         cache = PromptCache(layers, None)
     except Exception as error:  # a file of another kind causes errors of any type
-        raise ValueError(f"{file} is not a prompt cache ({one_line(error)})") from error
-    if not layers:
-        raise ValueError(f"{file} is not a prompt cache (it has no layers)")
+        raise ValueError(f"{file} is not a prompt cache, or it is damaged") from error
+    if not layers or not all(map(_is_whole, layers)):
+        raise ValueError(f"{file} is not a prompt cache, or it is damaged")
     statistics_digest = metadata.get(_DIGEST)
     if statistics_digest is not None:
         cache = _with_statistics(file, layers, statistics_digest)
     return (cache, metadata) if return_metadata else cache
+
+
+def _check_structure(file: Path) -> None:
+    """Check what mlx-lm trusts: that tensors are in the file, and entries are few and named right.
+
+    Raises:
+        Exception: of any type, if the file is damaged.
+    """
+    with safe_open(file, "numpy") as stored:
+        keys, metadata = [*stored.keys()], stored.metadata()
+    places = [key.split(".") for key in [*keys, *metadata]]
+    if any(part.isdecimal() and int(part) > _MAX_ENTRIES for parts in places for part in parts):
+        raise ValueError("there is an entry with a number beyond all entries")
+
+
+def _is_whole(layer: Any) -> bool:
+    """Return whether an entry is a cache of mlx-lm, and its keys and values hold its tokens."""
+    if not type(layer).__module__.startswith("mlx_lm."):
+        return False
+    offset, keys = getattr(layer, "offset", None), getattr(layer, "keys", None)
+    if not isinstance(offset, int) or not isinstance(keys, mx.array):
+        return not callable(keys) and (offset is None or isinstance(offset, int | mx.array))
+    values = layer.values
+    has_shape = isinstance(values, mx.array) and keys.ndim == values.ndim == 4
+    is_full = has_shape and keys.shape[:3] == values.shape[:3]
+    return (
+        is_full
+        and offset >= 0
+        and min(offset, getattr(layer, "max_size", offset)) <= (keys.shape[2])
+    )
 
 
 def _pack(
@@ -125,6 +160,8 @@ def _pack(
     """Return the description and the tensors of the file of statistics."""
     parts = dict(zip(_NOW, (statistics.prompt, statistics.text), strict=True))
     about: dict[str, Any] = {"tokens": cache.tokens, "contents": _digest_contents(cache)}
+    if cache.unlisted:
+        about["unlisted"] = cache.unlisted
     if cache.turns:
         turn = cache.turns[-1]
         parts |= dict(zip(_BEFORE, (turn.before.prompt, turn.before.text), strict=True))
@@ -146,13 +183,15 @@ def _with_statistics(file: Path, layers: list[Any], expected_digest: str) -> Pro
     tensors, about, stored_digest = read_tensors(statistics_file, FORMAT)
     if stored_digest != expected_digest:
         raise ValueError(f"{statistics_file} does not belong to this prompt cache; save both again")
+    if not isinstance(about, dict):
+        raise ValueError(f"{statistics_file} is damaged; save both files again")
     # Files from before there was a digest of the contents have none.
     if about.get("contents", contents := _digest_contents(layers)) != contents:
         raise ValueError(f"the prompt cache {file} was changed after it was written")
     try:
         return _unpack(layers, tensors, about)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{statistics_file} is damaged ({one_line(error)})") from error
+    except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
+        raise ValueError(f"{statistics_file} is damaged; save both files again") from error
 
 
 def _unpack(
@@ -164,10 +203,25 @@ def _unpack(
         part, _, key = name.partition(".")
         states.setdefault(part, {})[key] = values
     parts = {
-        part: NeuronStatistics.restored(state, getattr(mx, about["dtypes"][part]))
+        part: NeuronStatistics.restored(state, _DTYPES[about["dtypes"][part]])
         for part, state in states.items()
     }
-    cache = PromptCache(layers, LocalStatistics(*(parts[name] for name in _NOW)), about["tokens"])
+    names = {*_NOW, *(_BEFORE if "turn" in about else ())}
+    if parts.keys() != names:
+        raise ValueError("it does not have the statistics of prompt and text")
+    for name, statistics in parts.items():
+        needed = {*STATISTICS, MEAN} if name.startswith("text") else {*STATISTICS}
+        if not needed <= {*statistics.names}:
+            raise ValueError(f"it does not have all statistics of {name}")
+    tokens = about["tokens"]
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token < 2**31 for token in tokens
+    ):
+        raise ValueError("its tokens are not token ids")
+    read = token_count(layers)
+    if read is not None and read != len(tokens) + about.get("unlisted", 0):
+        raise ValueError("it has another number of tokens than the prompt cache")
+    cache = PromptCache(layers, LocalStatistics(*(parts[name] for name in _NOW)), tokens)
     if "turn" in about:
         before = LocalStatistics(*(parts[name] for name in _BEFORE))
         start, prompt_end = map(int, about["turn"])

@@ -53,6 +53,7 @@ class PromptCache(list[Any]):
     Attributes:
         intact: whether the contents of the cache are known. They are unknown after an error in the
             middle of a generation.
+        unlisted: how many tokens have no ids, because they were given as embeddings.
         turns: the latest turns.
     """
 
@@ -64,7 +65,7 @@ class PromptCache(list[Any]):
     ) -> None:
         super().__init__(layers)
         self._statistics, self._tokens, self.intact = statistics, list(tokens), True
-        self._unlisted = (token_count(self) or len(self._tokens)) - len(self._tokens)
+        self.unlisted = (token_count(self) or len(self._tokens)) - len(self._tokens)
         self.turns: list[Turn] = []
         self._before: LocalStatistics | None = None  # the statistics before the current turn
 
@@ -72,7 +73,7 @@ class PromptCache(list[Any]):
         """Return a copy, such as for one of several questions about the same prompt."""
         statistics = None if self.statistics is None else self.statistics.copy()
         other = PromptCache(copy.deepcopy([*self], memo), statistics, self.tokens)
-        other.intact, other._unlisted, other.turns = self.intact, self._unlisted, [*self.turns]
+        other.intact, other.unlisted, other.turns = self.intact, self.unlisted, [*self.turns]
         return other
 
     @property
@@ -116,9 +117,9 @@ class PromptCache(list[Any]):
         self.turns.append(Turn(start, start + prompt_tokens, self._before))
         del self.turns[:-_MAX_TURNS]
         count = token_count(self)
-        if count is not None and count != self._unlisted + len(self._tokens):
+        if count is not None and count != self.unlisted + len(self._tokens):
             # The prompt was given as embeddings, which have no token ids.
-            self._tokens, self._unlisted, self.turns = added, count - len(added), []
+            self._tokens, self.unlisted, self.turns = added, count - len(added), []
         self.intact = True
 
     def check(self, consequence: str) -> None:
@@ -129,7 +130,7 @@ class PromptCache(list[Any]):
         """
         if not self.intact:
             raise ValueError(f"the prompt cache was left in the middle of a step; {consequence}")
-        count, known = token_count(self), self._unlisted + len(self.tokens)
+        count, known = token_count(self), self.unlisted + len(self.tokens)
         if count is not None and count > known:
             raise ValueError(
                 f"the prompt cache has {count - known} tokens that glass_mlx did not read, so its "
@@ -139,10 +140,10 @@ class PromptCache(list[Any]):
     def _follow_trimming(self) -> None:
         """Forget the tokens that are no longer in the cache, and their statistics."""
         count = token_count(self)
-        if not self.intact or count is None or count >= self._unlisted + len(self._tokens):
+        if not self.intact or count is None or count >= self.unlisted + len(self._tokens):
             return
-        self._unlisted = min(self._unlisted, count)
-        del self._tokens[count - self._unlisted :]
+        self.unlisted = min(self.unlisted, count)
+        del self._tokens[count - self.unlisted :]
         if self._statistics is not None:
             self._statistics = self._earlier_statistics(self._statistics)
 

@@ -207,7 +207,11 @@ class NeuronStatistics:
 
     @staticmethod
     def restored(state: Mapping[str, np.ndarray], dtype: mx.Dtype) -> "NeuronStatistics":
-        """Restore statistics from a `state`, and the dtype of their hidden vectors."""
+        """Restore statistics from a `state`, and the dtype of their hidden vectors.
+
+        Raises:
+            KeyError, StopIteration, ValueError: if the arrays are not those of a state.
+        """
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, values in state.items():
             path, _, name = key.rpartition(".")
@@ -216,10 +220,25 @@ class NeuronStatistics:
         outputs = {path: arrays.pop(_OUTPUTS, None) for path, arrays in groups.items()}
         names = tuple(next(iter(groups.values())))
         restored = NeuronStatistics({}, names, len(next(iter(tokens.values()))))
+        for path, arrays in groups.items():
+            widths = {arrays[name].shape[1:] for name in names}
+            if arrays.keys() != {*names} or len(widths) != 1 or len(*widths) != 1:
+                raise ValueError(f"the statistics of {path} do not fit together")
+            if any(len(a) != restored._sequences for a in (tokens[path], *arrays.values())):
+                raise ValueError(f"the statistics of {path} are of another number of sequences")
+            counts = tokens[path]
+            if (
+                counts.dtype != np.float64
+                or counts.ndim != 1
+                or any(a.dtype != np.float32 for a in arrays.values())
+            ):
+                raise ValueError(f"the statistics of {path} have another data type or shape")
         restored.sums = {
             path: {name: mx.array(arrays[name]) for name in names}
             for path, arrays in groups.items()
         }
+        if any(total is not None and total.dtype != np.float32 for total in outputs.values()):
+            raise ValueError("the sums of outputs have another data type")
         restored.outputs = {p: mx.array(total) for p, total in outputs.items() if total is not None}
         restored._tokens, restored.dtype = tokens, dtype
         return restored

@@ -55,9 +55,11 @@ def _set_shape(rng: random.Random, file: SafetensorsFile) -> Mutation:
     what = f"{name} has the shape {entry['shape']} instead of {old}"
     if entry["shape"] == old:
         return Mutation(what, Expected.SAME)
-    # A number is the same in an array of one.
-    is_number = old == [] and math.prod(entry["shape"]) == 1
-    return Mutation(what, Expected.SAME_IF_LOADED if is_number else Expected.REFUSED)
+    # A number is the same in an array of one, and nothing is the same in every empty array.
+    is_same = (old == [] and math.prod(entry["shape"]) == 1) or (
+        math.prod(old) == math.prod(entry["shape"]) == 0
+    )
+    return Mutation(what, Expected.SAME_IF_LOADED if is_same else Expected.REFUSED)
 
 
 def _set_dtype(rng: random.Random, file: SafetensorsFile) -> Mutation:
@@ -66,7 +68,8 @@ def _set_dtype(rng: random.Random, file: SafetensorsFile) -> Mutation:
     old = entry["dtype"]
     entry["dtype"] = new = rng.choice([*_SIZES, "f32", "", "F4", "F128"])
     expected = Expected.REFUSED
-    if new == old or 0 in entry["shape"]:
+    is_number = entry["shape"] == [] and {new, old} <= {"I32", "U32"}
+    if new == old or 0 in entry["shape"] or is_number:
         expected = Expected.SAME_IF_LOADED
     elif new in _FLOATS and old in _FLOATS and _SIZES[new] == _SIZES[old]:
         expected = Expected.ANY
