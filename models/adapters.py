@@ -12,6 +12,8 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
+Part = slice | mx.array
+
 
 class AdaptedLinear(nn.Module):
     """A slice of an adapted layer.
@@ -78,27 +80,33 @@ def without_bias(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def low_rank_weight(layer: nn.Module, inputs: slice = slice(None)) -> mx.array:
+def low_rank_weight(
+    layer: nn.Module, inputs: Part = slice(None), outputs: Part = slice(None)
+) -> mx.array:
     """Return what an adapter adds to the weights of its layer, (out, in) float32.
 
     Args:
         layer: an adapted layer.
         inputs: which inputs to return. Default: all.
+        outputs: which outputs to return. Default: all.
     """
-    a, b = layer.lora_a[inputs].astype(mx.float32), layer.lora_b.astype(mx.float32)
+    a, b = layer.lora_a[inputs].astype(mx.float32), layer.lora_b[:, outputs].astype(mx.float32)
     return (layer.scale * b.T) @ a.T
 
 
-def magnitude(layer: nn.Module, base_weight: mx.array) -> mx.array | None:
+def magnitude(
+    layer: nn.Module, base_weight: mx.array, outputs: Part = slice(None)
+) -> mx.array | None:
     """Return DoRA's factor of each output, (out,) float32; None for LoRA.
 
     DoRA replaces the norm of each row of weights by a learned one.
 
     Args:
         layer: an adapted layer.
-        base_weight: (out, in) the weights of its base layer.
+        base_weight: (out, in) the weights of its base layer for these outputs.
+        outputs: the outputs. Default: all.
     """
     if not isinstance(layer, DoRALinear):
         return None
-    weight = base_weight.astype(mx.float32) + low_rank_weight(layer)
-    return layer.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1)
+    weight = base_weight.astype(mx.float32) + low_rank_weight(layer, outputs=outputs)
+    return layer.m[outputs].astype(mx.float32) / mx.linalg.norm(weight, axis=1)

@@ -148,14 +148,8 @@ def take_outputs(layer: nn.Module, indices: np.ndarray) -> nn.Module:
     sliced = _with_arrays(base, **{name: base[name][rows] for name in _arrays_by_output(base)})
     if not is_adapted(layer):
         return sliced
-    factor = _magnitude(layer)
-    return AdaptedLinear(
-        sliced,
-        layer.lora_a,
-        layer.lora_b[:, rows],
-        layer.scale,
-        None if factor is None else factor[rows],
-    )
+    factor = magnitude(layer, dense_weight(sliced), rows)
+    return AdaptedLinear(sliced, layer.lora_a, layer.lora_b[:, rows], layer.scale, factor)
 
 
 def put_outputs(

@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.dora import DoRAEmbedding
+from mlx_lm.tuner.lora import LoRAEmbedding
 
 from .linear import dense_weight, is_linear, outputs
 from .modules import named_arrays
@@ -10,8 +12,8 @@ from .modules import named_arrays
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of weights that decoding reads per token.
 
-    These are all weights except embeddings that are only looked up. Every expert of a mixture
-    counts, whether or not a token is routed to it.
+    These are all weights, with their adapters, except embeddings that are only looked up. Every
+    expert of a mixture counts, whether or not a token is routed to it.
     """
     layers = dict(model.named_modules()).values()
     heads = {outputs(layer) for layer in layers if is_linear(layer)}
@@ -21,6 +23,8 @@ def weight_bytes(model: nn.Module) -> int:
             layer.weight.shape[0] in heads
         ):
             total -= sum(array.nbytes for _, array in named_arrays(layer))
+        if isinstance(layer, (LoRAEmbedding, DoRAEmbedding)) and outputs(layer.embedding) in heads:
+            total -= sum(layer[name].nbytes for name in ("lora_a", "m") if name in layer)
     return total
 
 
