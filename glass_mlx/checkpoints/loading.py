@@ -50,19 +50,27 @@ def resolve(model: str | None, dtype: str | None = None) -> str:
     """
     dtype = dtype or ("float32" if mx.default_device() == mx.cpu else "float16")
     if model is None:
-        return str(converted_builtin(DEFAULT_MODEL, dtype, GGUF_SHA256, builtin_gguf))
+        return _address(converted_builtin(DEFAULT_MODEL, dtype, GGUF_SHA256, builtin_gguf))
     path = expand_user(model)
     if path.is_dir():
-        return str(path)
+        return _address(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{model} is a file, but not a .gguf; give its folder, or a hub id")
-        return str(converted_file(path, dtype))
+        return _address(converted_file(path, dtype))
     if path.exists():
         raise ValueError(f"{model} is neither a folder nor a file; give a model")
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")):
         raise FileNotFoundError(f"there is no model at {model}")
     return model
+
+
+def _address(folder: Path) -> str:
+    """Return a folder as text, in which mlx-lm looks for weights with glob."""
+    address = str(folder)
+    if glob.escape(address) != address:
+        raise ValueError(f"mlx-lm finds no weights in {address}; rename it without [, ], * and ?")
+    return address
 
 
 @overload
@@ -140,8 +148,6 @@ def load(
     if (model_config or {}).get("quantize_activations"):
         raise ValueError(QUANTIZED_ACTIVATIONS)
     source = resolve(path_or_hf_repo, dtype)
-    if Path(source).is_dir() and glob.escape(source) != source:
-        raise ValueError(f"mlx-lm finds no weights in {source}; rename it without [, ], * and ?")
     with _one_sentence(path_or_hf_repo or DEFAULT_MODEL):
         if Path(source).is_dir():
             check_folder(Path(source))
@@ -155,14 +161,19 @@ def load(
             revision=revision,
             **_remote_code_option(trust_remote_code),
         )
-        model, precise = loaded[0], None if dtype is None else getattr(mx, dtype)
-        if precise is not None:
-            precision.set_dtype(model, precise)
-        if dequantize:
-            precision.dequantize(model, precise)
+        _set_precision(loaded[0], dtype, dequantize)
         if not lazy:
-            mx.eval(model.parameters())
+            mx.eval(loaded[0].parameters())
     return loaded
+
+
+def _set_precision(model: nn.Module, dtype: str | None, dequantize: bool) -> None:
+    """Convert a model's weights in place; see `load`."""
+    type_of_floats = None if dtype is None else getattr(mx, dtype)
+    if type_of_floats is not None:
+        precision.set_dtype(model, type_of_floats)
+    if dequantize:
+        precision.dequantize(model, type_of_floats)
 
 
 def _remote_code_option(trust_remote_code: bool) -> dict[str, bool]:
