@@ -141,17 +141,18 @@ def _is_whole(layer: Any) -> bool:
     """Return whether an entry is a cache of mlx-lm, and its keys and values hold its tokens."""
     if not type(layer).__module__.startswith("mlx_lm."):
         return False
-    offset, keys = getattr(layer, "offset", None), getattr(layer, "keys", None)
-    if not isinstance(offset, int) or not isinstance(keys, mx.array):
-        return not callable(keys) and (offset is None or isinstance(offset, int | mx.array))
-    values = layer.values
-    has_shape = isinstance(values, mx.array) and keys.ndim == values.ndim == 4
-    is_full = has_shape and keys.shape[:3] == values.shape[:3]
-    return (
-        is_full
-        and offset >= 0
-        and min(offset, getattr(layer, "max_size", offset)) <= (keys.shape[2])
-    )
+    if not hasattr(layer, "update_and_fetch"):
+        return True  # recurrent states
+    offset, size = layer.offset, getattr(layer, "max_size", 1)
+    if not isinstance(offset, int) or not isinstance(size, int) or offset < 0 or size < 1:
+        return False
+    keys, values = layer.keys, layer.values
+    if not isinstance(keys, mx.array):  # empty, or quantized
+        return True
+    if not isinstance(values, mx.array) or keys.shape[:3] != values.shape[:3]:
+        return False
+    held = min(offset, layer.max_size) if hasattr(layer, "max_size") else offset
+    return keys.ndim == values.ndim == 4 and held <= keys.shape[2]
 
 
 def _pack(
