@@ -43,7 +43,9 @@ def test_ffns_kept_dense_lower_the_density_of_the_others():
     widths = {"a": 64, "b": 32, "c": 32}
     assert densities(widths, 0.5, ()) == {"a": 0.5, "b": 0.5, "c": 0.5}
     assert densities(widths, 0.5, ["b"]) == {"a": pytest.approx(1 / 3), "b": 1, "c": 1 / 3}
-    # Too few neurons would remain for a and c.
+    # Too few neurons would remain for a and c: less than half of what all FFNs would get.
+    assert densities(widths, 0.42, ["b"])["a"] == pytest.approx((0.42 - 0.25) / 0.75)
+    assert densities(widths, 0.39, ["b"]) == {"a": 0.39, "b": 0.39, "c": 0.39}
     assert densities(widths, 0.3, ["b"]) == {"a": 0.3, "b": 0.3, "c": 0.3}
     assert densities(widths, 0.5, ["a", "b", "c"]) == {"a": 0.5, "b": 0.5, "c": 0.5}
     assert densities(widths, 1.0, ["b"]) == {"a": 1, "b": 1, "c": 1}
@@ -64,3 +66,7 @@ def test_jaccard_index_of_selections_of_different_sizes():
     a = select({"f": np.arange(8.0)}, 0.75, {"f": 1})
     b = select({"f": -np.arange(8.0)}, 0.5, {"f": 1})
     assert jaccard(a, b) == jaccard(b, a) == {"f": 2 / 8}
+
+
+def test_by_default_any_number_of_neurons_is_kept():
+    assert [neurons_to_keep(10, density) for density in (0.1, 0.3, 0.5, 1)] == [1, 3, 5, 10]

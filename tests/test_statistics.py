@@ -1,6 +1,6 @@
 """Statistics of hidden vectors."""
 
-from glass_mlx.statistics import MEAN, NeuronStatistics
+from glass_mlx.statistics import MEAN, MIN_GENERATED_TOKENS, LocalStatistics, NeuronStatistics
 
 import mlx.core as mx
 import numpy as np
@@ -79,6 +79,65 @@ def test_each_sequence_of_a_batch_has_separate_scores():
                 batch.sequence_scores(name)["f"][row], alone.scores(name)["f"], rtol=1e-5
             )
     assert batch.tokens == 5
+
+
+def test_one_token_has_its_own_values_as_means():
+    h = hidden(1, 5)
+    statistics = NeuronStatistics({"f": 5}, ("activation", MEAN))
+    statistics.update("f", mx.array(h))
+    np.testing.assert_allclose(statistics.scores(MEAN)["f"], h[0], rtol=1e-6)
+    expected = np.abs(h[0]) / np.linalg.norm(h[0])
+    np.testing.assert_allclose(statistics.scores("activation")["f"], expected, rtol=1e-6)
+
+
+def test_statistics_are_restored_from_their_state():
+    statistics = NeuronStatistics({"a": 5, "b": 3}, ("griffin", MEAN), sequences=2)
+    for seed in range(2):
+        statistics.update("a", mx.array(hidden(2, 4, 5, seed=seed)).astype(mx.float16))
+        statistics.update_outputs("a", mx.array(hidden(2, 4, 7, seed=seed)))
+    statistics.update("b", mx.array(hidden(2, 1, 3)).astype(mx.float16))
+    state = statistics.state()
+    restored = NeuronStatistics.restored(state, mx.float16)
+    assert restored.names == statistics.names
+    assert restored.widths == statistics.widths == {"a": 5, "b": 3}
+    assert restored.tokens == statistics.tokens == 16
+    assert restored.dtype == statistics.dtype == mx.float16
+    again = restored.state()
+    assert again.keys() == state.keys()
+    assert all(np.array_equal(values, state[key]) for key, values in again.items())
+    assert restored.outputs.keys() == {"a"}
+    means = [part.mean_outputs()["a"] for part in (statistics, restored)]
+    assert mx.array_equal(*means)
+    expected = np.concatenate([hidden(2, 4, 7, seed=seed) for seed in range(2)]).mean((0, 1))
+    np.testing.assert_allclose(means[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_does_not_change_with_later_updates():
+    statistics = LocalStatistics.empty({"f": 5}, ["griffin"])
+    assert statistics.text.names == ("griffin", MEAN)
+    copy = statistics.copy()
+    for part in (statistics.prompt, statistics.text):
+        part.update("f", mx.array(hidden(3, 5)))
+        part.update_outputs("f", mx.array(hidden(3, 2)))
+    assert (copy.prompt.tokens, copy.text.tokens) == (0, 0)
+    assert not copy.text.outputs
+    assert not copy.prompt.scores("griffin")["f"].any()
+    later = statistics.copy()
+    statistics.text.update("f", mx.array(hidden(3, 5, seed=1)))
+    statistics.text.update_outputs("f", mx.array(hidden(3, 2)))
+    assert (later.prompt.tokens, later.text.tokens) == (3, 3)
+    np.testing.assert_allclose(later.text.scores(MEAN)["f"], hidden(3, 5).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(later.text.mean_outputs()["f"], hidden(3, 2).mean(0), rtol=1e-5)
+
+
+def test_generated_tokens_rank_neurons_once_there_are_enough():
+    statistics = LocalStatistics.empty({"f": 5})
+    statistics.prompt.update("f", mx.array(hidden(30, 5)))
+    for tokens, enough in ((MIN_GENERATED_TOKENS - 1, False), (1, True), (1, True)):
+        statistics.text.update("f", mx.array(hidden(tokens, 5)))
+        assert statistics.has_enough_text == enough
+        assert statistics.basis is (statistics.text if enough else statistics.prompt)
+    assert len(statistics.arrays) == 3
 
 
 def test_an_unknown_statistic_is_refused():
