@@ -7,9 +7,13 @@ from types import SimpleNamespace
 
 from glass_mlx import load, stream_generate
 from glass_mlx import make_prompt_cache as make_glass_prompt_cache
+from glass_mlx.config import GlassConfig
+from glass_mlx.decoding import Decoder
+from glass_mlx.engine import Generation
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.selection import select
+from glass_mlx.session import Session
 from glass_mlx.streaming import generate
 from helpers import (
     letter_tokenizer,
@@ -369,6 +373,19 @@ def test_as_many_random_numbers_are_drawn_as_in_mlx_lm(model, tokenizer, n, stop
 
     ours = draw(stream_generate, prior=False, density=0.9999, **RENEWAL)
     assert ours == draw(mlx_lm.stream_generate)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 8, 9])
+def test_a_generation_that_nobody_closes_ends_at_its_limit(model, n):
+    """The limit lies in the warm-up, in a stretch, at a renewal and after it."""
+    session, cache = Session(model), make_prompt_cache(model)
+    selector = session.selector(GlassConfig(density=0.5, **RENEWAL), made_prior(model))
+    decoder, statistics = Decoder(model, cache, mx.array(PROMPT), n), session.empty_statistics()
+    steps = list(Generation(session, selector, decoder, statistics).steps())
+    assert [step.token for step in steps] == decoder.tokens[len(PROMPT) :]
+    assert len(steps) == n
+    assert {layer.offset for layer in cache} == {len(PROMPT) + n}
+    assert statistics.prompt.tokens == len(PROMPT)
 
 
 def test_reports_count_dense_tokens_reread_tokens_and_selections(model, tokenizer):
