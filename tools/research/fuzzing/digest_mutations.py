@@ -120,7 +120,7 @@ def _set_shape(rng: random.Random, arrays: Arrays) -> Mutation:
     shapes = [old[..., :0], old[..., :-1], old[None], old.ravel()[0].reshape(()), old[:0]]
     shapes += [np.concatenate([old, old]), np.concatenate([old, old], axis=-1), old[..., None]]
     changed = rng.choice([shape for shape in shapes if shape.shape != old.shape])
-    arrays[name] = changed.copy(order="C")  # np.ascontiguousarray gives a number a dimension
+    arrays[name] = np.array(changed, order="C")  # np.ascontiguousarray gives a number a dimension
     if rng.random() < 0.1 and changed.size == 1 and old.shape:
         arrays[name] = arrays[name].reshape(())
     what = f"{name} has the shape {arrays[name].shape} instead of {old.shape}"
