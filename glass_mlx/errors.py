@@ -24,8 +24,8 @@ def one_line(error: Exception | str) -> str:
 _MISSING = re.compile(r"missing \d+ required [a-z -]+arguments?: (.*)")
 # What a library says when its own code fails, and not when it refuses a file.
 _INTERNAL = re.compile(
-    r"\[[a-z_]+\] |\(\): incompatible|'\w+' object|invalid literal|not in list|<class|codec|unhashable"
-    r"|math domain"
+    r"\[[a-z_]+\] |\(\): incompatible|'\w+' object|invalid literal|not in list|<class|codec"
+    r"|unhashable|math domain"
 )
 
 
