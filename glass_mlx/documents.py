@@ -20,19 +20,24 @@ def read_lines(file: Path, name: str) -> Iterator[tuple[int, str]]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is a folder or not UTF-8 text.
+        ValueError: if it is a folder, a JSON file, or not UTF-8 text.
     """
     if file.is_dir():
         raise ValueError(f"the {name} {file} is a folder; give the name of a file")
     if not file.exists():
         raise FileNotFoundError(f"there is no {name} at {file}")
-    n = 0
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            for n, line in enumerate(stream, 1):
-                yield n, line.rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the {name} {file} is not UTF-8 text, after line {n}") from error
+    if file.suffix == ".json":
+        raise ValueError(
+            f"the {name} {file} is JSON; give text, or JSONL with an object on each line, which "
+            f"jq -c '.[]' {file} makes from a list"
+        )
+    with file.open("rb") as stream:
+        for n, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if n == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {n} of the {name} {file} is not UTF-8 text") from error
+            yield n, text.rstrip("\r\n")
 
 
 def read_records(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -93,10 +93,15 @@ def test_byte_order_marks_line_ends_and_empty_lines_are_left_out(tmp_path):
 def test_files_that_are_not_text_are_refused(tmp_path):
     file = tmp_path / "[a].txt"
     file.write_bytes(b"hi\ncaf\xe9\n")
-    with pytest.raises(ValueError, match=r"prompts file .*\[a\]\.txt is not UTF-8 text"):
+    with pytest.raises(
+        ValueError, match=r"line 2 of the prompts file .*\[a\]\.txt is not UTF-8 text"
+    ):
         read_prompts(file)
     with pytest.raises(ValueError, match="is a folder"):
         read_prompts(tmp_path)
+    (tmp_path / "a.json").write_text('[{"prompt": "hi"}]')
+    with pytest.raises(ValueError, match="is JSON; give text, or JSONL"):
+        read_prompts(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError, match="there is no corpus at"):
         list(read_lines(tmp_path / "none", "corpus"))
 

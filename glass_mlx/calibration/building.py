@@ -360,7 +360,7 @@ def _make_prior(mixture: Mixture, weights: Fingerprint, about: dict[str, Any]) -
     """
     for recipe in mixture.recipes:
         if recipe.sequences == 0:
-            raise ValueError(f"the recipe {recipe.identity} gave no text to measure")
+            raise ValueError(f"the recipe {recipe.recipe.name} gave no text to measure")
     about = about | {
         "recipes": [recipe.describe() for recipe in mixture.recipes],
         "tokens": mixture.tokens,

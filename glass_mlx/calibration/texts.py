@@ -64,6 +64,11 @@ class Recipe:
             raise ValueError(f"the weight of the recipe {text!r} must be positive")
         return Recipe(kind, weight, Path(file).expanduser() if file else None)
 
+    @property
+    def name(self) -> str:
+        """The recipe as the user names it."""
+        return self.kind if self.file is None else f"{self.kind}:{self.file}"
+
     def identity(self) -> dict[str, Any]:
         """Return a record of this recipe. It identifies a corpus by its name and contents.
 

@@ -216,7 +216,7 @@ def test_byte_order_marks_and_line_ends_of_windows_do_not_count(tmp_path):
 
 def test_a_binary_corpus_a_folder_and_a_pipe_are_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes("丈\n".encode() + b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"corpus .*a\.txt is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"line 2 of the corpus .*a\.txt is not UTF-8 text"):
         sequences(Recipe("corpus", 1.0, tmp_path / "a.txt"))
     os.mkfifo(tmp_path / "pipe")
     for name in ("", "pipe"):
