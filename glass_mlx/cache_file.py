@@ -151,6 +151,8 @@ def _is_whole(layer: Any) -> bool:
         return True
     if not isinstance(values, mx.array) or keys.shape[:3] != values.shape[:3]:
         return False
+    if not all(mx.issubdtype(array.dtype, mx.floating) for array in (keys, values)):
+        return False
     held = min(offset, layer.max_size) if hasattr(layer, "max_size") else offset
     return keys.ndim == values.ndim == 4 and held <= keys.shape[2]
 

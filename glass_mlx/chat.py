@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from glass_mlx.errors import library_reason, one_line
+from glass_mlx.errors import is_library_error, library_reason, one_line
 
+from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # Replaces the user's message, to find the position of the message in the template's text.
@@ -117,7 +118,9 @@ def encode_text(
     """
     try:
         return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-    except Exception as error:  # transformers raises errors of any type
+    except BaseException as error:  # transformers and tokenizers raise errors of any type
+        if not is_library_error(error):
+            raise
         raise ValueError(
             f"the tokenizer cannot encode the text: {library_reason(error)}"
         ) from error
@@ -151,6 +154,8 @@ def _apply_template(
             )
         )
     except Exception as error:  # templates raise exceptions of any type
+        is_from_template = isinstance(error, TemplateError)
+        reason = one_line(error) if is_from_template else library_reason(error)
         raise ValueError(
-            f"the model's chat template does not accept these messages ({one_line(error)})"
+            f"the model's chat template does not accept these messages ({reason})"
         ) from error

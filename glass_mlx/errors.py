@@ -11,7 +11,7 @@ from contextlib import contextmanager
 _MAX_LENGTH = 800
 
 
-def one_line(error: Exception | str) -> str:
+def one_line(error: BaseException | str) -> str:
     """Return an error's message on one line, or its class name if it has no message.
 
     Characters that cannot be printed become spaces, and a long message is shortened.
@@ -29,7 +29,15 @@ _INTERNAL = re.compile(
 )
 
 
-def library_reason(error: Exception) -> str:
+def is_library_error(error: BaseException) -> bool:
+    """Return whether an exception is an error, and not an interrupt or an exit.
+
+    A panic in a library written in Rust, such as tokenizers, is not an `Exception` for Python.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def library_reason(error: BaseException) -> str:
     """Say in one sentence why another library cannot use a user's files.
 
     Libraries raise errors of their own code for files that do not suit them. These errors tell a

@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.errors import one_line
-
 import numpy as np
 import platformdirs
 from filelock import FileLock, Timeout
@@ -360,8 +358,7 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, np.ndarray], Any, str
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
             stored_metadata = stored.metadata()
     except Exception as error:  # a damaged header causes exceptions of many types
-        reason = one_line(error)
-        raise ValueError(f"{file} is not a complete safetensors file ({reason})") from error
+        raise ValueError(f"{file} is not a complete safetensors file") from error
     metadata = _parse_metadata(file, stored_metadata, kind)
     for key, values in tensors.items():
         if not np.isfinite(values).all():

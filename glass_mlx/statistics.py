@@ -237,8 +237,9 @@ class NeuronStatistics:
             path: {name: mx.array(arrays[name]) for name in names}
             for path, arrays in groups.items()
         }
-        if any(total is not None and total.dtype != np.float32 for total in outputs.values()):
-            raise ValueError("the sums of outputs have another data type")
+        kinds = {(total.dtype, total.shape) for total in outputs.values() if total is not None}
+        if len(kinds) > 1 or any(dtype != np.float32 or len(shape) != 1 for dtype, shape in kinds):
+            raise ValueError("the sums of outputs have different data types or shapes")
         restored.outputs = {p: mx.array(total) for p, total in outputs.items() if total is not None}
         restored._tokens, restored.dtype = tokens, dtype
         return restored

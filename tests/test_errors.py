@@ -5,7 +5,13 @@ import os
 import subprocess
 import sys
 
-from glass_mlx.errors import exit_on_error, one_line, read_standard_input
+from glass_mlx.errors import (
+    exit_on_error,
+    is_library_error,
+    library_reason,
+    one_line,
+    read_standard_input,
+)
 
 import pytest
 
@@ -62,6 +68,33 @@ def test_arguments_that_are_not_text_are_refused():
 )
 def test_a_message_is_one_printable_line(error, message):
     assert one_line(error) == message
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("Model type foo not supported."), "Model type foo not supported."),
+        (OSError("disk full"), "disk full"),
+        (
+            TypeError("ModelArgs.__init__() missing 1 required positional argument: 'n_layers'"),
+            "its configuration lacks 'n_layers'",
+        ),
+        (RecursionError("maximum recursion depth exceeded"), "a file is nested too deeply"),
+        (MemoryError(), "it needs more memory than there is"),
+        (KeyError("rope"), "damaged or do not fit together"),
+        (ValueError("[reshape] Cannot reshape array"), "damaged or do not fit together"),
+        (AttributeError("'NoneType' object has no attribute 'x'"), "do not fit together"),
+    ],
+)
+def test_errors_in_a_librarys_own_code_become_a_sentence(error, reason):
+    assert library_reason(error).endswith(reason)
+
+
+def test_a_panic_is_an_error_and_an_interrupt_is_not():
+    panic = type("PanicException", (BaseException,), {})()
+    assert is_library_error(panic)
+    assert is_library_error(ValueError())
+    assert not is_library_error(KeyboardInterrupt())
 
 
 @pytest.mark.parametrize(

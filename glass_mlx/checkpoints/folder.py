@@ -19,6 +19,9 @@ CONFIG = "config.json"
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _BASES = ("rope_theta", "rope_local_base_freq", "rms_norm_eps", "layer_norm_eps")
 
+# The smallest quantization group.
+_MIN_GROUP = 16
+
 # Data types of safetensors that hold no weights without scales.
 _CODES = ("U32", "I32", "U64", "I64", "BOOL")
 
@@ -44,8 +47,9 @@ def check_folder(folder: Path) -> None:
     dtypes: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         dtypes |= _read_dtypes(file)
-    _check_numbers(folder / CONFIG, config, len(dtypes))
-    _check_dtypes(folder, dtypes, is_quantized=any(key.startswith("quant") for key in config))
+    is_quantized = any(key.startswith("quant") for key in config)
+    _check_numbers(folder / CONFIG, config, len(dtypes), is_quantized)
+    _check_dtypes(folder, dtypes, is_quantized)
     for name in (CONFIG, "generation_config.json"):
         _check_end_tokens(folder / name, contents.get(name))
 
@@ -72,8 +76,7 @@ def _read_dtypes(file: Path) -> dict[str, str]:
         with safe_open(file, "numpy") as stored:
             return {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
     except Exception as error:  # damaged headers cause many kinds of errors
-        reason = one_line(error)
-        raise ValueError(f"{file} is not a complete safetensors file ({reason})") from error
+        raise ValueError(f"{file} is not a complete safetensors file") from error
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
@@ -84,7 +87,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(inner)
 
 
-def _check_numbers(file: Path, config: dict[str, Any], tensors: int) -> None:
+def _check_numbers(file: Path, config: dict[str, Any], tensors: int, is_quantized: bool) -> None:
     """Check the numbers of a configuration that would make a model too large, or not finite."""
     for part in _objects(config):
         for name in _LAYER_COUNTS:
@@ -93,9 +96,13 @@ def _check_numbers(file: Path, config: dict[str, Any], tensors: int) -> None:
                 raise ValueError(
                     f"{file} has {name} {layers}, more than the {tensors} tensors in the folder"
                 )
+        for name in ("hidden_size", "intermediate_size"):
+            size = part.get(name)
+            if is_quantized and isinstance(size, int) and size < _MIN_GROUP:
+                raise ValueError(f"{file} has {name} {size}, less than a quantization group")
         for name in _BASES:
             base = part.get(name)
-            if base is not None and (not isinstance(base, float | int) or not 0 < base < 1e30):
+            if base is not None and (not isinstance(base, float | int) or not 0 < base < 1e18):
                 raise ValueError(f"{file} has {name} {one_line(repr(base))}, not a positive number")
 
 
@@ -104,8 +111,11 @@ def _check_dtypes(folder: Path, dtypes: dict[str, str], is_quantized: bool) -> N
     for name, dtype in dtypes.items():
         path, _, kind = name.rpartition(".")
         has_scales = f"{path}.scales" in dtypes
-        wrong = dtype != "U32" if has_scales else dtype in _CODES and not is_quantized
-        if kind == "weight" and wrong:
+        if kind == "weight":
+            is_wrong = dtype != "U32" if has_scales else dtype in _CODES and not is_quantized
+        else:
+            is_wrong = kind in ("scales", "biases") and dtype in _CODES
+        if is_wrong:
             raise ValueError(f"the weights {name} in {folder} have the data type {dtype}")
 
 

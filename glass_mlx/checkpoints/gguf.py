@@ -19,7 +19,16 @@ from glass_mlx.checkpoints.gguf_tokenizer import write_tokenizer
 
 import mlx.core as mx
 import numpy as np
+from gguf import GGMLQuantizationType
 from tqdm import tqdm
+
+# The formats of vectors, such as the weights of norms.
+_FLOAT_FORMATS = {
+    GGMLQuantizationType.F64,
+    GGMLQuantizationType.F32,
+    GGMLQuantizationType.F16,
+    GGMLQuantizationType.BF16,
+}
 
 # Raise it whenever a conversion's result changes, so that cached conversions are made again.
 CONVERTER_VERSION = 2
@@ -280,6 +289,8 @@ def _check_tensors(
         # A tensor may have more dimensions, of size 1, than it needs.
         if (1,) * (4 - len(shape)) + shape != (1,) * (4 - len(tensor.shape)) + tensor.shape:
             raise GGUFError(f"its tensor {name} has the shape {tensor.shape}, not {shape}")
+        if len(shape) == 1 and tensor.kind not in _FLOAT_FORMATS:
+            raise GGUFError(f"its tensor {name} is quantized as {tensor.kind.name}, not in floats")
     for name, (module, parameter, _, _, is_optional) in expected.items():
         if not is_optional and name not in tensors:
             raise GGUFError(f"its tensor {name} ({module}.{parameter}) is missing")

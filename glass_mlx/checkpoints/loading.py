@@ -12,7 +12,7 @@ from glass_mlx.blas import has_openblas
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL, GGUF_SHA256, builtin_gguf
 from glass_mlx.checkpoints.conversions import converted_builtin, converted_file
 from glass_mlx.checkpoints.folder import check_folder
-from glass_mlx.errors import library_reason
+from glass_mlx.errors import is_library_error, library_reason
 from glass_mlx.files import expand_user
 from glass_mlx.models import QUANTIZED_ACTIVATIONS, precision
 
@@ -188,7 +188,9 @@ def _one_sentence(name: str) -> Iterator[None]:
     """Turn an error of any library that loads the model into one sentence."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"the model {name} cannot be loaded: {library_reason(error)}") from error
 

@@ -37,6 +37,8 @@ def test_a_whole_folder_passes_quantized_or_not(folder, tmp_path):
         ({"model_type": 3}, "does not state a model_type"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, more than the .* tensors"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "more than the .* tensors"),
+        ({"intermediate_size": 1, "quantization": {}}, "intermediate_size 1, less than a quantiz"),
+        ({"rope_theta": 2**63}, "rope_theta 9223372036854775808, not a positive number"),
         ({"rope_theta": -1}, "rope_theta -1, not a positive number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps 'small', not a positive number"),
         ({"rope_theta": float("nan")}, "rope_theta nan, not a positive number"),

@@ -27,8 +27,9 @@ import numpy as np
 
 REFUSED, LOADED, FAILED = "refused", "loaded", "failed"
 
-# Opening a file may take this much memory, and this many times the file's size.
-MAX_BYTES, MAX_SIZES = 64 << 20, 20
+# Opening a file and generating from it may take this much memory, for example for a long chat
+# template, and this many times the file's size.
+MAX_BYTES, MAX_SIZES = 192 << 20, 20
 # The address space may grow by more than that, for threads and their arenas.
 _ADDRESS_SPACE = 1 << 30
 
