@@ -79,7 +79,9 @@ def find_or_measure_prior(
         raise ValueError(f"{_FAILED}: {one_line(error)}; {_ALTERNATIVE}") from error
     except OSError as error:
         raise OSError(f"{_FAILED}: {one_line(error)}; {_ALTERNATIVE}") from error
-    return session.find_prior(prior, folder, model, report)
+    match = session.find_prior(prior, folder, model)
+    report(f"using {match.title}")
+    return match
 
 
 def _settings(config: GlassConfig) -> CalibrationSettings:
