@@ -209,3 +209,7 @@ def test_a_slice_of_another_size_is_rebuilt(model):
         960,
         64,
     )
+    narrower = random_selection(model, share=0.25)
+    sliced.update(narrower)
+    assert sliced.selection.density == narrower.density
+    assert dict(sliced.model.named_modules())["model.layers.0.mlp.up_proj"].weight.shape[0] == 320

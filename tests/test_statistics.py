@@ -45,6 +45,13 @@ def test_zero_vectors_and_half_precision_stay_finite():
     np.testing.assert_allclose(statistics.scores("griffin")["f"], 0.5**1.5)
 
 
+def test_vectors_whose_squares_vanish_add_nothing_to_the_ranking():
+    statistics = NeuronStatistics({"f": 4}, ("activation", "griffin"))
+    statistics.update("f", mx.full((3, 4), 1e-25))
+    assert statistics.tokens == 3
+    assert not any(statistics.scores(name)["f"].any() for name in statistics.names)
+
+
 def test_update_returns_the_hidden_vectors():
     statistics = NeuronStatistics({"f": 5})
     h = mx.array(hidden(3, 5))
