@@ -1,16 +1,49 @@
 """Command-line flags that several commands share, all for loading the model."""
 
 import argparse
-import sys
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from glass_mlx.checkpoints.loading import DTYPES
+from glass_mlx.files import expand_user
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+# Flags with text, which may be empty.
+_MAY_BE_EMPTY = ("prompt", "system_prompt", "prefill_response")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of a command's flags, whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError, which `exit_on_error` prints."""
+        raise ValueError(f"{message}; --help lists the flags")
+
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
+        """Print the help. Unlike argparse's method, this one does not hide errors of the output."""
+        print(self.format_help(), end="", file=file)
+
+    def parse(self) -> argparse.Namespace:
+        """Parse the command line.
+
+        Raises:
+            ValueError: for a wrong flag or value, or an empty name, as from an unset variable.
+        """
+        args = self.parse_args()
+        for name, value in vars(args).items():
+            if value == "" and name not in _MAY_BE_EMPTY:
+                raise ValueError(f"--{name.replace('_', '-')} is empty")
+        return args
 
 
 def path(text: str) -> Path:
     """Return the path that a flag names, with the user's home folder in place of `~`."""
-    return Path(text).expanduser()
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return expand_user(text)
 
 
 def check_seed(seed: int) -> None:
@@ -41,17 +74,18 @@ def check_cache_flags(args: argparse.Namespace) -> None:
 def check_sampling_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for the first of mlx-lm's sampling flags whose value is out of range."""
     for flag, low, high in (
-        ("--temp", 0, sys.float_info.max),
+        ("--temp", 0, math.inf),
         ("--top-p", 0, 1),
         ("--min-p", 0, 1),
-        ("--top-k", 0, sys.maxsize),
-        ("--min-tokens-to-keep", 1, sys.maxsize),
+        ("--top-k", 0, math.inf),
+        ("--min-tokens-to-keep", 1, math.inf),
         ("--xtc-probability", 0, 1),
         ("--xtc-threshold", 0, 0.5),
     ):
         value = getattr(args, flag[2:].replace("-", "_"))
-        if not low <= value <= high:
-            limit = f"from {low} to {high}" if high <= 1 else f"at least {low}"
+        if not low <= value <= high or value == math.inf:
+            finite = " and finite" if isinstance(value, float) else ""
+            limit = f"at least {low}{finite}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{flag} must be {limit}, not {value}")
 
 

@@ -11,7 +11,14 @@ from typing import Any
 
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.errors import one_line
-from glass_mlx.files import digest, read_tensors, replacing, write_tensors
+from glass_mlx.files import (
+    check_writable,
+    digest,
+    expand_user,
+    read_tensors,
+    replacing,
+    write_tensors,
+)
 from glass_mlx.prompt_cache import PromptCache, Turn, token_count
 from glass_mlx.statistics import MEAN, STATISTICS, LocalStatistics, NeuronStatistics
 
@@ -44,11 +51,13 @@ def check_name(file_name: str | Path) -> Path:
     """Return the path of a file that a prompt cache can be saved to.
 
     Raises:
+        OSError: if the file cannot be written.
         ValueError: if mlx-lm could not load a file of this name.
     """
-    file = Path(file_name).expanduser()
+    file = expand_user(file_name)
     if file.suffix != _SUFFIX:
         raise ValueError(f"the prompt cache {file} must have a name that ends in {_SUFFIX}")
+    check_writable(file)
     return file
 
 

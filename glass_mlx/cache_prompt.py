@@ -4,10 +4,15 @@ The command accepts the flags of `mlx_lm.cache_prompt`, and both mlx-lm and glas
 files that it writes.
 """
 
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("cache_prompt")
+
 import argparse
 import sys
 
-from glass_mlx.arguments import add_load_arguments, check_cache_flags, load_options
+from glass_mlx.arguments import CommandParser, add_load_arguments, check_cache_flags, load_options
 from glass_mlx.cache_file import check_name
 from glass_mlx.chat import encode_beginning
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
@@ -21,9 +26,9 @@ from mlx_lm.cache_prompt import setup_arg_parser as mlx_lm_arg_parser
 from tqdm import tqdm
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
+def setup_arg_parser() -> CommandParser:
     """Return the argument parser: mlx-lm's flags, and those for loading a model."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__,
         parents=[mlx_lm_arg_parser()],
         conflict_handler="resolve",
@@ -73,9 +78,4 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     with exit_on_error("cache_prompt"):
-        args = setup_arg_parser().parse_args()
-        run(args)
-
-
-if __name__ == "__main__":
-    main()
+        run(setup_arg_parser().parse())

@@ -1,31 +1,43 @@
 """Measure the global prior of a model and write it to a file, or show or publish a prior."""
 
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("calibrate")
+
 import argparse
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options, path
+from glass_mlx.arguments import (
+    CommandParser,
+    add_adapter_arguments,
+    add_load_arguments,
+    load_options,
+    path,
+)
 from glass_mlx.calibration.building import CalibrationSettings, build
 from glass_mlx.calibration.stability import overall_stability
 from glass_mlx.calibration.texts import Recipe
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.errors import exit_on_error
+from glass_mlx.files import check_writable
 from glass_mlx.prior.display import describe, draw
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate, publish
+from glass_mlx.prior.hub import check_repository, locate, publish
 from glass_mlx.statistics import PRIOR_STATISTICS
 
 import mlx.core as mx
 from tqdm import tqdm
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
+def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
     defaults = CalibrationSettings()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
     )
@@ -154,6 +166,21 @@ def _draw(prior: GlobalPrior, picture: Path) -> None:
     print(f"\npicture     {picture}")
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+    """Check the names of files and repositories, before a long measurement.
+
+    Raises:
+        OSError: if a file cannot be written.
+        ValueError: if the repository has no valid name, or there is no picture to draw.
+    """
+    if args.picture and not args.show:
+        raise ValueError("--picture goes with --show")
+    check_writable(args.output)
+    check_writable(args.picture)
+    if args.push_to_hub is not None:
+        check_repository(args.push_to_hub)
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure or show a prior, and publish it on request.
 
@@ -161,6 +188,7 @@ def run(args: argparse.Namespace) -> None:
         OSError: if a file does not exist or cannot be written.
         ValueError: for a bad value, a model that cannot be used, or a damaged prior.
     """
+    _check_flags(args)
     if args.show:
         file = locate(args.show)
         prior = GlobalPrior.load(file)
@@ -177,10 +205,5 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     interrupted = "\nInterrupted; the same command continues after the last complete batch"
-    with exit_on_error("build_priors", interrupted):
-        args = setup_arg_parser().parse_args()
-        run(args)
-
-
-if __name__ == "__main__":
-    main()
+    with exit_on_error("calibrate", interrupted):
+        run(setup_arg_parser().parse())

@@ -3,11 +3,12 @@
 import importlib
 import sys
 from importlib.metadata import version
+from typing import NoReturn
 
 from glass_mlx.errors import exit_on_error
 
 COMMANDS = {
-    "generate": ("glass_mlx.generate", "answer a prompt"),
+    "generate": ("glass_mlx.generate.__main__", "answer a prompt"),
     "cache_prompt": ("glass_mlx.cache_prompt", "read a prompt once for many questions"),
     "calibrate": ("glass_mlx.calibrate", "measure a model's prior, show one or publish one"),
     "export": ("glass_mlx.export", "save a sliced model as a checkpoint for stock mlx-lm"),
@@ -36,6 +37,18 @@ def usage() -> str:
     )
 
 
+def run_command(name: str) -> NoReturn:
+    """Import and run a command, and end the process.
+
+    Args:
+        name: the command's name. `sys.argv` holds its flags.
+    """
+    with exit_on_error("glass-mlx"):
+        sys.argv[0] = f"glass-mlx {name}"  # the name in the command's usage
+        importlib.import_module(COMMANDS[name][0]).main()
+    sys.exit()
+
+
 def main() -> None:
     """Run the named command; an unknown name ends with one sentence and exit code 2."""
     with exit_on_error("glass-mlx"):
@@ -48,8 +61,8 @@ def main() -> None:
             sys.exit(0)
         if name not in COMMANDS:
             raise ValueError(f"{name!r} is not a command; commands are {', '.join(COMMANDS)}")
-        sys.argv = [f"glass-mlx {name}", *sys.argv[2:]]  # the name in the command's usage
-        importlib.import_module(COMMANDS[name][0]).main()
+        del sys.argv[1]
+        run_command(name)
 
 
 if __name__ == "__main__":

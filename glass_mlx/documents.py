@@ -9,6 +9,11 @@ from glass_mlx.chat import Messages
 from glass_mlx.errors import check_text, one_line
 
 
+def is_jsonl(file: Path) -> bool:
+    """Return whether a file's name is that of JSONL."""
+    return file.suffix.lower() in (".jsonl", ".ndjson")
+
+
 def read_lines(file: Path, name: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text file with their numbers, without line ends.
 
@@ -20,13 +25,15 @@ def read_lines(file: Path, name: str) -> Iterator[tuple[int, str]]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is a folder, a JSON file, or not UTF-8 text.
+        ValueError: if it is a folder, a device, a JSON file, or not UTF-8 text.
     """
     if file.is_dir():
         raise ValueError(f"the {name} {file} is a folder; give the name of a file")
     if not file.exists():
         raise FileNotFoundError(f"there is no {name} at {file}")
-    if file.suffix == ".json":
+    if not file.is_file() and not file.is_fifo():
+        raise ValueError(f"the {name} {file} is neither a file nor a pipe")
+    if file.suffix.lower() == ".json":
         raise ValueError(
             f"the {name} {file} is JSON; give text, or JSONL with an object on each line, which "
             f"jq -c '.[]' {file} makes from a list"
@@ -55,15 +62,24 @@ def read_records(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         place = f"line {n} of the {name} {file}"
-        try:
-            record = json.loads(line)
-        except RecursionError as error:
-            raise ValueError(f"{place} is nested too deeply") from error
-        except ValueError as error:
-            raise ValueError(f"{place} is not JSON ({one_line(error)})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{place} is not a JSON object, but {shorten(record)}")
-        yield place, record
+        yield place, parse_record(line, place)
+
+
+def parse_record(line: str, place: str) -> dict[str, Any]:
+    """Return the JSON object on a line.
+
+    Raises:
+        ValueError: if the line is not a JSON object; the message begins with the place.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON ({one_line(error)})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is not a JSON object, but {shorten(record)}")
+    return record
 
 
 def read_messages(record: dict[str, Any], place: str) -> Messages | None:

@@ -5,7 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 # The longest message that `one_line` returns.
 _MAX_LENGTH = 800
@@ -14,9 +15,14 @@ _MAX_LENGTH = 800
 def one_line(error: BaseException | str) -> str:
     """Return an error's message on one line, or its class name if it has no message.
 
-    Characters that cannot be printed become spaces, and a long message is shortened.
+    Characters that cannot be printed become spaces, and a long message is shortened. An error of
+    the operating system is shown without its number.
     """
-    printable = "".join(c if c.isprintable() else " " for c in str(error))
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f"{error.filename}: "
+        message = f"{place}{error.strerror}"
+    printable = "".join(c if c.isprintable() else " " for c in message)
     line = " ".join(printable.split()) or type(error).__name__
     return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} ..."
 
@@ -82,12 +88,21 @@ def exit_on_error(command: str, interrupted: str = "") -> Iterator[None]:
         _discard_output()
         sys.exit(141)
     except (ValueError, OSError, NotImplementedError) as error:
-        print(f"{command}: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, f"{command}: error: {one_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            raise
+        _exit(2, f"{command}: error: there is not enough memory ({one_line(error)})")
     except KeyboardInterrupt:
-        if interrupted:
-            print(interrupted, file=sys.stderr)
-        sys.exit(130)
+        _exit(130, interrupted)
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    """End the process with a message on standard error, if that can be written."""
+    if message and sys.stderr is not None:
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _replace_unprintable_characters() -> None:

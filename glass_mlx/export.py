@@ -4,11 +4,22 @@ Neurons are selected once, from the model's answers to a set of prompts or from 
 Every FFN keeps the same number of neurons, which the checkpoint's configuration states.
 """
 
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("export")
+
 import argparse
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.arguments import add_adapter_arguments, add_load_arguments, load_options, path
+from glass_mlx.arguments import (
+    CommandParser,
+    add_adapter_arguments,
+    add_load_arguments,
+    load_options,
+    path,
+)
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
@@ -40,9 +51,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
+def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
-    parser = argparse.ArgumentParser(prog="python -m glass_mlx.export", description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
     )
@@ -222,9 +233,4 @@ def run(args: argparse.Namespace) -> str:
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     with exit_on_error("export"):
-        args = setup_arg_parser().parse_args()
-        print(run(args))
-
-
-if __name__ == "__main__":
-    main()
+        print(run(setup_arg_parser().parse()))

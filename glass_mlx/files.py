@@ -97,6 +97,29 @@ def replacing(target: Path, folder: bool = False) -> Iterator[Path]:
             temporary.rename(target)
 
 
+def check_writable(target: Path | None, folder: bool = False) -> None:
+    """Check that a file can be written, before the work for it begins.
+
+    Args:
+        target: the file to write, or None.
+        folder: whether it is a folder, to which files are added.
+
+    Raises:
+        OSError: if it cannot be written, with the reason.
+    """
+    if target is None or (is_device(target) and not folder):
+        return
+    if target.is_dir() and not folder:
+        raise IsADirectoryError(f"{target} is a folder; give the name of a file")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        target.lstat()  # fails for a name that is too long
+    address = Path(os.path.realpath(target))
+    places = [address, *address.parents] if folder else address.parents
+    place = next(path for path in places if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OSError(f"{target} cannot be written in {place}; give another name")
+
+
 def discard(folder: Path) -> None:
     """Delete a folder, which disappears at once. Processes that have opened its files keep them."""
     with _workspace(folder) as workspace, suppress(FileNotFoundError):

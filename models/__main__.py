@@ -1,10 +1,15 @@
 """List mlx-lm's architectures and whether they can be sliced."""
 
-import argparse
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("models")
+
 import json
 from dataclasses import asdict
 from importlib.metadata import version
 
+from glass_mlx.arguments import CommandParser
 from glass_mlx.errors import exit_on_error
 from glass_mlx.models.architectures import Architecture, names, survey
 from glass_mlx.reporting.tables import markdown_table
@@ -28,16 +33,12 @@ def table(architectures: list[Architecture]) -> str:
 def main() -> None:
     """Run the command."""
     with exit_on_error("models"):
-        parser = argparse.ArgumentParser(prog="python -m glass_mlx.models", description=__doc__)
+        parser = CommandParser(description=__doc__)
         parser.add_argument("--json", action="store_true", help="Print a JSON list of objects.")
-        args = parser.parse_args()
+        args = parser.parse()
         bar = tqdm(survey(), total=len(names()), unit="model", leave=False, dynamic_ncols=True)
         architectures = list(bar)
         if args.json:
             print(json.dumps([asdict(a) for a in architectures], indent=1))
         else:
             print(table(architectures))
-
-
-if __name__ == "__main__":
-    main()

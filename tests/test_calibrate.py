@@ -95,7 +95,7 @@ def test_a_run_killed_or_out_of_disk_space_resumes_to_the_same_file(folder, tmp_
     full_disk_run = start(folder, resumed_file, preexec_fn=full_disk)
     _, err = full_disk_run.communicate()
     assert full_disk_run.returncode == 2
-    assert err.splitlines()[-1].startswith("build_priors: error: ")
+    assert err.splitlines()[-1].startswith("calibrate: error: ")
     assert "cannot be written" in err
     assert "Traceback" not in err
 
@@ -169,9 +169,7 @@ def test_bad_input_is_reported_in_one_sentence(run, folder, tmp_path, arguments,
     required = ["--model", folder, "--output", tmp_path / "out"]
     code, out, err = run(*required, *arguments)
     assert (code, out) == (2, "")
-    assert err.startswith(
-        "build_priors.py: error: " if "argument" in err else "build_priors: error: "
-    )
+    assert err.startswith("calibrate: error: ")
     assert message in err
     assert not list(tmp_path.glob("*out*"))
 

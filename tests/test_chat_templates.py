@@ -6,7 +6,7 @@ The templates are our own. Each has the structure of a family of models.
 import json
 
 from glass_mlx import load_prompt_cache
-from glass_mlx.generate import main as generate
+from glass_mlx.generate.__main__ import main as generate
 from glass_mlx.models.architectures import configuration, tiny_model
 from helpers import made_prior
 

@@ -5,7 +5,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from glass_mlx.generate import main, setup_arg_parser
+from glass_mlx.generate import __main__ as generate_command
+from glass_mlx.generate.__main__ import main, setup_arg_parser
 from glass_mlx.models.architectures import tiny_model
 from helpers import made_prior, save_tiny_folder, write_gguf
 
@@ -129,7 +130,7 @@ def test_interruption_is_quiet(command, folder, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glass_mlx.generate.run", interrupt)
+    monkeypatch.setattr(generate_command, "run", interrupt)
     assert command("--model", folder) == (130, "", "")
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXPECTED = {
     "glass_mlx/py.typed",
-    "glass_mlx/generate.py",
+    "glass_mlx/generate/__main__.py",
     "glass_mlx/calibration/building.py",
     "glass_mlx/fidelity/test_prompts.txt",
     "glass_mlx/models/__init__.py",

@@ -19,7 +19,7 @@ from glass_mlx.cache_prompt import main as cache_prompt
 from glass_mlx.chat import encode, encode_beginning, encode_rest
 from glass_mlx.conversation import Conversation
 from glass_mlx.decoding import Decoder
-from glass_mlx.generate import main as generate
+from glass_mlx.generate.__main__ import main as generate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prompt_cache import read_prompt
 from glass_mlx.streaming import generate as sliced_generate

@@ -1,6 +1,6 @@
 """Run `glass_mlx.latency`, which measures how fast a model decodes, dense and sliced."""
 
-from glass_mlx.latency.__main__ import main
+from glass_mlx.cli import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("latency")

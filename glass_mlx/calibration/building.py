@@ -28,7 +28,7 @@ from glass_mlx.calibration.texts import (
     make_source,
 )
 from glass_mlx.config import GlassConfig
-from glass_mlx.files import is_device, locked
+from glass_mlx.files import check_writable, is_device, locked
 from glass_mlx.models import Fingerprint, named_arrays
 from glass_mlx.prior.display import stability_lines
 from glass_mlx.prior.file import GlobalPrior
@@ -138,8 +138,7 @@ def build(
         OSError: if a file cannot be written.
         ValueError: if another run is writing the file, or for the reasons given in `calibrate`.
     """
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; give the name of a file")
+    check_writable(output)
     partial = None if is_device(output) else output.with_name(f"{output.name}.partial")
     with locked(output):
         prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)

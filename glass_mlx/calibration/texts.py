@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.chat import Messages
-from glass_mlx.documents import read_content, read_lines, read_messages, read_records
+from glass_mlx.documents import is_jsonl, read_content, read_lines, read_messages, read_records
 from glass_mlx.errors import one_line
-from glass_mlx.files import sha256
+from glass_mlx.files import expand_user, sha256
 from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.core as mx
@@ -62,7 +62,7 @@ class Recipe:
             raise ValueError(f"{text!r} is not a recipe; bos, chat and corpus:FILE are")
         if not 0 < weight < float("inf"):
             raise ValueError(f"the weight of the recipe {text!r} must be positive")
-        return Recipe(kind, weight, Path(file).expanduser() if file else None)
+        return Recipe(kind, weight, expand_user(file) if file else None)
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class Recipe:
         if not self.file.exists():
             raise FileNotFoundError(f"there is no corpus at {self.file}")
         if not self.file.is_file():  # a pipe could be read only once
-            raise ValueError(f"the corpus {self.file} is not a regular file")
+            raise ValueError(f"the corpus {self.file} is not a regular file; save it to one")
         return record | {"file": self.file.name, "sha256": sha256(self.file)}
 
 
@@ -203,7 +203,7 @@ def _read_documents(file: Path, field: str) -> Iterator[str | Messages]:
 
     A text file is read in blocks of lines, and a JSONL file has one document per line.
     """
-    if file.suffix != ".jsonl":
+    if not is_jsonl(file):
         block: list[str] = []
         for n, line in read_lines(file, "corpus"):
             block.append(line)
@@ -213,7 +213,7 @@ def _read_documents(file: Path, field: str) -> Iterator[str | Messages]:
         yield "\n".join(block)
         return
     for place, record in read_records(file, "corpus"):
-        if field in record:
+        if record.get(field) is not None:
             yield read_content(record[field], f"{place}, {field},")
         elif messages := read_messages(record, place):
             yield messages

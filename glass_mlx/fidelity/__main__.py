@@ -7,6 +7,11 @@ later renewals. With --json, a run that was interrupted continues from where it 
 docs/results.md explains the methods and has results.
 """
 
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("fidelity")
+
 import argparse
 import sys
 from contextlib import nullcontext
@@ -14,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import Session, load
-from glass_mlx.arguments import add_load_arguments, check_seed, path
+from glass_mlx.arguments import CommandParser, add_load_arguments, check_seed, path
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
@@ -33,11 +38,11 @@ from glass_mlx.fidelity.plots import plot
 from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
 from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
-from glass_mlx.files import is_device, locked
+from glass_mlx.files import check_writable, is_device, locked
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.reporting.plotting import require_matplotlib
-from glass_mlx.reporting.tables import check_result_files, write_results
+from glass_mlx.reporting.tables import write_results
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
@@ -48,9 +53,9 @@ PROMPTS = Path(__file__).with_name("test_prompts.txt")
 _TASK_TEXTS = 16
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
+def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
     )
@@ -138,7 +143,9 @@ def check(args: argparse.Namespace) -> None:
     if args.ablation and (args.json or args.markdown or args.plots or len(args.density) > 1):
         raise ValueError("--ablation prints one table, at one density, and writes no files")
     check_seed(args.seed)
-    check_result_files(args.json, args.markdown)
+    check_writable(args.json)
+    check_writable(args.markdown)
+    check_writable(args.plots, folder=True)
     if args.plots:
         require_matplotlib()
 
@@ -233,10 +240,5 @@ def make_rows(outcomes: Outcomes, seed: int, about: dict[str, Any]) -> list[dict
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    with exit_on_error("evaluate_fidelity"):
-        args = setup_arg_parser().parse_args()
-        run(args)
-
-
-if __name__ == "__main__":
-    main()
+    with exit_on_error("fidelity"):
+        run(setup_arg_parser().parse())

@@ -7,7 +7,7 @@ from typing import Any
 
 from glass_mlx.arguments import check_seed
 from glass_mlx.chat import Messages, encode
-from glass_mlx.documents import read_lines, read_messages, read_records
+from glass_mlx.documents import is_jsonl, parse_record, read_lines, read_messages
 from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.nn as nn
@@ -53,17 +53,23 @@ class WritingSettings:
 def read_prompts(file: Path) -> list[Messages]:
     """Read prompts: a text file with one per line, or JSONL (see `documents.read_messages`).
 
+    A pipe holds JSONL if its first line begins with a brace.
+
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if a line cannot be read, or there are no prompts.
     """
-    if file.suffix == ".jsonl":
-        prompts = [
-            _messages_of(record, place) for place, record in read_records(file, "prompts file")
-        ]
-    else:
-        lines = read_lines(file, "prompts file")
-        prompts = [_user_message(line) for _, line in lines if line.strip()]
+    prompts: list[Messages] = []
+    has_objects = is_jsonl(file)
+    for n, line in read_lines(file, _NAME):
+        if not line.strip():
+            continue
+        if not prompts and file.is_fifo():  # a pipe has no name that tells
+            has_objects = line.startswith("{")
+        place = f"line {n} of the {_NAME} {file}"
+        prompts.append(
+            _messages_of(parse_record(line, place), place) if has_objects else _user_message(line)
+        )
     if not prompts:
         raise ValueError(f"there are no prompts in {file}")
     return prompts

@@ -7,15 +7,22 @@ the selection (default). The ceiling is the speed-up that the bytes allow: the b
 dense decoding reads per token, divided by those that sliced decoding reads.
 """
 
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("latency")
+
 import argparse
 import sys
 from typing import Any
 
-from glass_mlx.arguments import check_seed, path
+from glass_mlx.arguments import CommandParser, check_seed, path
 from glass_mlx.checkpoints.loading import advice
 from glass_mlx.errors import exit_on_error
+from glass_mlx.files import check_writable
 from glass_mlx.latency.measured_model import (
     add_model_arguments,
+    check_model_arguments,
     load_model,
     load_prior,
     model_title,
@@ -37,15 +44,15 @@ from glass_mlx.reporting.machine import (
     slowdown_warning,
 )
 from glass_mlx.reporting.plotting import require_matplotlib
-from glass_mlx.reporting.tables import check_result_files, write_results
+from glass_mlx.reporting.tables import write_results
 from glass_mlx.session import Session
 
 import mlx.core as mx
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
+def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
         "--density",
@@ -98,7 +105,9 @@ def run(args: argparse.Namespace) -> None:
     if args.repetitions < 2 or args.generation_tokens < 4 or min(args.prompt_tokens) < 2:
         raise ValueError("at least 2 repetitions, 4 generated and 2 prompt tokens are needed")
     check_seed(args.seed)
-    check_result_files(args.json, args.markdown, args.plot)
+    check_model_arguments(args)
+    for file in (args.json, args.markdown, args.plot):
+        check_writable(file)
     if args.plot:
         require_matplotlib()
     settings = Settings(
@@ -155,10 +164,5 @@ def report_results(
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
-    with exit_on_error("measure_latency"):
-        args = setup_arg_parser().parse_args()
-        run(args)
-
-
-if __name__ == "__main__":
-    main()
+    with exit_on_error("latency"):
+        run(setup_arg_parser().parse())

@@ -6,13 +6,16 @@ from glass_mlx.arguments import add_load_arguments
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import DTYPES, load, model_name
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
-from glass_mlx.models import default_down_policy
+from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.lookup import NoPriorError
 from glass_mlx.session import Session
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_GROUP_SIZE = 64
+_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +29,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--down-policy",
+        choices=DOWN_POLICIES,
         default=default_down_policy(),
         help="How to slice a quantized down projection (%(default)s).",
     )
     group = parser.add_argument_group("random weights")
     group.add_argument("--bits", type=int, help="Quantize to this many bits. Default: floats.")
     group.add_argument(
-        "--group-size", type=int, default=64, help="Weights per quantization group (%(default)s)."
+        "--group-size", type=int, help=f"Weights per quantization group ({_GROUP_SIZE})."
     )
-    group.add_argument("--mode", default="affine", help="Quantization mode (%(default)s).")
+    group.add_argument("--mode", choices=_MODES, help=f"Quantization mode ({_MODES[0]}).")
     add_load_arguments(parser)
+
+
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag of random weights that has no effect."""
+    if args.shape is None and (args.bits, args.group_size, args.mode) != (None, None, None):
+        raise ValueError("--bits, --group-size and --mode are for random weights; give --shape")
+    if args.bits is None and (args.group_size, args.mode) != (None, None):
+        raise ValueError("--group-size and --mode are for quantized weights; give --bits")
 
 
 def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module, TokenizerWrapper]:
@@ -47,7 +59,8 @@ def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module,
     """
     if args.shape:
         dtype = args.dtype or DTYPES[0]
-        model = random_model(args.shape, dtype, args.bits, args.group_size, args.mode, lazy)
+        group_size, mode = args.group_size or _GROUP_SIZE, args.mode or _MODES[0]
+        model = random_model(args.shape, dtype, args.bits, group_size, mode, lazy)
         return model, numbers_tokenizer(SHAPES[args.shape].vocab_size)
     model, tokenizer = load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize)
     tokenizer.eos_token_ids = []

@@ -5,10 +5,12 @@ import tempfile
 from pathlib import Path
 
 from glass_mlx.errors import one_line
+from glass_mlx.files import expand_user
 from glass_mlx.prior.display import describe
 from glass_mlx.prior.file import FILE_NAME, GlobalPrior
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 PREFIX = "hub:"
 
@@ -25,7 +27,7 @@ def locate(prior: str | Path) -> Path:
         ValueError: if the repository or its file cannot be fetched.
     """
     if not str(prior).startswith(PREFIX):
-        return Path(prior).expanduser()
+        return expand_user(prior)
     repository, _, revision = str(prior).removeprefix(PREFIX).partition("@")
     try:
         return Path(hf_hub_download(repository, FILE_NAME, revision=revision or None))
@@ -33,6 +35,14 @@ def locate(prior: str | Path) -> Path:
         raise ValueError(
             f"{FILE_NAME} cannot be fetched from {prior}: {one_line(error)}"
         ) from error
+
+
+def check_repository(name: str) -> None:
+    """Raise ValueError unless a repository can have this name."""
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(f"{name} is not the name of a repository, such as user/repo") from error
 
 
 def model_card(prior: GlobalPrior, repository: str) -> ModelCard:

@@ -40,17 +40,6 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def check_result_files(*files: Path | None) -> None:
-    """Check the names of result files, before a long measurement.
-
-    Raises:
-        ValueError: if a name is that of a folder.
-    """
-    for file in files:
-        if file is not None and file.is_dir():
-            raise ValueError(f"{file} is a folder; give the name of a file")
-
-
 def write_results(
     rows: Sequence[dict[str, Any]],
     markdown: str,

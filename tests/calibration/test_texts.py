@@ -178,8 +178,8 @@ def test_a_record_without_text_is_refused(tmp_path):
     recipe = corpus(tmp_path, "a.jsonl", '{"body": 1}')
     with pytest.raises(ValueError, match=r"line 1 .* has neither text nor messages nor prompt"):
         sequences(recipe, size=9)
-    recipe = corpus(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": null}')
-    with pytest.raises(ValueError, match=r"line 2 .*, text, is not text, but null"):
+    recipe = corpus(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": 3}')
+    with pytest.raises(ValueError, match=r"line 2 .*, text, is not text, but 3"):
         sequences(recipe, size=9)
 
 

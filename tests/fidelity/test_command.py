@@ -109,7 +109,7 @@ def test_bad_input_is_reported_in_one_sentence(arguments, tmp_path, monkeypatch,
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, *arguments, *options)
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("evaluate_fidelity: error: ")
+        assert error.startswith("fidelity: error: ")
         assert message in error
 
 

@@ -3,6 +3,11 @@
 Accepts the flags of `mlx_lm.generate` and some more.
 """
 
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("generate")
+
 import argparse
 import json
 import sys
@@ -11,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from glass_mlx.arguments import (
+    CommandParser,
     add_load_arguments,
     check_cache_flags,
     check_sampling_flags,
@@ -27,7 +33,12 @@ from glass_mlx.config import AUTO, GlassConfig
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
-from glass_mlx.models import DOWN_POLICIES, default_down_policy
+from glass_mlx.models import (
+    DOWN_POLICIES,
+    check_tokens,
+    default_down_policy,
+    vocabulary_size,
+)
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import locate
 from glass_mlx.prompt_cache import make_prompt_cache
@@ -36,6 +47,7 @@ from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
 from glass_mlx.streaming import check_max_tokens, collect, stream_generate
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
 from mlx_lm.models.cache import QuantizedKVCache
@@ -46,9 +58,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 _REFUSED = ("--draft-model", "--image")
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
+def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser, with mlx-lm's flags and those of glass-mlx."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="glass-mlx",
         usage="glass-mlx generate [flags]",
         description=__doc__,
@@ -68,11 +80,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     for flag in _REFUSED:
         parser.add_argument(flag, nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--num-draft-tokens", help=argparse.SUPPRESS)
+    parser.add_argument("--num-draft-tokens", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "--save-prompt-cache",
         metavar="FILE",
-        help="Save the prompt cache, with the answer in it, for a later --prompt-cache-file.",
+        help="Save the prompt cache, with the answer in it, for a later --prompt-cache-file. "
+        "Nothing is saved if the answer is interrupted, also by a pipe whose reader leaves.",
     )
     add_load_arguments(parser)
     _add_slicing_arguments(parser.add_argument_group("slicing"))
@@ -184,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
     load_model = _loader(args, conversation)
     model, tokenizer = load_model()
     for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
+        _add_eos_token(model, tokenizer, token)
     if args.verbose and (hint := advice(model)):
         print(hint, file=sys.stderr)
 
@@ -238,6 +251,21 @@ def _loader(args: argparse.Namespace, conversation: Conversation) -> Callable[..
         model_config={"quantize_activations": args.quantize_activations},
         **load_options(args, conversation.tokenizer_config),
     )
+
+
+def _add_eos_token(model: nn.Module, tokenizer: TokenizerWrapper, token: str) -> None:
+    """Add a token that ends the text, given by its text or its id.
+
+    Raises:
+        ValueError: if the model does not have the token.
+    """
+    if token.isdecimal():
+        check_tokens([int(token)], vocabulary_size(model))
+    else:  # tokenizers return the id of the unknown token for all others
+        identifier = tokenizer.convert_tokens_to_ids(token)
+        if identifier is None or tokenizer.convert_ids_to_tokens(identifier) != token:
+            raise ValueError(f"--extra-eos-token {token} is not a token of this model")
+    tokenizer.add_eos_token(token)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -378,9 +406,4 @@ def _find_prior(
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     with exit_on_error("glass-mlx"):
-        args = setup_arg_parser().parse_args()
-        run(args)
-
-
-if __name__ == "__main__":
-    main()
+        run(setup_arg_parser().parse())
