@@ -1,11 +1,12 @@
 """The entry point for all commands: `glass-mlx COMMAND`, like `mlx_lm COMMAND`."""
 
 import importlib
+import signal
 import sys
 from importlib.metadata import version
 from typing import NoReturn
 
-from glass_mlx.errors import exit_on_error
+from glass_mlx.errors import INTERRUPTED, exit_on_error
 
 COMMANDS = {
     "generate": ("glass_mlx.generate.__main__", "answer a prompt"),
@@ -43,9 +44,14 @@ def run_command(name: str) -> NoReturn:
     Args:
         name: the command's name. `sys.argv` holds its flags.
     """
-    with exit_on_error("glass-mlx"):
-        sys.argv[0] = f"glass-mlx {name}"  # the name in the command's usage
-        importlib.import_module(COMMANDS[name][0]).main()
+    try:
+        with exit_on_error("glass-mlx"):
+            sys.argv[0] = f"glass-mlx {name}"  # the name in the command's usage
+            importlib.import_module(COMMANDS[name][0]).main()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # a second interrupt must not disturb Python's own end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
     sys.exit()
 
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+# The exit code of a command that SIGINT ends.
+INTERRUPTED = 130
+
 # The longest message that `one_line` returns.
 _MAX_LENGTH = 800
 
@@ -94,7 +97,7 @@ def exit_on_error(command: str, interrupted: str = "") -> Iterator[None]:
             raise
         _exit(2, f"{command}: error: there is not enough memory ({one_line(error)})")
     except KeyboardInterrupt:
-        _exit(130, interrupted)
+        _exit(INTERRUPTED, interrupted)
 
 
 def _exit(code: int, message: str) -> NoReturn:
