@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from glass_mlx.errors import is_library_error, library_reason, one_line
+from glass_mlx.errors import check_text, is_library_error, library_reason, one_line
 
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -32,6 +32,7 @@ def encode(
     tokenizer: TokenizerWrapper,
     messages: Messages,
     ignore_template: bool = False,
+    /,  # an option may have any name
     **options: Any,
 ) -> list[int]:
     """Encode messages so that the model continues with its answer.
@@ -60,6 +61,7 @@ def encode_rest(
     tokenizer: TokenizerWrapper,
     messages: Messages,
     ignore_template: bool = False,
+    /,  # an option may have any name
     **options: Any,
 ) -> list[int]:
     """Encode the last user message and what follows it, for a model with a prompt cache.
@@ -114,8 +116,9 @@ def encode_text(
         add_special_tokens: whether to add the tokens that begin a text.
 
     Raises:
-        ValueError: if the tokenizer's files are damaged.
+        ValueError: if the text has half a character, or the tokenizer's files are damaged.
     """
+    check_text(text, "the text")
     try:
         return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
     except BaseException as error:  # transformers and tokenizers raise errors of any type

@@ -3,7 +3,7 @@
 import importlib
 
 from glass_mlx.cli import COMMANDS
-from helpers import save_tiny_folder
+from helpers import letter_tokenizer, save_tiny_folder
 
 import pytest
 
@@ -40,6 +40,11 @@ BAD_VALUES = [
     (*GENERATE, "--refresh 1", "the refresh must be at least 2"),
     (*GENERATE, '--chat-template-config {"messages":[]}', "cannot set messages"),
     (*GENERATE, '--chat-template-config {"tokenize":1}', "cannot set tokenize"),
+    (
+        *GENERATE,
+        '--chat-template-config {"continue_final_message":1}',
+        "cannot set continue",
+    ),
     (*GENERATE, "--chat-template-config [1]", "must be a JSON object"),
     (*GENERATE, "--prompt-cache-file none", "there is no prompt cache at none"),
     (*GENERATE, "--save-prompt-cache /dev/null", "must have a name that ends in .safetensors"),
@@ -148,3 +153,18 @@ def test_a_tilde_in_a_path_is_the_home_folder(run_command, folder, tmp_path, mon
     flags = ("--no-prior", "--prompts=~/prompts.txt", "--output=~/sliced", "--tokens", 24)
     assert run_command(export, "--model", folder, *flags)[0] == 0
     assert (tmp_path / "sliced/config.json").is_file()
+
+
+def test_an_option_of_a_chat_template_may_have_any_other_name(run_command, tmp_path):
+    folder, tokenizer = save_tiny_folder(tmp_path / "chat"), letter_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{{ tokenizer }}{{ ignore_template }}"
+    tokenizer.save_pretrained(folder)
+    main = importlib.import_module("glass_mlx.generate.__main__").main
+    arguments = ("--model", folder, "--prompt", "丁", "--no-prior", "-m", 3)
+    options = '{"tokenizer": "丂七", "ignore_template": "丄"}'
+    code, out, _ = run_command(main, *arguments, "--chat-template-config", options)
+    assert code == 0
+    assert "Prompt: 4 tokens" in out
+    options = '{"tokenizer": "\\ud83d"}'
+    code, _, err = run_command(main, *arguments, "--chat-template-config", options)
+    assert (code, err) == (2, "glass-mlx: error: the text is not valid UTF-8 text\n")

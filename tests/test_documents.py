@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 from glass_mlx.documents import read_lines, read_messages, read_records
 from glass_mlx.fidelity.prompts import read_prompts
@@ -106,10 +107,24 @@ def test_files_that_are_not_text_are_refused(tmp_path):
         list(read_lines(tmp_path / "none", "corpus"))
 
 
-def test_prompts_can_come_through_a_pipe(tmp_path):
+@pytest.mark.parametrize("text", ["hi\nhi\n", '\n{"prompt": "hi"}\n{"prompt": "hi"}'])
+def test_prompts_of_both_forms_can_come_through_a_pipe(tmp_path, text):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_text, args=["hi\nhi\n"])
+    writer = threading.Thread(target=pipe.write_text, args=[text])
     writer.start()
     assert read_prompts(pipe) == [HI, HI]
     writer.join()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson"])
+def test_the_ending_of_a_name_tells_jsonl(tmp_path, name):
+    (tmp_path / name).write_text('{"prompt": "hi"}')
+    assert read_prompts(tmp_path / name) == [HI]
+    (tmp_path / "a.txt").write_text('{"prompt": "hi"}')
+    assert read_prompts(tmp_path / "a.txt")[0][0]["content"] == '{"prompt": "hi"}'
+
+
+def test_a_device_is_refused_because_it_may_never_end():
+    with pytest.raises(ValueError, match="/dev/zero is neither a file nor a pipe"):
+        read_prompts(Path("/dev/zero"))

@@ -64,6 +64,12 @@ def test_arguments_that_are_not_text_are_refused():
         (ValueError(), "ValueError"),
         (ValueError("a\x00b\x7f\u2028c"), "a b c"),
         (ValueError("x" * 5000), "x" * 800 + " ..."),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a/b"),
+            "a/b: No such file or directory",
+        ),
+        (OSError("full"), "full"),
     ],
 )
 def test_a_message_is_one_printable_line(error, message):
@@ -103,6 +109,12 @@ def test_a_panic_is_an_error_and_an_interrupt_is_not():
         (ValueError("bad\nvalue"), 2, "tool: error: bad value\n"),
         (OSError("full"), 2, "tool: error: full\n"),
         (NotImplementedError("no"), 2, "tool: error: no\n"),
+        (MemoryError(), 2, "tool: error: there is not enough memory (MemoryError)\n"),
+        (
+            RuntimeError("[malloc] Unable to allocate 9 bytes."),
+            2,
+            "tool: error: there is not enough memory ([malloc] Unable to allocate 9 bytes.)\n",
+        ),
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
@@ -127,3 +139,22 @@ def test_standard_input_must_be_open_text(monkeypatch):
         read_standard_input()
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi"))
     assert read_standard_input() == "hi"
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    for error in (RuntimeError("generator ignored GeneratorExit"), TypeError("x")):
+        with pytest.raises(type(error)), exit_on_error("tool"):
+            raise error
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_is_reported_wherever_the_output_goes():
+    with open("/dev/full", "w") as full:
+        result = run("print('x')", stdout=full)
+        assert result.returncode == 2
+        assert result.stderr == b"tool: error: No space left on device\n"
+        assert run("raise ValueError('x')", stderr=full).returncode == 2
+        parser = "from glass_mlx.arguments import CommandParser; CommandParser().parse()"
+        result = run(parser, "--help", stdout=full)
+        assert (result.returncode, result.stdout) == (2, None)

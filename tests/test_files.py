@@ -13,6 +13,7 @@ from glass_mlx import files
 from glass_mlx.files import (
     LockedError,
     cache_folder,
+    check_writable,
     discard,
     is_locked,
     locked,
@@ -239,3 +240,25 @@ def test_metadata_is_json(tmp_path):
     write_tensors(tmp_path / "b", {"x": np.zeros(2, np.float32)}, "kind", {"a": 2, "b": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert json.dumps(read_tensors(tmp_path / "a", "kind")[1]) == '{"a": 2, "b": 1}'
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for target in (None, tmp_path / "a", tmp_path / "b/c/d", tmp_path / "file", Path("/dev/null")):
+        check_writable(target)
+    for folder in (tmp_path, tmp_path / "a/b"):
+        check_writable(folder, folder=True)
+    for target, is_folder, reason in (
+        (tmp_path, False, "is a folder; give the name of a file"),
+        (tmp_path / "file/a", False, "file/a cannot be written in .*file; give another name"),
+        (tmp_path / "file", True, "file cannot be written in .*file; give another name"),
+        (tmp_path / "file/a", True, "cannot be written"),
+        (Path("/dev/null"), True, "/dev/null cannot be written in /dev/null"),
+        (tmp_path / ("x" * 300), False, "File name too long"),
+    ):
+        with pytest.raises(OSError, match=reason):
+            check_writable(target, folder=is_folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match="a cannot be written in"):
+        check_writable(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -57,6 +57,24 @@ def test_the_prompt_can_come_from_standard_input(command, folder):
     assert command(*arguments, "-p", "-", stdin="丁七丄") == command(*arguments, "-p", "丁七丄")
 
 
+def test_messages_that_need_a_chat_template_are_noted_without_one(command, folder):
+    arguments = ("--model", folder, "-p", "丁七", "-m", 2)
+    for flag in ("--system-prompt", "--prefill-response"):
+        code, _, err = command(*arguments, flag, "丁")
+        assert code == 0
+        assert "note: --system-prompt and --prefill-response have no effect without a" in err
+        assert command(*arguments, flag, "丁", "--verbose", "F")[2] == ""
+    assert "note" not in command(*arguments)[2]
+
+
+def test_an_end_token_is_given_by_its_text_or_id(command, folder):
+    arguments = ("--model", folder, "-p", "丁七丄", "-m", 8, "--verbose", "F")
+    text = command(*arguments)[1].strip()
+    identifier = ord(text[1]) - 0x4E00
+    for token in (text[1], identifier):
+        assert command(*arguments, "--extra-eos-token", token)[1].strip() == text[0]
+
+
 def test_dense_generation_gives_the_text_of_density_1(command, folder):
     code, out, _ = command("--model", folder, "-p", "丁七丄", "-m", 8, "--dense")
     assert code == 0

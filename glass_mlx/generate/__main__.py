@@ -202,6 +202,8 @@ def run(args: argparse.Namespace) -> None:
         print(hint, file=sys.stderr)
 
     # 3) Encode the new messages.
+    if args.verbose and (args.ignore_chat_template or not tokenizer.has_chat_template):
+        _note_unused_messages(messages)
     tokens = conversation.unread_tokens(
         model,
         tokenizer,
@@ -251,6 +253,15 @@ def _loader(args: argparse.Namespace, conversation: Conversation) -> Callable[..
         model_config={"quantize_activations": args.quantize_activations},
         **load_options(args, conversation.tokenizer_config),
     )
+
+
+def _note_unused_messages(messages: Messages) -> None:
+    """Say that messages have no effect without a chat template, as in mlx-lm."""
+    if len(messages) > 1:
+        print(
+            "note: --system-prompt and --prefill-response have no effect without a chat template",
+            file=sys.stderr,
+        )
 
 
 def _add_eos_token(model: nn.Module, tokenizer: TokenizerWrapper, token: str) -> None:

@@ -163,6 +163,7 @@ def test_a_failed_upload_is_reported_in_one_sentence(tmp_path, monkeypatch):
 def test_a_path_is_not_fetched():
     assert locate("a/b.safetensors") == Path("a/b.safetensors")
     assert locate("~/b") == Path.home() / "b"
+    assert locate("~no-such-user/b") == Path("~no-such-user/b")
 
 
 def test_the_card_names_the_base_model_if_it_is_on_the_hub():
