@@ -64,7 +64,8 @@ def find_or_measure_prior(
     better = f"glass-mlx calibrate --model {model} --output {file}"
     print(
         "prior: this model has none yet. Measuring a small one once, on "
-        f"{SMALL.sequences} texts by the model, into {file} (for a better one: {better})",
+        f"{SMALL.sequences} texts by the model, into {file} (for a better one: {better}; for none: "
+        "--no-prior, in Python prior=False)",
         file=sys.stderr,
     )
     settings = _settings(config or GlassConfig())
