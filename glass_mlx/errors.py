@@ -71,9 +71,9 @@ def library_reason(error: BaseException) -> str:
 def exit_on_error(command: str, interrupted: str = "") -> Iterator[None]:
     """Run a command: turn its errors into a message and an exit code.
 
-    The codes are 2 for bad input or too little memory, 130 for an interrupt, and 141 if the reader of the output has
-    gone, as in `glass-mlx generate ... | head`. Characters that the terminal cannot show are
-    printed as question marks.
+    The codes are 2 for bad input or too little memory, 130 for an interrupt, and 141 if the reader
+    of the output has gone, as in `glass-mlx generate ... | head`. Characters that the terminal
+    cannot show are printed as question marks.
 
     Args:
         command: the command's name, which the message starts with.
