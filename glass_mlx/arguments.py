@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import DTYPES
 from glass_mlx.files import expand_user
 
@@ -46,12 +47,6 @@ def path(text: str) -> Path:
     return expand_user(text)
 
 
-def check_seed(seed: int) -> None:
-    """Raise ValueError unless MLX and numpy accept a seed."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"the seed must be from 0 to 2^64 - 1, not {seed}")
-
-
 # The quantizations of the key-value cache that MLX has kernels for.
 _KV_BITS = (2, 3, 4, 5, 6, 8)
 _KV_GROUP_SIZES = (32, 64, 128)
@@ -91,6 +86,15 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
 
 def _listed(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
+
+
+def add_model_argument(parser: "argparse._ActionsContainer") -> None:
+    """Add the flag that names the model."""
+    parser.add_argument(
+        "--model",
+        help="The hub id, folder or GGUF file of the model. "
+        f"Default: the built-in {DEFAULT_MODEL}, downloaded once.",
+    )
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:

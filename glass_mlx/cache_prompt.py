@@ -12,10 +12,15 @@ if __name__ == "__main__":  # first, because an interrupt can also come during t
 import argparse
 import sys
 
-from glass_mlx.arguments import CommandParser, add_load_arguments, check_cache_flags, load_options
+from glass_mlx.arguments import (
+    CommandParser,
+    add_load_arguments,
+    add_model_argument,
+    check_cache_flags,
+    load_options,
+)
 from glass_mlx.cache_file import check_name
 from glass_mlx.chat import encode_beginning
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load
 from glass_mlx.conversation import Conversation
 from glass_mlx.errors import exit_on_error, read_standard_input
@@ -33,11 +38,7 @@ def setup_arg_parser() -> CommandParser:
         parents=[mlx_lm_arg_parser()],
         conflict_handler="resolve",
     )
-    parser.add_argument(
-        "--model",
-        help="The hub id, folder or GGUF file of the model. "
-        f"Default: the built-in {DEFAULT_MODEL}, downloaded once.",
-    )
+    add_model_argument(parser)
     add_load_arguments(parser)
     return parser
 

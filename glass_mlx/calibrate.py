@@ -15,13 +15,13 @@ from glass_mlx.arguments import (
     CommandParser,
     add_adapter_arguments,
     add_load_arguments,
+    add_model_argument,
     load_options,
     path,
 )
 from glass_mlx.calibration.building import CalibrationSettings, build
 from glass_mlx.calibration.stability import overall_stability
 from glass_mlx.calibration.texts import Recipe
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
@@ -38,9 +38,7 @@ def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
     defaults = CalibrationSettings()
     parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
-    )
+    add_model_argument(parser)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
         "--output",

@@ -22,6 +22,12 @@ def check_max_kl(max_kl: float) -> None:
         raise ValueError(f"the bound on KL must be positive, not {max_kl}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless MLX and numpy accept a seed."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the seed must be from 0 to 2^64 - 1, not {seed}")
+
+
 @dataclass(frozen=True)
 class GlassConfig:
     """How the FFNs of a model are sliced in one generation.

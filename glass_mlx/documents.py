@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.chat import Messages
-from glass_mlx.errors import check_text, one_line
+from glass_mlx.errors import check_text, one_line, parse_json
 
 
 def is_jsonl(file: Path) -> bool:
@@ -71,12 +71,7 @@ def parse_record(line: str, place: str) -> dict[str, Any]:
     Raises:
         ValueError: if the line is not a JSON object; the message begins with the place.
     """
-    try:
-        record = json.loads(line)
-    except RecursionError as error:
-        raise ValueError(f"{place} is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON ({one_line(error)})") from error
+    record = parse_json(line, place)
     if not isinstance(record, dict):
         raise ValueError(f"{place} is not a JSON object, but {shorten(record)}")
     return record

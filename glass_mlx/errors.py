@@ -1,12 +1,13 @@
 """Errors of commands: one sentence on standard error, and an exit code."""
 
 import io
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # The exit code of a command that SIGINT ends.
 INTERRUPTED = 130
@@ -143,6 +144,24 @@ def check_text(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not valid UTF-8 text") from error
     return text
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: the text.
+        name: what it is, for the message.
+
+    Raises:
+        ValueError: if it is not JSON, with the reason.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({one_line(error)})") from error
 
 
 def read_standard_input() -> str:

@@ -17,12 +17,12 @@ from glass_mlx.arguments import (
     CommandParser,
     add_adapter_arguments,
     add_load_arguments,
+    add_model_argument,
     load_options,
     path,
 )
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, model_name
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
@@ -54,9 +54,7 @@ from tqdm import tqdm
 def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
-    )
+    add_model_argument(parser)
     parser.add_argument("--output", type=path, required=True, help="The folder to write.")
     parser.add_argument(
         "--prompts",

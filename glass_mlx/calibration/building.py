@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.arguments import check_seed
 from glass_mlx.calibration.curve import READINGS_PER_TEXT, measure_curve
 from glass_mlx.calibration.mixture import MeasuredRecipe, Mixture
 from glass_mlx.calibration.moments import SequenceMoments
@@ -27,7 +26,7 @@ from glass_mlx.calibration.texts import (
     chat_frame,
     make_source,
 )
-from glass_mlx.config import GlassConfig
+from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.files import check_writable, is_device, locked
 from glass_mlx.models import Fingerprint, named_arrays
 from glass_mlx.prior.display import stability_lines

@@ -4,12 +4,11 @@ mlx-lm, transformers and MLX trust these files: a damaged one would end in an er
 sentence, in memory without bounds, or in a model that computes something else.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.errors import one_line
+from glass_mlx.errors import one_line, parse_json
 
 from safetensors import safe_open
 
@@ -61,13 +60,10 @@ def read_json(file: Path) -> Any:
         ValueError: if it is not JSON, with its name and the reason.
     """
     try:
-        return json.loads(file.read_bytes().decode("utf-8"))
+        text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text") from error
-    except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({one_line(error)})") from error
+    return parse_json(text, str(file))
 
 
 def _read_dtypes(file: Path) -> dict[str, str]:

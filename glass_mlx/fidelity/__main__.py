@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import Session, load
-from glass_mlx.arguments import CommandParser, add_load_arguments, check_seed, path
+from glass_mlx.arguments import CommandParser, add_load_arguments, add_model_argument, path
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import model_name
-from glass_mlx.config import check_density
+from glass_mlx.config import check_density, check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.ablations import ABLATIONS, format_ablation
 from glass_mlx.fidelity.evaluation import (
@@ -56,9 +55,7 @@ _TASK_TEXTS = 16
 def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
-    )
+    add_model_argument(parser)
     parser.add_argument(
         "--prompts",
         type=path,

@@ -18,9 +18,9 @@ from typing import Any
 from glass_mlx.arguments import (
     CommandParser,
     add_load_arguments,
+    add_model_argument,
     check_cache_flags,
     check_sampling_flags,
-    check_seed,
     load_options,
     path,
 )
@@ -29,7 +29,7 @@ from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load
-from glass_mlx.config import AUTO, GlassConfig
+from glass_mlx.config import AUTO, GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
@@ -67,11 +67,7 @@ def setup_arg_parser() -> CommandParser:
         parents=[mlx_lm_arg_parser()],
         conflict_handler="resolve",
     )
-    parser.add_argument(
-        "--model",
-        help="The hub id, folder or GGUF file of the model. "
-        f"Default: the built-in {DEFAULT_MODEL}, downloaded once.",
-    )
+    add_model_argument(parser)
     parser.add_argument(
         "--prefill-step-size",
         type=int,

@@ -16,8 +16,9 @@ import argparse
 import sys
 from typing import Any
 
-from glass_mlx.arguments import CommandParser, check_seed, path
+from glass_mlx.arguments import CommandParser, path
 from glass_mlx.checkpoints.loading import advice
+from glass_mlx.config import check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
 from glass_mlx.latency.measured_model import (

@@ -2,8 +2,7 @@
 
 import argparse
 
-from glass_mlx.arguments import add_load_arguments
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.arguments import add_load_arguments, add_model_argument
 from glass_mlx.checkpoints.loading import DTYPES, load, model_name
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
@@ -21,9 +20,7 @@ _MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the model; see `load_model`."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--model", help=f"The hub id, folder or GGUF file. Default: the built-in {DEFAULT_MODEL}."
-    )
+    add_model_argument(source)
     source.add_argument(
         "--shape", choices=SHAPES, help="Use random weights in the sizes of this model instead."
     )
