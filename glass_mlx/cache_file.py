@@ -21,6 +21,7 @@ from glass_mlx.files import (
 )
 from glass_mlx.prompt_cache import PromptCache, Turn, token_count
 from glass_mlx.statistics import MEAN, STATISTICS, LocalStatistics, NeuronStatistics
+from glass_mlx.vocabulary import VocabularyStatistics
 
 import mlx.core as mx
 import numpy as np
@@ -40,6 +41,7 @@ _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32
 
 # The names of the statistics in a file: those of all tokens, and those before the last turn.
 _NOW, _BEFORE = ("prompt", "text"), ("prompt_before", "text_before")
+_VOCABULARY, _VOCABULARY_BEFORE = "vocabulary", "vocabulary_before"
 
 
 def _statistics_file(file: Path) -> Path:
@@ -171,17 +173,24 @@ def _pack(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the description and the tensors of the file of statistics."""
     parts = dict(zip(_NOW, (statistics.prompt, statistics.text), strict=True))
+    vocabularies = {_VOCABULARY: statistics.vocabulary}
     about: dict[str, Any] = {"tokens": cache.tokens, "contents": _digest_contents(cache)}
     if cache.unlisted:
         about["unlisted"] = cache.unlisted
     if cache.turns:
         turn = cache.turns[-1]
         parts |= dict(zip(_BEFORE, (turn.before.prompt, turn.before.text), strict=True))
+        vocabularies[_VOCABULARY_BEFORE] = turn.before.vocabulary
         about["turn"] = [turn.start, turn.prompt_end]
     about["dtypes"] = {name: str(part.dtype).split(".")[-1] for name, part in parts.items()}
     tensors = {
         f"{name}.{key}": values
         for name, part in parts.items()
+        for key, values in part.state().items()
+    }
+    tensors |= {
+        f"{name}.{key}": values
+        for name, part in vocabularies.items()
         for key, values in part.state().items()
     }
     return about, tensors
@@ -214,6 +223,10 @@ def _unpack(
     for name, values in tensors.items():
         part, _, key = name.partition(".")
         states.setdefault(part, {})[key] = values
+    vocabulary, vocabulary_before = (
+        VocabularyStatistics.restored(states.pop(name, {}))
+        for name in (_VOCABULARY, _VOCABULARY_BEFORE)
+    )
     parts = {
         part: NeuronStatistics.restored(state, _DTYPES[about["dtypes"][part]])
         for part, state in states.items()
@@ -233,12 +246,19 @@ def _unpack(
     read = token_count(layers)
     if read is not None and read != len(tokens) + about.get("unlisted", 0):
         raise ValueError("it has another number of tokens than the prompt cache")
-    cache = PromptCache(layers, LocalStatistics(*(parts[name] for name in _NOW)), tokens)
+    cache = PromptCache(layers, _local(parts, _NOW, vocabulary), tokens)
     if "turn" in about:
-        before = LocalStatistics(*(parts[name] for name in _BEFORE))
+        before = _local(parts, _BEFORE, vocabulary_before)
         start, prompt_end = map(int, about["turn"])
         cache.turns.append(Turn(start, prompt_end, before))
     return cache
+
+
+def _local(
+    parts: dict[str, NeuronStatistics], names: tuple[str, str], vocabulary: VocabularyStatistics
+) -> LocalStatistics:
+    prompt, text = (parts[name] for name in names)
+    return LocalStatistics(prompt, text, vocabulary)
 
 
 def _digest_contents(layers: list[Any]) -> str:

@@ -115,7 +115,8 @@ def setup_arg_parser() -> CommandParser:
         "--curve-texts",
         type=int,
         default=defaults.curve_texts,
-        help="Texts for the density curve that --density auto needs; 0 for none (%(default)s).",
+        help="Texts at most for measuring what slicing costs, which --max-kl needs; 0 for none "
+        "(%(default)s).",
     )
     add_load_arguments(parser)
     add_adapter_arguments(parser)

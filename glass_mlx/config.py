@@ -1,19 +1,39 @@
 """The user's settings for slicing."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import NamedTuple
 
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.statistics import STATISTICS
 
-AUTO = "auto"
+# The KL divergence from the dense model that is accepted by default, in nats per token. Rounding
+# all weights to 4 bits costs about as much (docs/results.md).
+DEFAULT_MAX_KL = 0.1
+
+
+class Shares(NamedTuple):
+    """How much of a model is kept.
+
+    Attributes:
+        density: the share of the neurons of all FFNs, in (0, 1].
+        vocabulary: the share of the rows of the output head, in (0, 1].
+    """
+
+    density: float = 1.0
+    vocabulary: float = 1.0
 
 
 def check_density(density: float) -> None:
     """Raise ValueError unless a density is in (0, 1]."""
     if not 0 < density <= 1:
         raise ValueError(f"the density must be above 0 and at most 1, not {density}")
+
+
+def check_vocabulary(share: float) -> None:
+    """Raise ValueError unless a share of the vocabulary is in (0, 1]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of the vocabulary must be above 0 and at most 1, not {share}")
 
 
 def check_max_kl(max_kl: float) -> None:
@@ -30,19 +50,26 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class GlassConfig:
-    """How the FFNs of a model are sliced in one generation.
+    """How a model is sliced in one generation.
+
+    By default, a bound on the KL divergence from the dense model decides how much is kept of the
+    FFNs and of the output head: as few bytes as the bound allows. If `density` or `vocabulary` is
+    given, there is no bound, and the other one of the two is 1.
 
     docs/experiments.md has the measurements behind the defaults.
 
     Attributes:
+        max_kl: bound on the expected KL divergence from the dense model, in nats per token.
+            Default: `DEFAULT_MAX_KL`.
         density: share of the neurons of each FFN to keep, in (0, 1]. Counts are rounded to
-            multiples that suit the kernels. "auto" means the lowest density that is expected to
-            stay within `max_kl`.
-        max_kl: bound on the KL divergence from the dense model, in nats per token, for "auto".
+            multiples that suit the kernels.
+        vocabulary: share of the rows of the output head to keep, in (0, 1].
         prior_weight: λ in [0, 1], the weight of the prior's ranks against the local ranks.
         warmup: number of tokens that are generated densely before the first selection, at least 1.
-        refresh: number of tokens after which the dense model first reads the text again and the
-            selection is renewed; see `renewal.selection_points`. At least 2, or 0 for never.
+        refresh: number of tokens after which the dense model first reads text again and the
+            selection is renewed; see `renewal.stretches`. At least 2, or 0 for never.
+        reread: the maximum number of tokens that the dense model reads again at a renewal, at
+            least 1. These are the latest tokens.
         statistic: the statistic that ranks neurons locally, a key of `statistics.STATISTICS`.
         prior_statistic: the statistic of the prior that ranks neurons. The prior must have it.
         uniform: whether to keep the same share in every FFN, and to ignore the FFNs that the prior
@@ -54,11 +81,13 @@ class GlassConfig:
         ValueError: for the first value that is out of range.
     """
 
-    density: float | Literal["auto"] = 0.5
     max_kl: float | None = None
+    density: float | None = None
+    vocabulary: float | None = None
     prior_weight: float = 0.45
     warmup: int = 16
     refresh: int = 32
+    reread: int = 16
     statistic: str = "griffin"
     prior_statistic: str = "griffin"
     uniform: bool = False
@@ -66,10 +95,10 @@ class GlassConfig:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if self.density != AUTO:
-            if isinstance(self.density, str):
-                raise ValueError(f"the density must be a number or {AUTO!r}, not {self.density!r}")
+        if self.density is not None:
             check_density(self.density)
+        if self.vocabulary is not None:
+            check_vocabulary(self.vocabulary)
         check_prior_weight(self.prior_weight)
         if self.statistic not in STATISTICS:
             raise ValueError(f"statistic {self.statistic!r} is not one of {', '.join(STATISTICS)}")
@@ -79,17 +108,34 @@ class GlassConfig:
             raise ValueError(
                 f"the refresh must be at least 2 tokens, or 0 for never, not {self.refresh}"
             )
+        if self.reread < 1:
+            raise ValueError(f"at least 1 token must be read again, not {self.reread}")
         if self.down_policy not in DOWN_POLICIES:
             raise ValueError(
                 f"down policy {self.down_policy!r} is not one of {', '.join(DOWN_POLICIES)}"
             )
-        if (self.density == AUTO) != (self.max_kl is not None):
-            raise ValueError(
-                "the density auto and a bound on KL (--max-kl, max_kl) go together; "
-                "give both or none"
-            )
         if self.max_kl is not None:
             check_max_kl(self.max_kl)
+            if not self.has_budget:
+                raise ValueError(
+                    "a bound on KL (--max-kl, max_kl) decides the density and the vocabulary; "
+                    "give either the bound, or density and vocabulary"
+                )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a bound on KL decides how much is kept."""
+        return self.density is None and self.vocabulary is None
+
+    @property
+    def shares(self) -> Shares:
+        """The shares to keep. Without a value they are 1."""
+        return Shares(self.density or 1.0, self.vocabulary or 1.0)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether everything is kept."""
+        return not self.has_budget and self.shares == (1, 1)
 
 
 CONFIG_FIELDS = tuple(f.name for f in fields(GlassConfig))

@@ -8,12 +8,12 @@ from typing import Any
 from glass_mlx.cache_snapshot import CacheSnapshot, masked_as_one_by_one
 from glass_mlx.decoding import Decoder
 from glass_mlx.generation_report import Report, Reporter
-from glass_mlx.models import weight_bytes
-from glass_mlx.renewal import selection_points
+from glass_mlx.renewal import stretches
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
 from glass_mlx.statistics import LocalStatistics
+from glass_mlx.vocabulary import Shortlist
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +41,7 @@ class Generation:
 
     Args:
         session: the dense model's session.
-        selector: chooses the neurons.
+        selector: chooses the neurons and tokens.
         decoder: runs models on the prompt cache.
         statistics: the local statistics, including those of earlier turns of the conversation.
         reload: loads the model once more; see `SlicedModel`.
@@ -57,6 +57,7 @@ class Generation:
     ) -> None:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
+        self._shortlister = selector.shortlister(statistics.vocabulary)
         self._slices = session.sliced_model(selector.config.down_policy, reload)
         self._reporter = Reporter(selector, session.weight_bytes, self._slices.down_policy)
 
@@ -70,7 +71,7 @@ class Generation:
             input_embeddings: (T, hidden size), used as in `mlx_lm.generate.generate_step`.
         """
         decoder, statistics = self._decoder, self._statistics
-        points = selection_points(self._selector.config)
+        config = self._selector.config
 
         # 1) Prefill. The dense model reads the prompt while its FFNs are observed.
         reader = self._session.observed_on_prompt(statistics)
@@ -79,44 +80,53 @@ class Generation:
             reader, prompt, until=1, progress=progress, input_embeddings=input_embeddings
         )
 
-        # 2) Warm-up. The dense model writes the first tokens, which are observed separately.
-        writer = self._session.observed_on_text(statistics)
-        warmup = next(points)
-        if decoder.generated < min(warmup, decoder.limit):
-            yield from self._dense_steps(writer, decoder.last(1), until=warmup)
+        # 2) Warm-up. The dense model writes the first tokens, which are observed separately. A
+        #    first shortlist is only measured on them.
+        self._choose_shortlist()
+        writer = self._session.observed_on_text(statistics, self._shortlister)
+        if decoder.generated < min(config.warmup, decoder.limit):
+            yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
-        while decoder.generated < decoder.limit:
-            # 3) Select neurons from everything that the dense model has read.
+        for _, read_again_from, stop in stretches(config, decoder.limit):
+            # 3) Select neurons and tokens from everything that the dense model has read.
             # 4) Slice their rows and columns into smaller matrices.
             sliced = self._select_and_slice()
 
             # 5) Decode on the slices until the next renewal.
-            renewal, start = next(points, decoder.limit), decoder.generated
-            is_renewed = renewal < decoder.limit
-            snapshot = CacheSnapshot(decoder.cache if is_renewed else [])
-            yield from self._sliced_steps(sliced, until=renewal)
+            yield from self._sliced_steps(sliced, until=read_again_from)
+            snapshot = CacheSnapshot(decoder.cache if stop < decoder.limit else [])
+            yield from self._sliced_steps(sliced, until=stop)
             del sliced  # so that replaced slices can be freed while new ones are made
 
-            # 6) Read again. The dense model reads the tokens that the sliced model generated, which
-            #    corrects the cache and adds to the statistics. It also computes the next token.
-            if is_renewed:
+            # 6) Read again. The dense model reads the latest tokens that the sliced model
+            #    generated, which corrects their entries in the cache and adds to the statistics.
+            #    It also computes the next token.
+            if stop < decoder.limit:
                 snapshot.rewind()
-                yield from self._reread(writer, decoder.generated - start)
+                yield from self._reread(writer, int(stop - read_again_from))
 
     def _select_and_slice(self) -> nn.Module:
         """Choose neurons, bring the slices up to date, and return the sliced model."""
         with self._reporter.timed("select_time"):
             selection = self._selector.select(self._statistics)
             compensation = mean_compensation(self._statistics)
+            shortlist = self._choose_shortlist()
         with self._reporter.timed("slice_time"):
-            self._slices.update(selection, compensation)
+            self._slices.update(selection, compensation, shortlist)
             sliced = self._slices.model
         self._reporter.slices(
             self._slices.selection,
+            shortlist,
             self._selector.prior_weight(self._statistics),
-            weight_bytes(sliced),
+            self._session.bytes_of(sliced),
         )
         return sliced
+
+    def _choose_shortlist(self) -> Shortlist | None:
+        """Choose the tokens whose logits are computed; None for all."""
+        if self._shortlister is None:
+            return None
+        return self._shortlister.choose(self._decoder.tokens)
 
     def _dense_steps(
         self,
@@ -130,6 +140,8 @@ class Generation:
 
         def evaluate(tokens_read: int, total: int) -> None:
             mx.eval(self._statistics.arrays)  # prefill does not evaluate the last FFN's
+            if self._shortlister is not None:
+                mx.eval(self._shortlister.arrays)
             if progress is not None:
                 progress(tokens_read, total)
 
@@ -144,6 +156,8 @@ class Generation:
 
     def _sliced_steps(self, model: nn.Module, until: float) -> Generator[Step, None, None]:
         """Generate with the sliced model, up to a total number of generated tokens."""
+        if self._decoder.generated >= min(until, self._decoder.limit):
+            return
         run = self._decoder.run(model, self._decoder.last(1), until)
         with closing(run):
             for token, logprobs in run:

@@ -32,7 +32,7 @@ from glass_mlx.fidelity.prompts import (
     continue_all,
     read_prompts,
 )
-from glass_mlx.models import check_finite, weight_bytes, with_taps
+from glass_mlx.models import check_finite, with_taps
 from glass_mlx.models.precision import fuse_adapters
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.selection import Selection, Selector, select
@@ -65,7 +65,7 @@ def setup_arg_parser() -> CommandParser:
     parser.add_argument(
         "--density",
         type=float,
-        default=GlassConfig.density,
+        default=0.75,
         help="Share of the feed-forward neurons to keep (%(default)s).",
     )
     parser.add_argument("--tokens", type=int, default=128, help="Tokens per answer (%(default)s).")
@@ -139,7 +139,7 @@ def select_uniformly(
             "exported"
         )
     multiples = dict.fromkeys(session.multiples, max(session.multiples.values()))
-    return select(selector.fuse(statistics), selector.density, multiples)
+    return select(selector.fuse(statistics), selector.config.shares.density, multiples)
 
 
 def _write_answers(
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> str:
     sliced = write_sliced_checkpoint(
         session, tokenizer, model_config, selection, args.output, about, args.trust_remote_code
     )
-    dense_mb, sliced_mb = session.weight_bytes / 1e6, weight_bytes(sliced) / 1e6
+    dense_mb, sliced_mb = session.weight_bytes / 1e6, session.bytes_of(sliced) / 1e6
     kept = len(next(iter(selection.indices.values())))
     return (
         f"Wrote {args.output}: {kept} neurons in each of {len(selection.indices)} feed-forward "

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from glass_mlx.selection import Selection, Selector
+from glass_mlx.vocabulary import Shortlist
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse as DenseResponse
@@ -13,15 +14,16 @@ from mlx_lm.generate import GenerationResponse as DenseResponse
 
 @dataclass(frozen=True)
 class Report:
-    """How the FFNs were sliced in one generation, up to the token that carries the report.
+    """How the model was sliced in one generation, up to the token that carries the report.
 
     Attributes:
         dense: whether the dense model computed this token.
+        max_kl: the bound on KL that decided the shares to keep, in nats per token, or None.
         density: the share of neurons asked for.
-        max_kl: the bound on KL that gave the density "auto", in nats per token, or None.
-        unmeasured: in which conditions this generation differs from the measurement of the bound,
-            or "".
+        vocabulary: the share of the vocabulary asked for.
         density_got: the share of neurons in the slices; 1 before there are slices.
+        vocabulary_got: the share of the vocabulary in the slices; 1 before there are slices.
+        outside: the probability that is expected outside of this share; 0 before there are slices.
         prior_weight: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
         statistic: the statistic that ranks neurons locally.
         prior_statistic: the statistic that ranks neurons in the prior.
@@ -44,10 +46,12 @@ class Report:
     """
 
     dense: bool
-    density: float
     max_kl: float | None
-    unmeasured: str
+    density: float
+    vocabulary: float
     density_got: float
+    vocabulary_got: float
+    outside: float
     prior_weight: float
     statistic: str
     prior_statistic: str
@@ -88,10 +92,12 @@ class Reporter:
         config, prior = selector.config, selector.prior
         self.report = Report(
             dense=True,
-            density=selector.density,
-            max_kl=selector.max_kl,
-            unmeasured=selector.unmeasured,
+            max_kl=selector.budget.max_kl if selector.budget else None,
+            density=config.shares.density,
+            vocabulary=config.shares.vocabulary,
             density_got=1.0,
+            vocabulary_got=1.0,
+            outside=0.0,
             prior_weight=0.0,
             statistic=config.statistic,
             prior_statistic=config.prior_statistic,
@@ -116,11 +122,19 @@ class Reporter:
         )
         return self.report
 
-    def slices(self, selection: Selection, prior_weight: float, sliced_bytes: int) -> None:
+    def slices(
+        self,
+        selection: Selection,
+        shortlist: Shortlist | None,
+        prior_weight: float,
+        sliced_bytes: int,
+    ) -> None:
         """Record new slices."""
         self.report = replace(
             self.report,
             density_got=selection.density,
+            vocabulary_got=shortlist.share if shortlist else 1.0,
+            outside=shortlist.outside if shortlist else 0.0,
             prior_weight=prior_weight,
             selections=self.report.selections + 1,
             sliced_bytes=sliced_bytes,
@@ -148,18 +162,14 @@ def summary(response: GenerationResponse) -> str:
     expectation = ""
     if glass.max_kl is not None:
         expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
-        if glass.unmeasured:
-            expectation = (
-                f"\nGLASS: the KL of this run is not known: the bound {glass.max_kl:g} was "
-                f"measured with {glass.unmeasured}"
-            )
     return (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB\n"
-        f"GLASS: density {glass.density_got:.3f} (asked {glass.density:g}), "
-        f"λ {glass.prior_weight:.2f}, "
+        f"GLASS: density {glass.density_got:.3f} (asked {glass.density:.3g}), "
+        f"vocabulary {glass.vocabulary_got:.3f} (asked {glass.vocabulary:.3g}), probability "
+        f"outside {glass.outside:.4f}, λ {glass.prior_weight:.2f}, "
         f"prior {glass.prior}, weights {glass.dense_bytes / 1e6:.1f} -> "
         f"{glass.sliced_bytes / 1e6:.1f} MB per token\n"
         f"GLASS: {glass.dense_tokens} tokens dense, {glass.reread_tokens} read again in "

@@ -1,6 +1,7 @@
-"""The schedule of selections: one after the warm-up, and one at every renewal."""
+"""The schedule of a generation: stretches that are decoded on slices, and readings in between."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from glass_mlx.config import GlassConfig
 
@@ -9,43 +10,47 @@ from glass_mlx.config import GlassConfig
 _RENEWALS_PER_INTERVAL = 4
 
 
-def selection_points(config: GlassConfig) -> Iterator[int]:
-    """Yield the numbers of generated tokens after which neurons are selected.
+class Stretch(NamedTuple):
+    """A stretch of a generation between two selections, in numbers of generated tokens.
 
-    The first point is the end of the warm-up. Renewals follow at multiples of `refresh`, regardless
-    of the warm-up, and the interval doubles after every fourth renewal.
+    Attributes:
+        start: where neurons are selected and decoding on slices begins.
+        read_again_from: the tokens from here to the stop are read again by the dense model.
+        stop: where decoding on these slices ends.
     """
-    yield config.warmup
-    point, interval = 0, config.refresh
-    while interval and config.density != 1:
-        for _ in range(_RENEWALS_PER_INTERVAL):
-            point += interval
-            if point > config.warmup:
-                yield point
-        interval *= 2
+
+    start: int
+    read_again_from: float
+    stop: float
 
 
-def sliced_stretches(config: GlassConfig, tokens: int) -> list[tuple[int, int]]:
-    """List the stretches of a generation that are decoded on slices.
+def stretches(config: GlassConfig, tokens: float) -> Iterator[Stretch]:
+    """Yield the stretches of a generation that are decoded on slices.
 
-    Between two stretches, when the text is read again, one token is computed densely.
+    The first stretch starts at the end of the warm-up. Renewals follow at multiples of `refresh`,
+    regardless of the warm-up, and the interval doubles after every fourth renewal. Between two
+    stretches, the dense model reads the last tokens again and computes one more token. After the
+    last stretch, nothing is read again.
 
     Args:
         config: the configuration, with its warm-up and refresh.
-        tokens: the number of generated tokens.
-
-    Returns:
-        For each selection, the numbers of generated tokens at which its stretch starts and stops.
+        tokens: the number of tokens to generate, or infinity.
     """
-    points, stretches = selection_points(config), []
-    start = next(points)
+    start, renewals = config.warmup, _renewals(config)
     while start < tokens:
-        stop = min(next(points, tokens), tokens)
-        stretches.append((start, stop))
+        stop = next((point for point in renewals if point > start), None)
+        if stop is None or stop >= tokens:
+            yield Stretch(start, tokens, tokens)
+            return
+        yield Stretch(start, max(start, stop - config.reread), stop)
         start = stop + 1
-    return stretches
 
 
-def all_selection_points(configs: Iterable[GlassConfig], tokens: int) -> list[int]:
-    """List the numbers of generated tokens after which at least one configuration selects."""
-    return sorted({start for config in configs for start, _ in sliced_stretches(config, tokens)})
+def _renewals(config: GlassConfig) -> Iterator[int]:
+    """Yield the numbers of generated tokens after which the selection is renewed."""
+    point, interval = 0, config.refresh
+    while interval and not config.is_dense:
+        for _ in range(_RENEWALS_PER_INTERVAL):
+            point += interval
+            yield point
+        interval *= 2

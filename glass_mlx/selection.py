@@ -1,13 +1,14 @@
-"""How many neurons each FFN keeps, and which: from local statistics and the prior."""
+"""How many neurons and tokens are kept, and which: from local statistics and the prior."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from glass_mlx.budget import Budget
 from glass_mlx.config import GlassConfig, check_density
-from glass_mlx.prior.density_curve import expected_density, unmeasured_conditions
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.statistics import LocalStatistics
+from glass_mlx.vocabulary import Shortlister, VocabularyStatistics
 
 import numpy as np
 
@@ -107,49 +108,59 @@ def jaccard(a: Selection, b: Selection) -> dict[str, float]:
 
 
 class Selector:
-    """The choice of the neurons to keep, from local statistics and a prior.
+    """The choice of the neurons and tokens to keep, from local statistics and a prior.
 
     Args:
         config: how neurons are ranked and how many are kept.
         multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
+        vocabulary_size: the number of rows of the head, or 0 if it cannot be sliced.
         prior: the model's prior, or None to select from the local statistics alone.
-        weights: the number format of the FFNs' weights, for `unmeasured`.
+        budget: how a bound on KL is spent. It is needed if the configuration has no shares.
+        always: tokens that are always kept, such as those that end a text.
 
     Attributes:
-        config: the configuration, with a number in place of the density "auto".
-        density: the share of neurons to keep.
+        config: the configuration, with shares.
         prior: the model's prior, or None.
-        max_kl: the bound that the density "auto" is expected to stay within, or None.
-        unmeasured: the conditions under which this was not measured; see `unmeasured_conditions`.
+        budget: how a bound on KL is spent, or None.
 
     Raises:
-        ValueError: if the prior lacks the statistic that the configuration names, or the density
-            curve that the density "auto" needs.
+        ValueError: if the prior lacks the statistic that the configuration names.
     """
 
     def __init__(
         self,
         config: GlassConfig,
         multiples: Mapping[str, int],
+        vocabulary_size: int,
         prior: GlobalPrior | None,
-        weights: str,
+        budget: Budget | None = None,
+        always: frozenset[int] = frozenset(),
     ) -> None:
         if prior is not None and config.prior_statistic not in prior.scores:
             raise ValueError(
                 f"the prior {prior.source} has no statistic {config.prior_statistic!r}; it has "
                 f"{', '.join(prior.scores)}"
             )
-        self.max_kl, self.unmeasured = config.max_kl, ""
-        if isinstance(config.density, str):
-            assert config.max_kl is not None
-            self.density = expected_density(prior, config.max_kl)
-            assert prior is not None
-            self.unmeasured = unmeasured_conditions(prior, config, weights)
-        else:
-            self.density = config.density
-        self.config, self.prior = replace(config, density=self.density, max_kl=None), prior
-        self._multiples = multiples
+        if config.has_budget and budget is None:
+            raise ValueError("without measured curves, give a density or a share of the vocabulary")
+        self.budget = budget if config.has_budget else None
+        shares = config.shares if self.budget is None else self.budget.shares
+        vocabulary = shares.vocabulary if vocabulary_size else 1.0
+        self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
+        self.prior = prior
+        self._multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
+
+    def shortlister(self, statistics: VocabularyStatistics) -> Shortlister | None:
+        """Return what chooses the shortlists of a generation, or None if the head stays whole."""
+        share = self.config.shares.vocabulary
+        if share == 1:
+            return None
+        prior = None if self.prior is None else self.prior.vocabulary
+        if prior is not None and len(prior) != self._vocabulary_size:
+            prior = None  # the prior of a related model with other tokens
+        bound = None if self.budget is None else self.budget.vocabulary_kl
+        return Shortlister(statistics, share, prior, self._always, bound)
 
     def prior_weight(self, local: LocalStatistics) -> float:
         """Return the λ in use: 1 if at most one token was read, and 0 without a prior."""
@@ -169,4 +180,6 @@ class Selector:
 
     def select(self, local: LocalStatistics) -> Selection:
         """Choose the neurons to keep."""
-        return select(self.fuse(local), self.density, self._multiples, self._kept_dense)
+        return select(
+            self.fuse(local), self.config.shares.density, self._multiples, self._kept_dense
+        )

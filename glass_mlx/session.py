@@ -7,25 +7,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.config import GlassConfig
+from glass_mlx.budget import Budget, spend
+from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig
 from glass_mlx.models import (
     FFN,
     Fingerprint,
+    Head,
+    ObservedLogits,
     base_layer,
     check_tokens,
     find_ffns,
+    find_head,
     named_arrays,
     sample_weights,
     vocabulary_size,
     weight_bytes,
     with_taps,
 )
+from glass_mlx.prior.curves import Curves, conditions
 from glass_mlx.prior.file import FILE_NAME, GlobalPrior, cached_priors, packaged_priors
 from glass_mlx.prior.hub import PREFIX
 from glass_mlx.prior.lookup import find_prior
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.slicing import SlicedModel, slice_model
 from glass_mlx.statistics import STATISTICS, LocalStatistics
+from glass_mlx.vocabulary import Shortlister
 
 import mlx.nn as nn
 
@@ -41,6 +47,7 @@ class _Facts:
 
     Attributes:
         ffns: its FFNs in the order of the layers.
+        head: its head, or None if it cannot be sliced.
         weight_bytes: the bytes of weights that it reads per token.
         vocabulary_size: the number of tokens that it knows.
         latest_prior: the result of the latest search for a prior.
@@ -48,7 +55,8 @@ class _Facts:
 
     def __init__(self, model: nn.Module) -> None:
         self.ffns = find_ffns(model)
-        self.weight_bytes = weight_bytes(model)
+        self.head = find_head(model)
+        self.weight_bytes = weight_bytes(model, self.head)
         self.vocabulary_size = vocabulary_size(model)
         self.latest_prior: _FoundPrior | None = None
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
@@ -119,6 +127,16 @@ class Session:
         return self._facts.ffns
 
     @property
+    def head(self) -> Head | None:
+        """The output head of the model, or None if it cannot be sliced."""
+        return self._facts.head
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of tokens that the model knows."""
+        return self._facts.vocabulary_size
+
+    @property
     def widths(self) -> dict[str, int]:
         """The number of neurons of each FFN, by its path."""
         return {ffn.path: ffn.width for ffn in self.ffns}
@@ -138,6 +156,10 @@ class Session:
         """The bytes of weights that the dense model reads per token."""
         return self._facts.weight_bytes
 
+    def bytes_of(self, model: nn.Module) -> int:
+        """Return the bytes of weights that a sliced model reads per token."""
+        return weight_bytes(model, self.head)
+
     @property
     def weight_format(self) -> str:
         """The number format of the FFNs' weights, such as "4-bit" or "float32"."""
@@ -147,6 +169,13 @@ class Session:
             for layer in layers
         }
         return " and ".join(sorted(formats))
+
+    def conditions(self, config: GlassConfig) -> dict[str, Any]:
+        """Return the conditions on which KL depends in addition to shares; see `conditions`."""
+        weights = self.weight_format
+        if "bit" in weights:
+            weights += f", {self.sliced_model(config.down_policy).down_policy}"
+        return conditions(config, weights)
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
         """Raise ValueError for the first token id that the model does not know."""
@@ -193,9 +222,22 @@ class Session:
         self._facts.latest_prior = _FoundPrior(match, prior, folder, states, tuple(lines))
         return match
 
-    def selector(self, config: GlassConfig, prior: GlobalPrior | None) -> Selector:
+    def selector(
+        self,
+        config: GlassConfig,
+        prior: GlobalPrior | None,
+        budget: Budget | None = None,
+        always: frozenset[int] = frozenset(),
+    ) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""
-        return Selector(config, self.multiples, prior, self.weight_format)
+        size = self.head.size if self.head else 0
+        return Selector(config, self.multiples, size, prior, budget, always)
+
+    def spend(self, config: GlassConfig, curves: Curves) -> Budget:
+        """Return the shares that read the fewest bytes within a configuration's bound on KL."""
+        neuron_bytes = sum(ffn.neuron_bytes(config.down_policy) for ffn in self.ffns)
+        head_bytes = self.head.bytes if self.head else 0
+        return spend(config.max_kl or DEFAULT_MAX_KL, curves, neuron_bytes, head_bytes)
 
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
         """Return local statistics without any tokens; see `LocalStatistics.empty`."""
@@ -205,15 +247,24 @@ class Session:
         """Return the model with its FFNs observed for the statistics of the prompt."""
         return with_taps(self.model, local.prompt.update, max_samples=_MAX_SAMPLES, ffns=self.ffns)
 
-    def observed_on_text(self, local: LocalStatistics) -> nn.Module:
-        """Return the model with its FFNs observed for the statistics of the generated text."""
-        return with_taps(self.model, local.text.update, local.text.update_outputs, ffns=self.ffns)
+    def observed_on_text(
+        self, local: LocalStatistics, shortlister: Shortlister | None = None
+    ) -> nn.Module:
+        """Return the model with its FFNs observed for the statistics of the generated text.
+
+        Args:
+            local: the statistics.
+            shortlister: observes the logits, too.
+        """
+        text = local.text
+        model = with_taps(self.model, text.update, text.update_outputs, ffns=self.ffns)
+        return model if shortlister is None else ObservedLogits(model, shortlister.observe)
 
     def sliced_model(
         self, down_policy: str, reload: Callable[[], nn.Module] | None = None
     ) -> SlicedModel:
         """Return a sliced model that has no slices yet; see `SlicedModel`."""
-        return SlicedModel(self.model, self.ffns, down_policy, reload)
+        return SlicedModel(self.model, self.ffns, down_policy, reload, self.head)
 
     def slice(self, selection: Selection, down_policy: str) -> nn.Module:
         """Return a model that computes only the selected neurons."""

@@ -1,13 +1,23 @@
-"""A model whose FFNs compute only selected neurons, and constants in place of the others."""
+"""A model that computes only selected neurons and logits, with constants for all others."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import cast
 
-from glass_mlx.models import FFN, MeanCompensation, find_ffns, with_modules
+from glass_mlx.models import (
+    FFN,
+    BackedOffModel,
+    Head,
+    MeanCompensation,
+    SlicedHead,
+    find_ffns,
+    with_head,
+    with_modules,
+)
 from glass_mlx.selection import Selection
 from glass_mlx.statistics import MEAN, LocalStatistics
+from glass_mlx.vocabulary import Shortlist
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,7 +54,7 @@ def mean_compensation(local: LocalStatistics) -> dict[str, MeanCompensation]:
 
 
 class SlicedModel:
-    """A model with sliced FFNs. `update` changes its slices in place.
+    """A model with sliced FFNs and a sliced head. `update` changes its slices in place.
 
     There is one set of slices, so that a renewal moves only the neurons that changed. Get `model`
     again after every update, and make a second `SlicedModel` for a second selection.
@@ -55,6 +65,7 @@ class SlicedModel:
         down_policy: a key of `models.DOWN_POLICIES`, for quantized down projections.
         reload: loads the model once more without evaluating its arrays. If it is given, each
             FFN's dense weights are released as soon as its slice exists; see `FFN.release`.
+        head: its head, to slice it by a shortlist.
     """
 
     def __init__(
@@ -63,17 +74,25 @@ class SlicedModel:
         ffns: list[FFN],
         down_policy: str,
         reload: Callable[[], nn.Module] | None = None,
+        head: Head | None = None,
     ) -> None:
-        self._dense, self._ffns = dense, ffns
+        self._dense, self._ffns, self._head = dense, ffns, head
         self._policy, self._reload = down_policy, reload
         # For each FFN, its kept neurons in the slice's order, and its sliced projections.
         self._slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
         self._is_compensated = False
+        self._sliced_head: SlicedHead | None = None
+        self._other_logits = mx.zeros(0)
 
     @property
     def model(self) -> nn.Module:
         """The sliced model after the latest update."""
-        return with_modules(self._dense, {path: parts for path, (_, parts) in self._slices.items()})
+        parts = {path: parts for path, (_, parts) in self._slices.items()}
+        model = with_modules(self._dense, parts)
+        if self._head is None or self._sliced_head is None:
+            return model
+        model = with_head(model, self._head, self._sliced_head)
+        return BackedOffModel(model, self._sliced_head.rows, self._other_logits)
 
     @property
     def down_policy(self) -> str:
@@ -88,7 +107,10 @@ class SlicedModel:
         return Selection(indices, {ffn.path: ffn.width for ffn in self._ffns})
 
     def update(
-        self, selection: Selection, compensation: Mapping[str, MeanCompensation] | None = None
+        self,
+        selection: Selection,
+        compensation: Mapping[str, MeanCompensation] | None = None,
+        shortlist: Shortlist | None = None,
     ) -> None:
         """Bring the slices up to date with a selection.
 
@@ -98,7 +120,9 @@ class SlicedModel:
         Args:
             selection: the neurons to keep.
             compensation: the constants that replace the other neurons, by FFN. Default: zero.
+            shortlist: the tokens whose logits are computed. Default: all.
         """
+        self._slice_head(shortlist)
         compensation = compensation or {}
         fresh = {} if self._reload is None else _reloaded_ffns(self._reload)
         first_compensation = bool(compensation) and not self._is_compensated
@@ -119,6 +143,19 @@ class SlicedModel:
             for ffn in group if fresh else ():
                 if self._slices[ffn.path][1]:
                     ffn.release(fresh[ffn.path])
+
+    def _slice_head(self, shortlist: Shortlist | None) -> None:
+        """Bring the slice of the head up to date."""
+        if shortlist is None or self._head is None:
+            self._sliced_head = None
+            return
+        if self._sliced_head is not None and len(self._sliced_head.rows) == len(shortlist.rows):
+            self._sliced_head.move(shortlist.rows)
+        else:
+            self._sliced_head = None  # frees the previous slice before the new one is made
+            self._sliced_head = self._head.sliced(shortlist.rows)
+        self._other_logits = shortlist.log_odds
+        mx.eval(self._sliced_head.parameters(), self._other_logits)
 
     def _slice(self, ffn: FFN, indices: np.ndarray, always: bool) -> bool:
         """Bring the slice of an FFN up to date, lazily; return whether it changed."""

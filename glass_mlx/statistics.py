@@ -1,8 +1,10 @@
 """How active the neurons of each FFN are: running sums over tokens."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+
+from glass_mlx.vocabulary import VocabularyStatistics
 
 import mlx.core as mx
 import numpy as np
@@ -256,10 +258,12 @@ class LocalStatistics:
     Attributes:
         prompt: statistics of the prompt.
         text: statistics of the generated tokens that the dense model has read.
+        vocabulary: statistics of the predictions after these generated tokens.
     """
 
     prompt: NeuronStatistics
     text: NeuronStatistics
+    vocabulary: VocabularyStatistics = field(default_factory=VocabularyStatistics)
 
     @staticmethod
     def empty(widths: Mapping[str, int], names: Iterable[str] = STATISTICS) -> "LocalStatistics":
@@ -276,12 +280,12 @@ class LocalStatistics:
 
     def copy(self) -> "LocalStatistics":
         """Return a copy that later updates do not change."""
-        return LocalStatistics(self.prompt.copy(), self.text.copy())
+        return LocalStatistics(self.prompt.copy(), self.text.copy(), self.vocabulary.copy())
 
     @property
     def arrays(self) -> list[object]:
         """All sums, for `mx.eval`: prefill does not compute those of the last FFN."""
-        return [self.prompt.sums, self.text.sums, self.text.outputs]
+        return [self.prompt.sums, self.text.sums, self.text.outputs, self.vocabulary.sums]
 
     @property
     def has_enough_text(self) -> bool:

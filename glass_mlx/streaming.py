@@ -7,19 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from glass_mlx.calibration.first_use import find_or_measure_prior
+from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
 from glass_mlx.chat import encode_text
-from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, is_builtin
 from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step
 from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.lookup import model_folder
 from glass_mlx.prompt_cache import PromptCache, check_layers
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.statistics import MIN_GENERATED_TOKENS
+from glass_mlx.vocabulary import biased_tokens
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,10 +47,10 @@ def stream_generate(
     reload: Callable[[], nn.Module] | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
-    """Generate text with the feed-forward neurons that matter for the prompt.
+    """Generate text with the neurons and the vocabulary that matter for the prompt.
 
-    The dense model reads the prompt and computes the first tokens. A model whose FFNs are sliced
-    for this text computes the others. At intervals, the dense model reads the text again, which
+    The dense model reads the prompt and computes the first tokens. A model that is sliced for this
+    text computes the others. At intervals, the dense model reads the latest text again, which
     corrects the cache and renews the slices. The given model's weights do not change.
 
     Args:
@@ -60,8 +59,7 @@ def stream_generate(
         prompt: text, or token ids.
         max_tokens: the maximum number of tokens to generate; -1 for no limit.
         draft_model: must be None; speculative decoding cannot be combined with slicing.
-        config: how to slice. Default: `GlassConfig()`, with a higher density for the built-in
-            model.
+        config: how to slice. Default: `GlassConfig()`.
         prior: a prior, its file or `hub:user/repo`; None to search for it (see `resolve_prior`)
             and to measure a small one if there is none, which shows its progress on standard
             error; False to select neurons from the local statistics alone.
@@ -83,7 +81,7 @@ def stream_generate(
             prior that is damaged, of another model or cannot be measured.
     """
     tokenizer = _wrapped(tokenizer)
-    config = _pop_config(config, kwargs, model_folder(tokenizer))
+    config = _pop_config(config, kwargs)
     check_max_tokens(max_tokens)
     if draft_model is not None:
         raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
@@ -97,27 +95,23 @@ def stream_generate(
     detokenizer = new_detokenizer(tokenizer)
     if prior is not False:
         model_prior = find_or_measure_prior(session, tokenizer, prior, config)
-    selector = session.selector(config, model_prior)
+    biased = biased_tokens(kwargs.get("logits_processors") or ())
+    selector = make_selector(session, tokenizer, model_prior, config, biased)
     kwargs.pop("num_draft_tokens", None)  # mlx-lm ignores it, too, without a draft model
     steps = _steps(session, selector, tokens, max_tokens, reload, **kwargs)
     return _responses(steps, session.model, tokenizer, detokenizer, tokens.size, max_tokens)
 
 
-def _pop_config(
-    config: GlassConfig | None, kwargs: dict[str, Any], folder: Path | None
-) -> GlassConfig:
+def _pop_config(config: GlassConfig | None, kwargs: dict[str, Any]) -> GlassConfig:
     """Take the fields of `GlassConfig` out of keyword arguments, and put them into a config.
 
     Args:
-        config: the configuration to change. Default: the model's default configuration.
+        config: the configuration to change. Default: `GlassConfig()`.
         kwargs: keyword arguments.
-        folder: the model's folder.
     """
     changes = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
     if changes.get("down_policy", "") is None:
         del changes["down_policy"]
-    if config is None and is_builtin(folder):
-        changes.setdefault("density", BUILTIN_DENSITY)
     return replace(config or GlassConfig(), **changes)
 
 

@@ -1,9 +1,10 @@
-"""Find, observe and slice the FFNs of mlx-lm models. Nothing here ranks neurons."""
+"""Find, observe and slice the FFNs and heads of mlx-lm models. Nothing here ranks neurons."""
 
 from .adapters import base_layer
 from .discovery import QUANTIZED_ACTIVATIONS, find_ffns, has_experts
 from .ffn import FFN
 from .fingerprints import Fingerprint, fingerprint, sample_weights
+from .head import BackedOffModel, Head, ObservedLogits, SlicedHead, find_head, with_head
 from .linear import DOWN_POLICIES, MeanCompensation, default_down_policy
 from .modules import layer_order, named_arrays, with_modules
 from .taps import Observer, tap, with_taps
@@ -14,14 +15,19 @@ __all__ = [
     "DOWN_POLICIES",
     "FFN",
     "QUANTIZED_ACTIVATIONS",
+    "BackedOffModel",
     "Fingerprint",
+    "Head",
     "MeanCompensation",
+    "ObservedLogits",
     "Observer",
+    "SlicedHead",
     "base_layer",
     "check_finite",
     "check_tokens",
     "default_down_policy",
     "find_ffns",
+    "find_head",
     "fingerprint",
     "has_experts",
     "layer_order",
@@ -30,6 +36,7 @@ __all__ = [
     "tap",
     "vocabulary_size",
     "weight_bytes",
+    "with_head",
     "with_modules",
     "with_taps",
 ]

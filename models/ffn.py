@@ -15,6 +15,7 @@ import numpy as np
 from .adapters import base_layer
 from .linear import (
     NEURON_MAJOR,
+    SCATTER,
     MeanCompensation,
     NeuronMajorLinear,
     add_mean_compensation,
@@ -27,6 +28,7 @@ from .linear import (
     take_outputs,
     working_policy,
 )
+from .modules import named_arrays
 
 # The rows of m neurons in an expanding projection. Each neuron has one row, or two if gate and up
 # are one matrix: in two halves, or interleaved.
@@ -84,6 +86,13 @@ class FFN:
         if self.layout == "single":
             return "gated" if len(self.expand) == 2 else "plain"
         return f"gate and up in one, {self.layout}"
+
+    def neuron_bytes(self, policy: str) -> int:
+        """Return the bytes of weights of all neurons; without down where its slices save none."""
+        layers = (
+            self.expand.values() if self.down_policy(policy) == SCATTER else self.layers.values()
+        )
+        return sum(array.nbytes for layer in layers for _, array in named_arrays(layer))
 
     def transposed_down(self) -> NeuronMajorLinear:
         """Return the transposed copy of a quantized down projection.

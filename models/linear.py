@@ -270,14 +270,14 @@ def _requantized(layer: nn.QuantizedLinear, indices: np.ndarray) -> nn.Module:
     return _with_arrays(layer, weight=weight, scales=scales, biases=biases[0] if biases else None)
 
 
-NEURON_MAJOR = "neuron-major"
+NEURON_MAJOR, SCATTER = "neuron-major", "scatter"
 
 # How to drop some inputs of a quantized layer. Columns share the scales of their groups, so they
 # cannot be copied unchanged. docs/results.md compares the policies.
 DOWN_POLICIES: dict[str, Callable[[nn.QuantizedLinear, np.ndarray], nn.Module]] = {
     NEURON_MAJOR: lambda layer, indices: take_transposed(layer, indices, NeuronMajorLinear(layer)),
     "requantize": _requantized,
-    "scatter": ScatteredLinear,
+    SCATTER: ScatteredLinear,
 }
 
 

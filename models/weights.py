@@ -5,27 +5,50 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
+from .head import Head, SlicedHead
 from .linear import dense_weight, is_linear, outputs
 from .modules import named_arrays
 
+_ADAPTED_EMBEDDINGS = (LoRAEmbedding, DoRAEmbedding)
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, *_ADAPTED_EMBEDDINGS)
 
-def weight_bytes(model: nn.Module) -> int:
+
+def weight_bytes(model: nn.Module, head: Head | None) -> int:
     """Return the bytes of weights that decoding reads per token.
 
     These are all weights, with their adapters, except embeddings that are only looked up. Every
     expert of a mixture counts, whether or not a token is routed to it.
+
+    Args:
+        model: the model, dense or sliced.
+        head: the dense model's head. Without one, embeddings are taken for looked up if another
+            layer has an output for each token.
     """
-    layers = dict(model.named_modules()).values()
-    heads = {outputs(layer) for layer in layers if is_linear(layer)}
+    layers = [*dict(model.named_modules()).values()]
     total = sum(array.nbytes for _, array in named_arrays(model))
-    for layer in layers:
-        if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) and (
-            layer.weight.shape[0] in heads
-        ):
-            total -= sum(array.nbytes for _, array in named_arrays(layer))
-        if isinstance(layer, (LoRAEmbedding, DoRAEmbedding)) and outputs(layer.embedding) in heads:
-            total -= sum(layer[name].nbytes for name in ("lora_a", "m") if name in layer)
-    return total
+    return total - sum(map(_looked_up_bytes, _looked_up(layers, head)))
+
+
+def _looked_up(layers: list[nn.Module], head: Head | None) -> list[nn.Module]:
+    """Return the embeddings that compute no logits."""
+    embeddings = [layer for layer in layers if isinstance(layer, _EMBEDDINGS)]
+    if head is None:
+        sizes = {outputs(layer) for layer in layers if is_linear(layer)}
+        return [layer for layer in embeddings if _base(layer).weight.shape[0] in sizes]
+    heads = [layer.slice for layer in layers if isinstance(layer, SlicedHead)] + [head.layer]
+    return [layer for layer in embeddings if not any(layer is other for other in heads)]
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    """Return the embedding below an adapter, or the embedding itself."""
+    return layer.embedding if isinstance(layer, _ADAPTED_EMBEDDINGS) else layer
+
+
+def _looked_up_bytes(layer: nn.Module) -> int:
+    """Return the bytes of an embedding of which a token needs one row."""
+    if isinstance(layer, _ADAPTED_EMBEDDINGS):  # the embedding below is counted by itself
+        return sum(layer[name].nbytes for name in ("lora_a", "m") if name in layer)
+    return sum(array.nbytes for _, array in named_arrays(layer))
 
 
 def check_finite(model: nn.Module) -> None:

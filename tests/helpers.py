@@ -3,9 +3,11 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.config import GlassConfig
 from glass_mlx.models import (
     DOWN_POLICIES,
     FFN,
@@ -19,6 +21,7 @@ from glass_mlx.models.architectures import configuration, tiny_model
 from glass_mlx.models.ffn import LAYOUTS
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.selection import Selection
+from glass_mlx.session import Session
 from glass_mlx.slicing import SlicedModel, slice_model
 from glass_mlx.statistics import STATISTICS, LocalStatistics, NeuronStatistics
 
@@ -34,6 +37,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+# A fast subset of the architectures. It covers plain, gated and fused FFNs, experts, windows and
+# recurrent states.
+FAST = ("llama", "gpt2", "phi3", "deepseek_v3", "gemma3_text", "falcon_h1")
 
 # Quantization mode, group size, bits.
 QUANTIZATION_MODES = [
@@ -265,7 +272,25 @@ def made_prior(model: nn.Module, seed: int = 0) -> GlobalPrior:
     )
     by_statistic = {"activation": scores, "griffin": {path: v**2 for path, v in scores.items()}}
     spreads = dict.fromkeys(by_statistic, spread)
-    return GlobalPrior(by_statistic, fingerprint(model), {"model": "tiny"}, spreads)
+    size = int(model(mx.array([[0]])).shape[-1])
+    vocabulary = generator.random(size, np.float32) / size
+    return GlobalPrior(by_statistic, fingerprint(model), {"model": "tiny"}, spreads, vocabulary)
+
+
+def curve_record(model: nn.Module, config: GlassConfig | None = None) -> dict[str, Any]:
+    """Return a record of curves, measured under the conditions of a configuration."""
+    return {
+        "density": {"shares": [0.25, 0.5, 0.75], "kl": [2.0, 0.5, 0.1]},
+        "vocabulary": {"shares": [0.25, 0.5], "kl": [0.2, 0.05]},
+        "conditions": Session(model).conditions(config or GlassConfig()),
+        "tokens": 100,
+    }
+
+
+def prior_with_curves(model: nn.Module, config: GlassConfig | None = None) -> GlobalPrior:
+    """Return a prior with random scores, and with curves."""
+    prior = made_prior(model)
+    return replace(prior, about=prior.about | {"curves": [curve_record(model, config)]})
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.calibration.curve import READINGS_PER_TEXT, measure_curve
+from glass_mlx.calibration.curves import CurveMeasurement, CurveSettings, count_readings
 from glass_mlx.calibration.mixture import MeasuredRecipe, Mixture
 from glass_mlx.calibration.moments import SequenceMoments
 from glass_mlx.calibration.resume import restore_checkpoint, save_checkpoint
@@ -61,8 +61,8 @@ class CalibrationSettings:
         until_stable: stop before `tokens` once `calibration.stability.overall_stability` of the two
             halves of the sequences reaches this value.
         corpus_field: the field of a JSONL corpus that holds the text.
-        curve_texts: the number of texts for the model's density curve (`calibration.curve`); 0 for
-            no curve. A prior without the statistic that decoding ranks by has no curve.
+        curve_texts: the maximum number of texts for the model's curves (`calibration.curves`); 0
+            for no curves. A prior without the statistic that decoding ranks by has no curves.
 
     Raises:
         ValueError: for the first value that is out of range.
@@ -78,7 +78,7 @@ class CalibrationSettings:
     seed: int = 0
     until_stable: float | None = None
     corpus_field: str = "text"
-    curve_texts: int = 16
+    curve_texts: int = CurveSettings.texts
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -95,7 +95,7 @@ class CalibrationSettings:
             )
         if self.curve_texts < 0:
             raise ValueError(
-                f"the number of texts for the curve must not be negative, but is {self.curve_texts}"
+                f"the number of texts for curves must not be negative, but is {self.curve_texts}"
             )
         check_seed(self.seed)
         if self.until_stable is not None and not 0 < self.until_stable < 1:
@@ -143,8 +143,14 @@ def build(
         prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)
         prior.save(output)
         if partial is not None:
-            partial.unlink(missing_ok=True)
+            for file in (partial, _curves_file(partial)):
+                file.unlink(missing_ok=True)
     return prior
+
+
+def _curves_file(checkpoint: Path) -> Path:
+    """Return the file beside a checkpoint that holds the texts and results of the curves."""
+    return checkpoint.with_name(f"{checkpoint.name}.curves")
 
 
 def calibrate(
@@ -195,7 +201,8 @@ def calibrate(
     stability = _measure_mixture(session, tokenizer, mixture, settings, save, report)
     prior = _make_prior(mixture, weights, about | {"stability": stability})
     if settings.curve_texts and GlassConfig.prior_statistic in settings.statistics:
-        prior = _with_curve(model, tokenizer, prior, settings)
+        partial = None if checkpoint is None else _curves_file(checkpoint)
+        prior = _with_curves(session, tokenizer, prior, settings, partial, identity)
     return prior
 
 
@@ -207,7 +214,7 @@ def _start_mixture(
         MeasuredRecipe(
             recipe,
             recipe.identity(),
-            SequenceMoments(session.widths, settings.statistics),
+            SequenceMoments(session.widths, settings.statistics, session.vocabulary_size),
             chat_frame(tokenizer) if recipe.kind == "chat" else None,
         )
         for recipe in settings.recipes or default_recipes(tokenizer)
@@ -371,31 +378,38 @@ def _make_prior(mixture: Mixture, weights: Fingerprint, about: dict[str, Any]) -
         }
         for values in (mixture.mean, mixture.spread)
     )
-    return GlobalPrior(scores, weights, about, spread)
+    return GlobalPrior(scores, weights, about, spread, mixture.vocabulary.astype(np.float32))
 
 
-def _with_curve(
-    model: nn.Module, tokenizer: TokenizerWrapper, prior: GlobalPrior, settings: CalibrationSettings
+def _with_curves(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior,
+    settings: CalibrationSettings,
+    partial: Path | None,
+    identity: str,
 ) -> GlobalPrior:
-    """Return the prior with a density curve, or unchanged if the model writes no suitable text."""
+    """Return the prior with curves, or unchanged if the model writes no suitable text.
+
+    Args:
+        session: the dense model's session.
+        tokenizer: its tokenizer.
+        prior: the prior.
+        settings: how to measure.
+        partial: the file for the results so far; see `CurveMeasurement`.
+        identity: everything that the prior depends on, as text.
+    """
+    texts = CurveSettings(settings.curve_texts, seed=settings.seed)
     with (
-        tqdm(
-            total=READINGS_PER_TEXT * settings.curve_texts, desc="density curve", unit="read"
-        ) as bar,
-        wired_limit(model, [generation_stream]),  # type: ignore[list-item]
+        tqdm(total=count_readings(texts.texts), desc="curves", unit="read") as bar,
+        wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
     ):
         try:
-            curve = measure_curve(
-                model,
-                tokenizer,
-                prior,
-                settings.curve_texts,
-                settings.length,
-                settings.batch_size,
-                settings.seed,
-                bar.update,
-            )
+            measurement = CurveMeasurement(session, tokenizer, texts, partial, identity, bar.update)
         except ValueError as error:
-            bar.write(f"no density curve: {error}", file=sys.stderr)
+            bar.write(f"no curves: {error}", file=sys.stderr)
             return prior
-    return replace(prior, about=prior.about | curve)
+        about = prior.about | {"whole": measurement.choose_kept_dense(prior)}
+        prior = replace(prior, about=about)
+        curves = measurement.measure(prior, GlassConfig())
+    return replace(prior, about=about | {"curves": [curves]})

@@ -1,26 +1,39 @@
-"""Measure a small prior when a model without one is used for the first time."""
+"""Measure what is missing when a model is used for the first time: a small prior, and its curves.
 
+Both are kept in the user's cache.
+"""
+
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from glass_mlx.budget import Budget
 from glass_mlx.calibration.building import CalibrationSettings, build
+from glass_mlx.calibration.curves import CurveMeasurement, CurveSettings
 from glass_mlx.calibration.resume import StaleCheckpointError
 from glass_mlx.checkpoints.loading import model_name
-from glass_mlx.config import AUTO, GlassConfig
+from glass_mlx.config import GlassConfig
 from glass_mlx.errors import one_line
-from glass_mlx.files import LockedError, is_locked
+from glass_mlx.files import LockedError, is_locked, locked, write_text
+from glass_mlx.prior.curves import Curves
 from glass_mlx.prior.file import GlobalPrior, cache_name, cached_priors
 from glass_mlx.prior.lookup import NoPriorError, folder_address, model_folder
+from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.statistics import STATISTICS
+from glass_mlx.vocabulary import always_kept
 
+from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
 
 # A prior of two thousand tokens is nearly as good as a large one (docs/experiments.md).
-SMALL = CalibrationSettings(sequences=24, length=128, batch_size=12, curve_texts=0)
+SMALL = CalibrationSettings(sequences=24, length=128, batch_size=12, curve_texts=6)
 
 _FAILED = "no prior can be measured for this model"
 _ALTERNATIVE = "select neurons from the prompt alone with --no-prior, or in Python with prior=False"
@@ -44,7 +57,7 @@ def find_or_measure_prior(
         tokenizer: its tokenizer.
         prior: see `Session.find_prior`.
         config: how the model will be sliced. The prior gets the statistic that it ranks by and,
-            for the density auto, a density curve. Default: `GlassConfig()`.
+            for a bound on KL, curves. Default: `GlassConfig()`.
         model: the model's hub id or path. Default: where the tokenizer was loaded from.
         report: called with a line for each place that was searched.
 
@@ -90,7 +103,7 @@ def _settings(config: GlassConfig) -> CalibrationSettings:
     return replace(
         SMALL,
         statistics=tuple(dict.fromkeys((*STATISTICS, config.prior_statistic))),
-        curve_texts=CalibrationSettings.curve_texts if config.density == AUTO else 0,
+        curve_texts=SMALL.curve_texts if config.has_budget else 0,
     )
 
 
@@ -107,3 +120,107 @@ def _measure(
     except StaleCheckpointError as error:  # of other settings or versions: of no use any more
         error.file.unlink(missing_ok=True)
         build(session.model, tokenizer, file, settings, name)
+
+
+def make_selector(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior | None,
+    config: GlassConfig,
+    always: frozenset[int] = frozenset(),
+) -> Selector:
+    """Return the selector of a generation; see `find_or_measure_budget` for a bound on KL.
+
+    Args:
+        session: the model's session.
+        tokenizer: its tokenizer, whose special tokens are always kept.
+        prior: its prior, or None if there is none.
+        config: how the model will be sliced.
+        always: further tokens that are always kept.
+    """
+    budget = None
+    if config.has_budget:
+        budget = find_or_measure_budget(session, tokenizer, prior, config)
+    return session.selector(config, prior, budget, always | always_kept(tokenizer))
+
+
+def find_or_measure_budget(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior | None,
+    config: GlassConfig,
+) -> Budget:
+    """Return how a model's bound on KL is spent; if its curves are not known, measure them.
+
+    Curves hold for a prior, a number format and settings. Those that the prior does not have are
+    kept in the user's cache. The measurement shows its progress on standard error. It can be
+    interrupted, and continues at the next use.
+
+    Args:
+        session: the model's session.
+        tokenizer: its tokenizer.
+        prior: its prior, or None if there is none.
+        config: how the model will be sliced, with a bound on KL.
+
+    Raises:
+        OSError: if the user's cache cannot be written.
+        ValueError: if the curves cannot be measured.
+    """
+    conditions = session.conditions(config)
+    curves = None if prior is None else prior.curves(conditions)
+    if curves is None:
+        curves = _cached_curves(session, tokenizer, prior, config, conditions)
+    return session.spend(config, curves)
+
+
+def _cached_curves(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior | None,
+    config: GlassConfig,
+    conditions: dict[str, Any],
+) -> Curves:
+    """Read curves from the user's cache, or measure them and keep them there."""
+    key = [conditions, None if prior is None else prior.digest]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    file = (
+        cached_priors().with_name("curves") / f"{cache_name('', session.fingerprint)}-{digest}.json"
+    )
+    if (curves := _read_curves(file, conditions)) is not None:
+        return curves
+    print(
+        "curves: what slicing costs is not known yet for this model with these settings. Measuring "
+        f"it once, into {file} (to choose by hand: --density, --vocabulary)",
+        file=sys.stderr,
+    )
+    settings = CurveSettings()
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with (
+            locked(file, waiting="curves: waiting for another process that measures them"),
+            tqdm(total=settings.texts, desc="curves", unit="text") as bar,
+            wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
+        ):
+            if (curves := _read_curves(file, conditions)) is not None:
+                return curves  # another process measured them meanwhile
+            measurement = CurveMeasurement(
+                session, tokenizer, settings, partial, digest, bar.update
+            )
+            record = measurement.measure(prior, config)
+            write_text(file, json.dumps(record))
+            partial.unlink(missing_ok=True)
+    except ValueError as error:
+        raise ValueError(
+            f"what slicing costs cannot be measured for this model: {one_line(error)}; give "
+            "--density or --vocabulary (density=, vocabulary=)"
+        ) from error
+    return Curves.parse(record)
+
+
+def _read_curves(file: Path, conditions: dict[str, Any]) -> Curves | None:
+    """Read curves, or return None if the file is missing, damaged or of other conditions."""
+    try:
+        record = json.loads(file.read_text())
+        return Curves.parse(record) if record["conditions"] == conditions else None
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return None

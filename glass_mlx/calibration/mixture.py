@@ -82,6 +82,12 @@ class Mixture:
         spread: np.ndarray = np.sqrt(self._average(variances))
         return spread
 
+    @property
+    def vocabulary(self) -> np.ndarray:
+        """The weighted mean flattened prediction of each token, (V,) float64."""
+        means = [recipe.moments.vocabulary / recipe.moments.tokens for recipe in self.recipes]
+        return self._average(means)
+
     def _average(self, values: list[np.ndarray]) -> np.ndarray:
         """Return the mean over recipes, weighted by the recipes' weights."""
         weights = [recipe.recipe.weight for recipe in self.recipes]

@@ -17,26 +17,34 @@ class SequenceMoments:
     Args:
         widths: the number of neurons m of each FFN, by its path in the model.
         names: the statistics to keep.
+        vocabulary_size: the number of the model's tokens V.
 
     Attributes:
         sums: (2, 2, m) float64 by statistic and FFN: for each half, the sum of the scores and the
             sum of their squares.
+        vocabulary: (V,) float64, the sum of flattened predictions; see `VocabularyStatistics`.
         sequences: (2,) int64, the number of sequences in each half.
         tokens: the number of tokens in all sequences.
     """
 
-    def __init__(self, widths: Mapping[str, int], names: tuple[str, ...]) -> None:
+    def __init__(
+        self, widths: Mapping[str, int], names: tuple[str, ...], vocabulary_size: int
+    ) -> None:
         self.sums = {
             name: {path: np.zeros((2, 2, m)) for path, m in widths.items()} for name in names
         }
+        self.vocabulary = np.zeros(vocabulary_size)
         self.sequences = np.zeros(2, np.int64)
         self.tokens = 0
 
-    def add(self, scores: Mapping[str, Mapping[str, np.ndarray]], tokens: int) -> None:
+    def add(
+        self, scores: Mapping[str, Mapping[str, np.ndarray]], vocabulary: np.ndarray, tokens: int
+    ) -> None:
         """Add a batch of sequences.
 
         Args:
             scores: (S, m) scores of S sequences, by statistic and FFN.
+            vocabulary: (V,) the sum of flattened predictions.
             tokens: the number of tokens that the scores are measured on.
         """
         first_half = int(self.sequences.sum()) % 2
@@ -48,6 +56,7 @@ class SequenceMoments:
                     total[half] += half_values.sum(0), np.square(half_values).sum(0)
         count = len(values)
         self.sequences += [(count + 1 - (half ^ first_half)) // 2 for half in (0, 1)]
+        self.vocabulary += vocabulary
         self.tokens += tokens
 
     def mean(self, name: str, path: str, half: Half | None = None) -> np.ndarray:
@@ -77,7 +86,8 @@ class SequenceMoments:
             for name, totals in self.sums.items()
             for path, total in totals.items()
         }
-        return sums | {"sequences": self.sequences, "tokens": np.array([self.tokens])}
+        counts = {"sequences": self.sequences, "tokens": np.array([self.tokens])}
+        return sums | counts | {"vocabulary": self.vocabulary}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from a `state` of the same FFNs and statistics."""
@@ -85,3 +95,4 @@ class SequenceMoments:
             for path in totals:
                 totals[path] = state[f"{path}.{name}"].copy()
         self.sequences, self.tokens = state["sequences"].copy(), int(state["tokens"][0])
+        self.vocabulary = state["vocabulary"].copy()

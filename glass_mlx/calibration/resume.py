@@ -9,7 +9,7 @@ from glass_mlx.files import read_tensors, write_tensors
 
 import numpy as np
 
-FORMAT = "glass-calibration-1"
+FORMAT = "glass-calibration-2"
 
 
 class StaleCheckpointError(ValueError):

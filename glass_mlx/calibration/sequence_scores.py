@@ -6,6 +6,7 @@ from glass_mlx.calibration.texts import Sequence, pad
 from glass_mlx.models import check_finite, with_taps
 from glass_mlx.session import Session
 from glass_mlx.statistics import IMPACT, STATISTICS, NeuronStatistics
+from glass_mlx.vocabulary import flattened
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +14,8 @@ import numpy as np
 # Scores by statistic and FFN path, (S, m) for S sequences.
 Scores = dict[str, dict[str, np.ndarray]]
 
-# The maximum number of tokens read at once, which bounds the memory for reading.
-_MAX_READ_TOKENS = 2048
+# Bounds of the number of tokens and of logits that are read at once, and so of the memory.
+_MAX_READ_TOKENS, _MAX_LOGITS = 2048, 2**26
 
 
 def measure_sequences(
@@ -35,36 +36,43 @@ def measure_sequences(
         ValueError: if the model has weights, or computes values, that are not finite.
     """
     streaming = tuple(name for name in statistics if name in STATISTICS)
-    group_size = max(1, _MAX_READ_TOKENS // max(len(sequence.tokens) for sequence in sequences))
+    max_tokens = min(_MAX_READ_TOKENS, _MAX_LOGITS // len(moments.vocabulary))
+    group_size = max(1, max_tokens // max(len(sequence.tokens) for sequence in sequences))
     for start in range(0, len(sequences), group_size):
         group = sequences[start : start + group_size]
-        scores = _streaming_scores(session, group, streaming) if streaming else {}
+        scores, vocabulary = _streaming_scores(session, group, streaming)
         if IMPACT in statistics:
             scores[IMPACT] = _impact_scores(session, group)
-        if not all(np.isfinite(v).all() for values in scores.values() for v in values.values()):
+        arrays = [vocabulary, *(v for values in scores.values() for v in values.values())]
+        if not all(np.isfinite(array).all() for array in arrays):
             check_finite(session.model)
             raise ValueError(
                 "the model's activations or gradients are not finite in this precision; try "
                 "another one with --dtype"
             )
-        moments.add(scores, sum(sum(sequence.mask) for sequence in group))
+        moments.add(scores, vocabulary, sum(sum(sequence.mask) for sequence in group))
 
 
 def _streaming_scores(
     session: Session, sequences: list[Sequence], statistics: tuple[str, ...]
-) -> Scores:
-    """Measure statistics of the hidden vectors in one forward pass over padded sequences."""
+) -> tuple[Scores, np.ndarray]:
+    """Measure hidden vectors and predictions in one forward pass over padded sequences.
+
+    Returns:
+        The scores, and the sum of flattened predictions (V,); see `VocabularyStatistics`.
+    """
     tokens, mask = pad(sequences)
     running = NeuronStatistics(session.widths, statistics, len(sequences))
 
     def observe(path: str, hidden: mx.array) -> mx.array:
         return running.update(path, hidden, mask)
 
-    with_taps(session.model, observe, ffns=session.ffns)(tokens)
-    mx.eval(running.sums)
+    logits = with_taps(session.model, observe, ffns=session.ffns)(tokens)
+    vocabulary = (flattened(logits) * mx.array(mask)[..., None]).sum((0, 1))
+    mx.eval(running.sums, vocabulary)
     if running.tokens == 0:
         raise ValueError("this model does not run the modules that it exposes")
-    return {name: running.sequence_scores(name) for name in statistics}
+    return {name: running.sequence_scores(name) for name in statistics}, np.array(vocabulary)
 
 
 def _impact_scores(session: Session, sequences: list[Sequence]) -> dict[str, np.ndarray]:

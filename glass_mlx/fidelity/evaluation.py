@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.chat import Messages
-from glass_mlx.fidelity.methods import Evaluation
+from glass_mlx.fidelity.methods import Evaluation, Setting
 from glass_mlx.fidelity.prompts import Continuation, WritingSettings, continue_prompts
 from glass_mlx.fidelity.report import Outcome
 from glass_mlx.fidelity.tasks import Sample
@@ -20,7 +20,7 @@ from glass_mlx.session import Session
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-Outcomes = dict[tuple[str, float], list[Outcome]]
+Outcomes = dict[tuple[str, Setting], list[Outcome]]
 
 
 def cached_continuations(
@@ -66,16 +66,13 @@ def evaluation_digest(
         samples: its texts.
         about: a description of the conditions.
     """
-    scores = [
-        values.tobytes() for group in evaluation.prior.scores.values() for values in group.values()
-    ]
     identity = [
         about,
-        evaluation.densities,
+        evaluation.settings,
         {name: asdict(config) for name, config in evaluation.configs.items()},
         [asdict(sample.text) for sample in samples],
         cache_name("", evaluation.session.fingerprint),
-        hashlib.sha256(b"".join(scores)).hexdigest(),
+        evaluation.prior.digest,
     ]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -111,8 +108,8 @@ def evaluate(
             if partial:
                 with partial.open("a") as file:
                     file.write(json.dumps(record) + "\n")
-        for method, density, outcome in record:
-            outcomes.setdefault((method, density), []).append(Outcome(**outcome))
+        for method, setting, outcome in record:
+            outcomes.setdefault((method, Setting(*setting)), []).append(Outcome(**outcome))
     return outcomes
 
 

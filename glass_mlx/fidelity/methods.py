@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.report import Outcome
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
@@ -11,12 +12,12 @@ from glass_mlx.fidelity.tasks import Sample
 from glass_mlx.models import FFN
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.renewal import all_selection_points
 from glass_mlx.selection import Selection, select
 from glass_mlx.session import Session
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 Options = dict[str, Any]
 
@@ -70,21 +71,30 @@ def choose_methods(
     return methods
 
 
+class Setting(NamedTuple):
+    """How much of a model is kept: a bound on KL, or shares; see `GlassConfig`."""
+
+    max_kl: float | None = None
+    density: float | None = None
+    vocabulary: float | None = None
+
+
 class Evaluation:
     """Scores methods on texts.
 
     Args:
         session: the dense model's session.
+        tokenizer: its tokenizer.
         prior: its prior.
         methods: options of `GlassConfig`, by the name of the method.
-        densities: the densities to score every method at.
+        settings: the settings to score every method at.
         seed: the seed of random selections.
 
     Attributes:
         session: the dense model's session.
         prior: its prior.
-        densities: the densities to score every method at.
-        configs: the configuration of each method, with the default density.
+        settings: the settings to score every method at.
+        configs: the configuration of each method, without a setting.
 
     Raises:
         ValueError: if a configuration is not valid, or the prior lacks one of its statistics.
@@ -93,49 +103,55 @@ class Evaluation:
     def __init__(
         self,
         session: Session,
+        tokenizer: TokenizerWrapper,
         prior: GlobalPrior,
         methods: Mapping[str, Options],
-        densities: Sequence[float],
+        settings: Sequence[Setting],
         seed: int,
     ) -> None:
-        self.session, self.prior, self.densities, self._seed = session, prior, densities, seed
+        self.session, self.prior, self.settings, self._seed = session, prior, settings, seed
         self.configs = {name: GlassConfig(**options) for name, options in methods.items()}
         self._selectors = {
-            (name, density): session.selector(replace(config, density=density), prior)
+            (name, setting): make_selector(
+                session, tokenizer, prior, replace(config, **setting._asdict())
+            )
             for name, config in self.configs.items()
-            for density in densities
+            if name != DENSE
+            for setting in settings
         }
         self._magnitudes = weight_magnitudes(session.ffns) if "magnitude" in methods else {}
 
-    def score(self, sample: Sample, number: int) -> dict[tuple[str, float], Outcome]:
-        """Score every method at every density on one text.
+    def score(self, sample: Sample, number: int) -> dict[tuple[str, Setting], Outcome]:
+        """Score every method at every setting on one text.
 
         Args:
             sample: the text.
             number: its number, which the random selection depends on.
         """
-        sliced_configs = [config for name, config in self.configs.items() if name != DENSE]
-        points = all_selection_points(sliced_configs, len(sample.text.written))
+        warmups = {config.warmup for name, config in self.configs.items() if name != DENSE}
+        points = [n for n in sorted(warmups) if n < len(sample.text.written)]
         reading = DenseReading(self.session, sample.text, points)
-        outcomes = {}
-        for density in self.densities:
-            oracle = self._select(reading.oracle.scores("activation"), density)
-            for name in self.configs:
-                scores = self._score_method(name, density, reading, number)
-                outcomes[name, density] = Outcome.of(scores, oracle, sample.answers)
-        return outcomes
+        return {
+            (name, setting): self._score_method(name, setting, reading, sample, number)
+            for setting in self.settings
+            for name in self.configs
+        }
 
     def _score_method(
-        self, name: str, density: float, reading: DenseReading, number: int
-    ) -> Scores:
+        self, name: str, setting: Setting, reading: DenseReading, sample: Sample, number: int
+    ) -> Outcome:
         if name == DENSE:
-            return Scores.exact(reading)
-        selector = self._selectors[name, density]
+            return Outcome.of(Scores.exact(reading), None, sample.answers)
+        selector = self._selectors[name, setting]
+        density = selector.config.shares.density
         ranking = self._fixed_ranking(name, selector.config.statistic, reading, number)
         if ranking is None:
-            return score(reading, selector)
-        selection = self._select(ranking, density)
-        return score(reading, selector, lambda local: selection)
+            scores = score(reading, selector)
+        else:
+            selection = self._select(ranking, density)
+            scores = score(reading, selector, lambda local: selection)
+        oracle = self._select(reading.oracle.scores("activation"), density)
+        return Outcome.of(scores, oracle, sample.answers)
 
     def _fixed_ranking(
         self, name: str, statistic: str, reading: DenseReading, number: int

@@ -1,6 +1,6 @@
 """Summarize scores of single prompts as figures with intervals, and format these as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,10 @@ class Outcome:
         dense: number of generated tokens that are computed densely.
         reread: number of generated tokens that are read again.
         density: share of neurons in the slices, or None if all tokens are computed densely.
+        vocabulary: share of the vocabulary in the slices, or None likewise.
+        sliced_bytes: bytes of weights that a sliced token reads, over the dense model's, or None
+            likewise.
+        run_bytes: the same, averaged over all tokens, with dense tokens and readings.
         jaccard: agreement with the oracle's selection, one value per FFN. Empty if all tokens are
             computed densely.
     """
@@ -42,19 +46,28 @@ class Outcome:
     dense: int
     reread: int
     density: float | None
+    vocabulary: float | None
+    sliced_bytes: float | None
+    run_bytes: float
     jaccard: list[float]
 
     @staticmethod
-    def of(scores: Scores, oracle: Selection, answers: Sequence[tuple[int, int]] = ()) -> "Outcome":
+    def of(
+        scores: Scores, oracle: Selection | None, answers: Sequence[tuple[int, int]] = ()
+    ) -> "Outcome":
         """Condense the scores of a method on one text.
 
         Args:
             scores: the scores.
-            oracle: the selection to compare the method's selections with.
+            oracle: the selection to compare the method's selections with, if there are any.
             answers: the ranges of scored tokens that hold an answer.
         """
         selections = [*scores.selections.values()]
-        agreement = [[*jaccard(selection, oracle).values()] for selection in selections]
+        vocabulary = [scores.vocabulary.get(start, 1.0) for start in scores.selections]
+        sliced = ~scores.dense
+        agreement = [
+            [*jaccard(selection, oracle).values()] for selection in selections if oracle is not None
+        ]
         return Outcome(
             kl=[round(float(value), 6) for value in scores.kl],
             nll=[round(float(value), 6) for value in scores.nll],
@@ -63,6 +76,9 @@ class Outcome:
             dense=int(scores.dense.sum()) + 1,
             reread=scores.reread,
             density=float(np.mean([s.density for s in selections])) if selections else None,
+            vocabulary=float(np.mean(vocabulary)) if selections else None,
+            sliced_bytes=float(scores.bytes[sliced].mean()) if sliced.any() else None,
+            run_bytes=float(scores.bytes.mean()),
             jaccard=np.mean(agreement, axis=0).tolist() if selections else [],
         )
 
@@ -126,7 +142,10 @@ def _means(outcomes: Sequence[Outcome], estimate: _Estimate) -> dict[str, Any]:
     lengths = [len(o.kl) for o in outcomes]
     generated = sum(o.generated for o in outcomes)
     return {
-        "density_got": float(np.mean([o.density for o in sliced])) if sliced else 1.0,
+        "density_got": _mean(o.density for o in outcomes),
+        "vocabulary_got": _mean(o.vocabulary for o in outcomes),
+        "bytes_share": _mean(o.sliced_bytes for o in outcomes),
+        "run_share": float(np.average([o.run_bytes for o in outcomes], weights=lengths)),
         "perplexity": estimate.perplexity,
         "perplexity_95": _interval(estimate.perplexity_resamples),
         "kl": estimate.kl,
@@ -139,6 +158,12 @@ def _means(outcomes: Sequence[Outcome], estimate: _Estimate) -> dict[str, Any]:
         "dense_share": sum(o.dense for o in outcomes) / generated,
         "reread_share": sum(o.reread for o in outcomes) / generated,
     }
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Return the mean of the values that are not None, or 1 if there are none."""
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else 1.0
 
 
 def _curves(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
@@ -167,7 +192,11 @@ def _changes(estimate: _Estimate, baseline: _Estimate) -> dict[str, Any]:
 
 # Headings of the table, and the figures below them.
 _COLUMNS = {
-    "density": "density",
+    "max KL": "max_kl",
+    "density": "density_got",
+    "vocabulary": "vocabulary_got",
+    "bytes": "bytes_share",
+    "run": "run_share",
     "method": "method",
     "KL": "kl",
     "± 95 %": "kl_95",
@@ -195,12 +224,16 @@ def _cell(key: str, value: Any) -> str:
         return " to ".join(f"{100 * v:+.1f}" for v in values) + " %"
     if isinstance(value, str):
         return value
-    return f"{value:g}" if key == "density" else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+    return f"{value:g}" if key == "max_kl" else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
 
 
 def format_table(rows: Sequence[dict[str, Any]], markdown: bool) -> str:
     """Format the rows as a table, in Markdown or plainly for a screen."""
-    columns = {title: key for title, key in _COLUMNS.items() if any(key in row for row in rows)}
+    columns = {
+        title: key
+        for title, key in _COLUMNS.items()
+        if any(row.get(key) is not None for row in rows)
+    }
     cells = [[_cell(key, row.get(key)) for key in columns.values()] for row in rows]
     table = markdown_table([*columns], cells, left=("method",))
     if markdown:

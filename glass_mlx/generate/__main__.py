@@ -27,9 +27,9 @@ from glass_mlx.arguments import (
 from glass_mlx.cache_file import check_name
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import RESERVED_OPTIONS, Messages
-from glass_mlx.checkpoints.builtin import BUILTIN_DENSITY, DEFAULT_MODEL
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load
-from glass_mlx.config import AUTO, GlassConfig, check_seed
+from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
@@ -90,18 +90,22 @@ def setup_arg_parser() -> CommandParser:
 
 def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--density",
-        type=_number_or_auto,
-        help="Share of the feed-forward neurons to keep, or auto for the lowest share that is "
-        f"expected to stay within --max-kl (default: {GlassConfig.density}; {BUILTIN_DENSITY} for "
-        "the built-in model).",
-    )
-    group.add_argument(
         "--max-kl",
         type=float,
         metavar="X",
-        help="With --density auto: bound on the KL divergence from the dense model, in nats per "
-        "token.",
+        help="Keep as few bytes as possible while KL divergence from the dense model is expected "
+        f"to stay within X nats per token (default: {DEFAULT_MAX_KL}).",
+    )
+    group.add_argument(
+        "--density",
+        type=float,
+        help="Share of the feed-forward neurons to keep, instead of --max-kl.",
+    )
+    group.add_argument(
+        "--vocabulary",
+        type=float,
+        metavar="SHARE",
+        help="Share of the output head's rows to keep, instead of --max-kl.",
     )
     group.add_argument(
         "--prior-weight",
@@ -164,13 +168,6 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "or keep the whole layer and set the other inputs to zero (scatter), which is exact but "
         "slower (default: neuron-major on a CPU, requantize on Metal).",
     )
-
-
-def _number_or_auto(text: str) -> float | str:
-    try:
-        return AUTO if text == AUTO else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -352,14 +349,13 @@ def _open_conversation(args: argparse.Namespace) -> Conversation:
 
 
 def _config(args: argparse.Namespace) -> GlassConfig:
-    density, refresh = args.density, args.refresh
-    if density is None:
-        density = BUILTIN_DENSITY if args.model is None else GlassConfig.density
+    refresh = args.refresh
     if refresh is None:  # released weights would be loaded again for every renewal
         refresh = 0 if args.release_dense else GlassConfig.refresh
     return GlassConfig(
-        density=density,
         max_kl=args.max_kl,
+        density=args.density,
+        vocabulary=args.vocabulary,
         prior_weight=args.prior_weight,
         warmup=args.warmup,
         refresh=refresh,

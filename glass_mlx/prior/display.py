@@ -35,12 +35,8 @@ def describe(prior: GlobalPrior) -> str:
         f"made with   {', '.join(versions)}"
         f" on {about.get('machine', '?')}, {about.get('dtype', '?')}",
     ]
-    if curve := about.get("curve"):
-        pairs = zip(curve["densities"], curve["kl"], strict=True)
-        points = ", ".join(f"{kl:.3f} at {density:g}" for density, kl in pairs)
-        lines.append(
-            f"KL          {points} (nats per token, {curve['tokens']} tokens written by the model)"
-        )
+    for record in about.get("curves", []):
+        lines += _curve_lines(record)
     if prior.kept_dense:
         lines.append(f"kept dense  {', '.join(prior.kept_dense)}")
     for statistic, measures in about.get("stability", {}).items():
@@ -116,3 +112,19 @@ def _sorted_ratios(scores: np.ndarray) -> np.ndarray:
         np.linspace(0, 1, _COLUMNS), np.linspace(0, 1, len(ratios)), ratios
     )
     return sampled
+
+
+def _curve_lines(record: dict[str, Any]) -> list[str]:
+    """Describe one record of curves; see `prior.curves`."""
+    lines = []
+    for name in ("density", "vocabulary"):
+        if curve := record.get(name):
+            pairs = zip(curve["shares"], curve["kl"], strict=True)
+            points = ", ".join(f"{kl:.3f} at {share:g}" for share, kl in pairs)
+            lines.append(f"KL by {name:<11}{points}")
+    weights = record["conditions"].get("weights", "?")
+    lines.append(
+        f"            nats per token, {record.get('tokens', '?')} tokens written by the model, "
+        f"{weights} weights"
+    )
+    return lines

@@ -6,36 +6,42 @@ The file is safetensors. For each FFN it holds:
 - `<path>.<statistic>_spread`: their standard deviation over sequences, (m,) float32;
 - `<path>.fingerprint`: a small sample of the model's weights, (8, 32) float32.
 
+`vocabulary.plausibility` holds the mean flattened prediction of each token (see
+`vocabulary.VocabularyStatistics`), (V,) float32.
+
 The metadata (see `files.write_tensors`) describes the measurement: model, recipes, settings,
 stability and versions. It has no date, so that two identical measurements give identical files.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.errors import one_line
 from glass_mlx.files import cache_folder, read_about, read_tensors, write_tensors
 from glass_mlx.models import Fingerprint
+from glass_mlx.prior.curves import Curves
 from glass_mlx.ranking import ranks
 
 import numpy as np
 from safetensors import safe_open
 
-FORMAT = "glass-prior-3"
+FORMAT = "glass-prior-4"
 FILE_NAME = "glass_prior.safetensors"
 
 _FINGERPRINT = "fingerprint"
+_VOCABULARY = "vocabulary.plausibility"
 _SPREAD = "_spread"
 
-# Keys in `about`: the FFNs to keep dense, the density curve, the rounding error of the fingerprint,
+# Keys in `about`: the FFNs to keep dense, the curves, the rounding error of the fingerprint,
 # and, for a prior of a related model, the similarity of the two models.
 _KEPT_DENSE = "whole"
-_CURVE = "curve"
+_CURVES = "curves"
 _ROUNDING = "rounding"
 _SIMILARITY = "similarity"
 
@@ -50,6 +56,8 @@ class GlobalPrior:
         about: the description of the measurement: model, recipes, settings, stability, versions.
         spread: the standard deviation over sequences of each neuron's score, (m,) float32, by
             statistic and FFN path. It shows how certain the score is.
+        vocabulary: the mean flattened prediction of each token, (V,) float32, or None; see
+            `vocabulary.VocabularyStatistics`.
         source: the file that the prior was loaded from, for reports.
     """
 
@@ -57,6 +65,7 @@ class GlobalPrior:
     fingerprint: Fingerprint
     about: dict[str, Any]
     spread: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    vocabulary: np.ndarray | None = None
     source: str = ""
     _ranks: dict[str, dict[str, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -64,7 +73,7 @@ class GlobalPrior:
 
     @property
     def kept_dense(self) -> tuple[str, ...]:
-        """The FFNs to keep dense, at the expense of the others; see `calibration.curve`."""
+        """The FFNs to keep dense, at the expense of the others; see `calibration.curves`."""
         return tuple(self.about.get(_KEPT_DENSE, ()))
 
     @property
@@ -75,6 +84,23 @@ class GlobalPrior:
             return title
         model = self.about.get("model") or "a related model"
         return f"{title} (measured on other weights: {model}, similarity {similarity:.3f})"
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of everything that selections depend on."""
+        state = hashlib.sha256(json.dumps(self.kept_dense).encode())
+        for name, group in sorted(self.scores.items()):
+            for path, values in group.items():
+                state.update(f"{path}.{name}".encode() + values.tobytes())
+        if self.vocabulary is not None:
+            state.update(self.vocabulary.tobytes())
+        return state.hexdigest()
+
+    def curves(self, conditions: Mapping[str, Any]) -> Curves | None:
+        """Return the curves that were measured under some conditions, or None."""
+        records = self.about.get(_CURVES, [])
+        matches = (record for record in records if record["conditions"] == conditions)
+        return next(map(Curves.parse, matches), None)
 
     def ranks(self, statistic: str) -> dict[str, np.ndarray]:
         """Rank the neurons of each FFN by one statistic.
@@ -110,7 +136,7 @@ class GlobalPrior:
 
         Weights are compared up to rounding, so that one prior serves a model in every precision
         and quantization. The prior of a related model, such as a fine-tune, serves as well, but
-        without its density curve and its list of FFNs to keep dense. Its `title` says so.
+        without its curves and its list of FFNs to keep dense. Its `title` says so.
 
         Args:
             widths: the number of neurons of each FFN of the model, by path.
@@ -123,7 +149,7 @@ class GlobalPrior:
             raise ValueError(f"the prior {self.title} is not for this model: {reason}")
         if self.fingerprint.is_same_model(weights):
             return self
-        about = {key: v for key, v in self.about.items() if key not in (_KEPT_DENSE, _CURVE)}
+        about = {key: v for key, v in self.about.items() if key not in (_KEPT_DENSE, _CURVES)}
         similarity = round(self.fingerprint.similarity(weights), 6)
         return replace(self, about=about | {_SIMILARITY: similarity})
 
@@ -147,6 +173,8 @@ class GlobalPrior:
             for name, scores in groups.items()
             for path, values in scores.items()
         }
+        if self.vocabulary is not None:
+            tensors[_VOCABULARY] = self.vocabulary
         samples = self.fingerprint.samples
         tensors |= {f"{path}.{_FINGERPRINT}": sample for path, sample in samples.items()}
         write_tensors(file, tensors, FORMAT, self.about | {_ROUNDING: self.fingerprint.rounding})
@@ -165,12 +193,13 @@ class GlobalPrior:
             tensors, about, _ = read_tensors(file, FORMAT)
         except ValueError as error:
             raise ValueError(f"the prior {error}; build it again") from error
+        vocabulary = tensors.pop(_VOCABULARY, None)
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, values in tensors.items():
             path, _, name = key.rpartition(".")
             groups.setdefault(name, {})[path] = values
         samples = groups.pop(_FINGERPRINT, {})
-        if defect := _find_defect(groups, samples, about):
+        if defect := _find_defect(groups, samples, vocabulary, about):
             raise ValueError(f"the prior {file} is malformed: {defect}; build it again")
         scores = {name: group for name, group in groups.items() if not name.endswith(_SPREAD)}
         spread = {
@@ -179,23 +208,29 @@ class GlobalPrior:
             if name.endswith(_SPREAD)
         }
         weights = Fingerprint(samples, about.pop(_ROUNDING))
-        return GlobalPrior(scores, weights, about, spread, str(file))
+        return GlobalPrior(scores, weights, about, spread, vocabulary, str(file))
 
 
 def _find_defect(
-    groups: Mapping[str, Mapping[str, np.ndarray]], samples: Mapping[str, np.ndarray], about: Any
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    samples: Mapping[str, np.ndarray],
+    vocabulary: np.ndarray | None,
+    about: Any,
 ) -> str | None:
     """Return the first defect in the contents of a prior's file, or None.
 
     Args:
         groups: scores and spreads, by name and FFN path.
         samples: the fingerprint.
+        vocabulary: the scores of the vocabulary, or None.
         about: the description of the measurement.
     """
     if not isinstance(about, dict) or not _is_description(about):
         return "its description is malformed"
     if not samples or not any(not name.endswith(_SPREAD) for name in groups):
         return "it has no scores"
+    if vocabulary is not None and (vocabulary.dtype != np.float32 or vocabulary.ndim != 1):
+        return f"{_VOCABULARY} has type {vocabulary.dtype} and shape {vocabulary.shape}"
     if not {*about.get(_KEPT_DENSE, ())} <= samples.keys():
         return "its list of FFNs to keep dense names FFNs without scores"
     widths = {path: len(v) for path, v in next(iter(groups.values())).items() if v.ndim}
@@ -213,19 +248,19 @@ def _find_defect(
 
 def _is_description(about: dict[str, Any]) -> bool:
     """Return whether the parts of a description that other modules use have the right types."""
-    stability, curve, rounding = about.get("stability", {}), about.get(_CURVE), about.get(_ROUNDING)
+    stability, rounding = about.get("stability", {}), about.get(_ROUNDING)
     return (
-        (curve is None or _is_curve(curve))
-        and isinstance(rounding, float)
+        isinstance(rounding, float)
         and 0 <= rounding < 1
         and isinstance(about.get("model", ""), str)
         and isinstance(about.get(_SIMILARITY, 1.0), float)
         and all(
             isinstance(about.get(key, {}), dict) for key in ("settings", "versions", "stability")
         )
-        and all(isinstance(about.get(key, []), list) for key in ("recipes", _KEPT_DENSE))
+        and all(isinstance(about.get(key, []), list) for key in ("recipes", _CURVES, _KEPT_DENSE))
         and all(isinstance(path, str) for path in about.get(_KEPT_DENSE, []))
         and all(isinstance(recipe, dict) for recipe in about.get("recipes", []))
+        and all(map(_is_curves, about.get(_CURVES, [])))
         and all(
             isinstance(measures, dict)
             and all(
@@ -238,20 +273,13 @@ def _is_description(about: dict[str, Any]) -> bool:
     )
 
 
-def _is_curve(curve: Any) -> bool:
-    """Return whether a value is a density curve, as `calibration.curve` measures it."""
-    if not isinstance(curve, dict):
+def _is_curves(record: Any) -> bool:
+    """Return whether a value is a record of curves; see `Curves.parse`."""
+    try:
+        Curves.parse(record)
+    except (AttributeError, ValueError):
         return False
-    densities, kl = curve.get("densities"), curve.get("kl")
-    if not isinstance(densities, list) or not isinstance(kl, list):
-        return False
-    return (
-        len(densities) == len(kl) > 0
-        and isinstance(curve.get("conditions", {}), dict)
-        and all(isinstance(value, int | float) for value in (*densities, *kl))
-        and all(a < b for a, b in pairwise([0, *densities, 1]))
-        and isinstance(curve.get("tokens"), int)
-    )
+    return True
 
 
 def cached_priors() -> Path:

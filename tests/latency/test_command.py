@@ -5,7 +5,7 @@ import json
 from glass_mlx.latency.__main__ import main
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
 from glass_mlx.latency.timing import Run, break_even
-from glass_mlx.models import find_ffns, weight_bytes
+from glass_mlx.models import find_ffns, find_head, weight_bytes
 from glass_mlx.reporting.machine import busy_warning, slowdown_warning
 from helpers import save_tiny_folder
 
@@ -89,7 +89,9 @@ def test_a_shape_has_the_sizes_of_the_real_model():
     model = random_model("smollm2-135m", "float16", 4, 32, "affine")
     assert sum(a.size for k, a in tree_flatten(model.parameters()) if "norm" in k) == 61 * 576
     assert [ffn.width for ffn in find_ffns(model)] == [1536] * 30
-    assert weight_bytes(model) == pytest.approx(134.5e6 * 5 / 8, rel=0.01)  # 4 bits and scales
+    assert weight_bytes(model, find_head(model)) == pytest.approx(
+        134.5e6 * 5 / 8, rel=0.01
+    )  # 4 bits and scales
     prior = random_prior(model)
     assert prior.scores["griffin"].keys() == {ffn.path for ffn in find_ffns(model)}
     assert set(SHAPES) >= {"llama-3.2-1b", "llama-3.1-8b", "qwen3-4b", "gemma-3-4b"}

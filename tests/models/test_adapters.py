@@ -1,6 +1,13 @@
 """Slices of layers with adapters, compared with the layers of mlx-lm."""
 
-from glass_mlx.models import MeanCompensation, find_ffns, fingerprint, tap, weight_bytes
+from glass_mlx.models import (
+    MeanCompensation,
+    find_ffns,
+    find_head,
+    fingerprint,
+    tap,
+    weight_bytes,
+)
 from glass_mlx.models.adapters import AdaptedLinear, bias_of
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.models.linear import (
@@ -164,13 +171,14 @@ def test_bytes_count_adapters_and_fingerprints_see_them():
     rank, hidden, width = 4, 64, 128
     ffn_bytes = 3 * rank * (hidden + width) * 4
     attention_bytes = rank * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64) * 4
-    assert weight_bytes(model) - weight_bytes(plain) == 4 * (ffn_bytes + attention_bytes)
+    adapted, without = (weight_bytes(m, find_head(m)) for m in (model, plain))
+    assert adapted - without == 4 * (ffn_bytes + attention_bytes)
     selection = random_selection(model)
     sliced = SlicedModel(model, find_ffns(model), "scatter")
     sliced.update(selection)
     kept = len(next(iter(selection.indices.values())))
     dropped = 4 * 3 * (width - kept) * (hidden + rank) * 4
-    assert weight_bytes(sliced.model) == weight_bytes(model) - dropped
+    assert weight_bytes(sliced.model, None) == weight_bytes(model, None) - dropped
     path = find_ffns(model)[0].path
     samples = (fingerprint(m).samples[path] for m in (model, plain))
     assert not np.allclose(*samples)

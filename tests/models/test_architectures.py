@@ -11,7 +11,13 @@ from glass_mlx import make_prompt_cache, stream_generate
 from glass_mlx.models import find_ffns
 from glass_mlx.models.__main__ import main, table
 from glass_mlx.models.architectures import survey, tiny_model
-from helpers import check_invariants, check_statistics, letter_tokenizer, made_prior
+from helpers import (
+    FAST,
+    check_invariants,
+    check_statistics,
+    letter_tokenizer,
+    made_prior,
+)
 
 import mlx.core as mx
 import mlx_lm
@@ -32,8 +38,6 @@ SUPPORTED = [a.architecture for a in ARCHITECTURES.values() if a.supported]
 # MLX's CPU backend crashes in the attention of phi3small, so its FFNs are tested alone.
 CRASHES = "phi3small"
 
-# The fast subset covers plain, gated and fused FFNs, experts, windows and recurrent states.
-FAST = ("llama", "gpt2", "phi3", "deepseek_v3", "gemma3_text", "falcon_h1")
 TESTED = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name in SUPPORTED

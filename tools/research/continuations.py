@@ -53,7 +53,7 @@ def read_continuations(
     Yields:
         The readings of all continuations that have tokens to score.
     """
-    prompts = read_prompts(args.prompts)
+    prompts = read_prompts(args.prompts)[: getattr(args, "limit", None)]
     texts = continue_all(session.model, tokenizer, prompts, writing_settings(args))
     for text in tqdm([text for text in texts if len(text.written) > 1], unit="prompt"):
         yield DenseReading(session, text, points)

@@ -15,7 +15,7 @@ from typing import Any
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
 from glass_mlx.latency.measured_model import add_model_arguments, load_model, load_prior
-from glass_mlx.models import named_arrays, weight_bytes
+from glass_mlx.models import find_head, named_arrays, weight_bytes
 from glass_mlx.models.linear import is_linear
 from glass_mlx.reporting.tables import markdown_table
 from glass_mlx.session import Session
@@ -73,7 +73,7 @@ class Parts:
         embed = next(m for m in modules.values() if isinstance(m, kinds))
         self._x = embed(mx.array([[0]], mx.uint32))
         mx.eval(self._x)
-        whole = weight_bytes(model)
+        whole = weight_bytes(model, find_head(model))
         parts = {_WHOLE: whole, _FFNS: _size(self._ffns), _HEAD: _size([self._head])}
         self.bytes = parts | {_REST: 2 * whole - sum(parts.values())}
 

@@ -1,0 +1,250 @@
+"""Measure what slicing a model costs, and choose the FFNs that are better kept dense.
+
+Both are measured on text that the model writes itself, with the slices and renewals of a generation
+(see `prior.curves`).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glass_mlx.calibration.texts import BatchSource, ChatFrame, Recipe, chat_frame, make_source
+from glass_mlx.config import GlassConfig
+from glass_mlx.fidelity.prompts import Continuation
+from glass_mlx.fidelity.scoring import DenseReading, score, score_shortlists
+from glass_mlx.files import write_text
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.session import Session
+from glass_mlx.vocabulary import always_kept
+from glass_mlx.writing import Writer
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# The shares that are measured. Shares in between are interpolated.
+DENSITIES = (0.5, 0.7, 0.85, 0.95)
+VOCABULARIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+
+# The FFNs to keep dense are chosen at this density, on at most this many texts. A smaller gain than
+# this share of KL may be noise.
+_TRIAL_DENSITY, _TRIAL_TEXTS, _MIN_GAIN = 0.7, 4, 0.02
+
+# No more texts are read once the standard errors of all points are below this share of their KL.
+_CLEAR, _MIN_TEXTS = 0.08, 4
+
+# Users sample at about this temperature. The texts of a prior have a higher temperature.
+_TEMPERATURE = 0.7
+
+# A prior's texts have a seed of two numbers, so a seed of three gives different texts.
+_SEED = (0, 0)
+
+
+@dataclass(frozen=True)
+class CurveSettings:
+    """The texts that curves are measured on.
+
+    Attributes:
+        texts: the maximum number of texts.
+        length: tokens per text.
+        seed: the seed of the texts.
+    """
+
+    texts: int = 8
+    length: int = 256
+    seed: int = 0
+
+
+def count_readings(texts: int) -> int:
+    """Return how often texts are read at most, for progress bars."""
+    return texts + 4 * min(_TRIAL_TEXTS, texts)
+
+
+class CurveMeasurement:
+    """A measurement of curves that continues after an interruption.
+
+    The texts are answers to questions that the model asks itself. If its chat template does not
+    allow that, they are continuations of a beginning that the model wrote. Texts with less than a
+    quarter of the length are left out, because most of their tokens are dense warm-up.
+
+    Args:
+        session: the dense model's session.
+        tokenizer: its tokenizer.
+        settings: the texts.
+        partial: a file for the texts and the results so far. If it exists, the measurement
+            continues from it, unless it is of another measurement.
+        identity: everything else that the results depend on, as text.
+        progress: called with the number of new readings of a text; see `count_readings`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: TokenizerWrapper,
+        settings: CurveSettings,
+        partial: Path | None = None,
+        identity: str = "",
+        progress: Callable[[int], object] = lambda readings: None,
+    ) -> None:
+        self._session, self._tokenizer, self._settings = session, tokenizer, settings
+        self._partial, self._progress = partial, progress
+        self._identity = json.dumps([identity, asdict(settings)])
+        self._results: dict[str, list[list[float]]] = {}
+        self._always = always_kept(tokenizer)
+        frame = _frame(tokenizer)
+        self._recipe = "bos" if frame is None else "chat"
+        self._texts = self._restore() or self._write_texts(frame)
+
+    def choose_kept_dense(self, prior: GlobalPrior) -> list[str]:
+        """Choose FFNs to keep dense at the others' expense: those that lower KL.
+
+        In some models the first FFNs matter far more than the others; in other models, keeping FFNs
+        dense gains nothing (docs/experiments.md has figures). The first, the second and the last
+        are tried, in this order.
+        """
+        paths = [ffn.path for ffn in self._session.ffns]
+        config = GlassConfig(density=_TRIAL_DENSITY)
+        kept_dense: list[str] = []
+        best: np.ndarray | None = None
+        for extra in ([], paths[:1], paths[1:2], paths[-1:]):
+            trial = [*dict.fromkeys([*kept_dense, *extra])]
+            candidate = replace(prior, about=prior.about | {"whole": trial})
+            kl = np.array(
+                [
+                    self._measure(f"whole {trial}", n, candidate, [config])[0]
+                    for n in range(min(_TRIAL_TEXTS, len(self._texts)))
+                ]
+            )
+            if best is None or kl.mean() < (1 - _MIN_GAIN) * best.mean():
+                kept_dense, best = trial, kl
+        return kept_dense
+
+    def measure(self, prior: GlobalPrior | None, config: GlassConfig) -> dict[str, Any]:
+        """Measure KL by density and by share of the vocabulary.
+
+        Args:
+            prior: the prior that selects, or None.
+            config: the settings of a generation, except for the shares.
+
+        Returns:
+            A record for `about["curves"]` of a prior.
+        """
+        plain = replace(config, max_kl=None)
+        configs = [replace(plain, density=share) for share in DENSITIES]
+        if self._session.head is not None:
+            configs += [replace(plain, vocabulary=share) for share in VOCABULARIES]
+        results: list[list[float]] = []
+        for n in range(len(self._texts)):
+            results.append(self._measure("curves", n, prior, configs))
+            by_density = np.array(results)[:, : len(DENSITIES)]
+            error = np.max(_standard_error(by_density) / np.maximum(by_density.mean(0), 1e-9))
+            if len(results) >= _MIN_TEXTS and error < _CLEAR:
+                break
+        by_vocabulary = np.array(results)[:, len(DENSITIES) :]
+        return {
+            "density": _curve(DENSITIES, by_density),
+            "vocabulary": _curve(VOCABULARIES, by_vocabulary) if by_vocabulary.size else None,
+            "conditions": self._session.conditions(config),
+            "recipe": self._recipe,
+            "texts": len(results),
+            "tokens": sum(len(text.written) - 1 for text in self._texts[: len(results)]),
+            "temperature": _TEMPERATURE,
+        }
+
+    def _measure(
+        self, kind: str, number: int, prior: GlobalPrior | None, configs: Sequence[GlassConfig]
+    ) -> list[float]:
+        """Return the mean KL per token of one text for each configuration, measured or restored."""
+        results = self._results.setdefault(kind, [])
+        if number == len(results):
+            text = self._texts[number]
+            reading = DenseReading(self._session, text, [configs[0].warmup])
+            kl = []
+            for config in configs:
+                selector = self._session.selector(config, prior, always=self._always)
+                if config.density is None:
+                    kl.append(float(score_shortlists(reading, selector).mean()))
+                else:
+                    kl.append(float(score(reading, selector).kl.mean()))
+            results.append([round(value, 6) for value in kl])
+            self._save()
+            self._progress(1)
+            mx.clear_cache()
+        return results[number]
+
+    def _write_texts(self, frame: ChatFrame | None) -> list[Continuation]:
+        """Have the model write the texts.
+
+        Raises:
+            ValueError: if no text is long enough.
+        """
+        settings = self._settings
+        writer = Writer(
+            self._session.model, _TEMPERATURE, [settings.seed, *_SEED], lambda count: None
+        )
+        source = make_source(Recipe(self._recipe), writer, self._tokenizer, settings.length, frame)
+        shortest = max(settings.length // 4, 2 * GlassConfig.warmup)
+        texts = [text for text in _split(source, settings.texts) if len(text.written) >= shortest]
+        if not texts:
+            raise ValueError("the model writes no text that is long enough to measure a curve on")
+        self._texts = texts
+        self._save()
+        return texts
+
+    def _save(self) -> None:
+        if self._partial is not None:
+            texts = [asdict(text) for text in self._texts]
+            state = {"identity": self._identity, "texts": texts, "results": self._results}
+            write_text(self._partial, json.dumps(state))
+
+    def _restore(self) -> list[Continuation]:
+        """Return the texts of an interrupted measurement, and keep its results."""
+        if self._partial is None or not self._partial.is_file():
+            return []
+        try:
+            state = json.loads(self._partial.read_text())
+            if state["identity"] != self._identity:
+                return []
+            self._results = state["results"]
+            return [Continuation(**text) for text in state["texts"]]
+        except (KeyError, TypeError, ValueError):  # damaged: measured again
+            return []
+
+
+def _standard_error(values: np.ndarray) -> Any:
+    """Return the standard error of the mean over the first axis; infinite for a single value."""
+    if len(values) < 2:
+        return np.full(values.shape[1:], np.inf)
+    return values.std(0, ddof=1) / len(values) ** 0.5
+
+
+def _curve(shares: Sequence[float], values: np.ndarray) -> dict[str, list[float]]:
+    """Return the record of a curve, with the standard errors of KL over texts.
+
+    Args:
+        shares: the n shares.
+        values: (texts, n) KL.
+    """
+    record = {"shares": [*shares], "kl": [round(float(mean), 6) for mean in values.mean(0)]}
+    if len(values) > 1:
+        record["standard_error"] = [round(float(e), 6) for e in _standard_error(values)]
+    return record
+
+
+def _frame(tokenizer: TokenizerWrapper) -> ChatFrame | None:
+    """Return the chat frame, or None if the model cannot ask itself a question."""
+    try:
+        return chat_frame(tokenizer)
+    except ValueError:
+        return None
+
+
+def _split(source: BatchSource, texts: int) -> list[Continuation]:
+    """Write texts, and split each where the tokens that count begin."""
+    return [
+        Continuation(sequence.tokens[:begin], sequence.tokens[begin:])
+        for sequence in source(texts, 0)
+        for begin in [sequence.mask.index(1)]
+    ]

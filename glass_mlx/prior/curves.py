@@ -1,0 +1,127 @@
+"""KL divergence from the dense model by the share that is kept, measured for one model.
+
+There is one curve for the density of the FFNs and one for the share of the vocabulary. What they
+cost adds up (docs/experiments.md), so that two curves predict every combination. Calibration
+measures them (`calibration.curves`). A prior's `about["curves"]` lists the records of
+measurements, each with the conditions that it holds for.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from glass_mlx.config import GlassConfig
+
+# The settings on which KL depends in addition to the shares.
+_SETTINGS = (
+    "prior_weight",
+    "warmup",
+    "refresh",
+    "reread",
+    "statistic",
+    "prior_statistic",
+    "uniform",
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """KL by the share that is kept. At a share of 1 it is 0.
+
+    Attributes:
+        shares: the measured shares, increasing, in (0, 1).
+        kl: KL in nats per token for each of them.
+    """
+
+    shares: tuple[float, ...]
+    kl: tuple[float, ...]
+
+    def kl_at(self, share: float) -> float:
+        """Return the expected KL at a share.
+
+        Between two measured shares, the logarithm of KL is linear in the logarithm of the share
+        that is dropped. From the largest measured share to 1, KL is linear, and below the smallest
+        it is not known: infinite.
+        """
+        if share >= 1:
+            return 0.0
+        if share < self.shares[0]:
+            return math.inf
+        points = [*zip(self.shares, self._falling(), strict=True)]
+        for (low, low_kl), (high, high_kl) in pairwise(points):
+            if share <= high:
+                part = math.log((1 - share) / (1 - high)) / math.log((1 - low) / (1 - high))
+                return float(high_kl * (low_kl / high_kl) ** part)
+        last, kl = points[-1]
+        return kl * (1 - share) / (1 - last)
+
+    def share_for(self, max_kl: float) -> float:
+        """Return the smallest share whose expected KL is within a bound, to one part in 10^4."""
+        low, high = self.shares[0], 1.0
+        if self.kl_at(low) <= max_kl:
+            return low
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.kl_at(middle) <= max_kl else (middle, high)
+        return high
+
+    def _falling(self) -> list[float]:
+        """Return KL without the noise by which a larger share has more of it, and above 0."""
+        falling: list[float] = []
+        for kl in reversed(self.kl):
+            falling.insert(0, max([1e-9, kl, *falling[:1]]))
+        return falling
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What slicing a model costs.
+
+    Attributes:
+        density: KL by the density of the FFNs.
+        vocabulary: KL by the share of the vocabulary, or None if the head cannot be sliced.
+    """
+
+    density: Curve
+    vocabulary: Curve | None
+
+    @staticmethod
+    def parse(record: Mapping[str, Any]) -> "Curves":
+        """Return the curves of a record.
+
+        Raises:
+            ValueError: if they are not curves.
+        """
+        curves = [_parse_curve(record.get(name)) for name in ("density", "vocabulary")]
+        if curves[0] is None or not isinstance(record.get("conditions"), dict):
+            raise ValueError("it has no curve of the density, or no conditions")
+        return Curves(curves[0], curves[1])
+
+
+def _parse_curve(record: Any) -> Curve | None:
+    if record is None:
+        return None
+    if not isinstance(record, dict):
+        raise ValueError("a curve is malformed")
+    shares, kl = record.get("shares"), record.get("kl")
+    if (
+        not isinstance(shares, list)
+        or not isinstance(kl, list)
+        or not len(shares) == len(kl) > 0
+        or not all(isinstance(value, int | float) and value >= 0 for value in (*shares, *kl))
+        or not all(a < b for a, b in pairwise([0, *shares, 1]))
+    ):
+        raise ValueError("a curve is malformed")
+    return Curve(tuple(map(float, shares)), tuple(map(float, kl)))
+
+
+def conditions(config: GlassConfig, weights: str) -> dict[str, Any]:
+    """Return the conditions of a measurement, on which its KL depends.
+
+    Args:
+        config: the settings.
+        weights: the number format of the weights, and how they are sliced.
+    """
+    return {"weights": weights} | {name: getattr(config, name) for name in _SETTINGS}

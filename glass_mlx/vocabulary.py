@@ -1,0 +1,293 @@
+"""The shortlist: the tokens whose logits the sliced model computes.
+
+All other tokens share a small probability that is measured on the dense model's predictions.
+"""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# The prior counts as much as this many tokens of the text.
+_PRIOR_TOKENS = 16
+
+# Before anything is measured, this much probability is expected outside of the shortlist. The
+# expectation counts as much as this many measured tokens.
+_EXPECTED_OUTSIDE, _EXPECTATION_TOKENS = 0.01, 4
+
+# Every token outside gets at least this share of what it would get if all shares were equal.
+_MIN_SHARE = 1e-3
+
+# The shortlist grows once its KL is this many times what it should be. The bound counts as much as
+# this many measured tokens, because few tokens make most of the divergence.
+_EXCESS, _BOUND_TOKENS = 2.0, 64
+
+# Byte-level tokenizers write bytes as characters below this code.
+_BYTE_LEVEL_CODES = 0x144
+
+# mlx-lm's logits processor for a logit bias.
+_LOGIT_BIAS = "make_logits_processors.<locals>.logit_bias_processor"
+
+# The number of rows of the head is rounded to this multiple, which suits the kernels.
+_MULTIPLE = 64
+
+
+class VocabularyStatistics:
+    """How plausible each token is: the sum of flattened predictions of the dense model.
+
+    A prediction is flattened by a temperature of 2, so that a token that is always a little likely
+    counts as much as one that is very likely once. docs/experiments.md compares it with other
+    functions of the probabilities.
+
+    Attributes:
+        sums: (V,) float32, lazy; None before the first token.
+        tokens: the number of tokens added.
+    """
+
+    def __init__(self, sums: mx.array | None = None, tokens: int = 0) -> None:
+        self.sums, self.tokens = sums, tokens
+
+    def copy(self) -> "VocabularyStatistics":
+        """Return a copy that later updates do not change."""
+        return VocabularyStatistics(self.sums, self.tokens)
+
+    def update(self, logits: mx.array) -> mx.array:
+        """Add the predictions (..., V) of some tokens; return them, depending on the sum."""
+        flat = logits.reshape(-1, logits.shape[-1])
+        total = flattened(flat).sum(0)
+        self.sums = total if self.sums is None else self.sums + total
+        self.tokens += len(flat)
+        return mx.depends(logits, [self.sums])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the sums and the count as named arrays, for `restored`."""
+        if self.sums is None:
+            return {}
+        return {"sums": np.array(self.sums), "tokens": np.array([self.tokens])}
+
+    @staticmethod
+    def restored(state: dict[str, np.ndarray]) -> "VocabularyStatistics":
+        """Restore statistics from a `state`.
+
+        Raises:
+            KeyError, ValueError: if the arrays are not those of a state.
+        """
+        if not state:
+            return VocabularyStatistics()
+        sums, tokens = state["sums"], state["tokens"]
+        if sums.dtype != np.float32 or sums.ndim != 1 or not np.all(sums >= 0):
+            raise ValueError("the statistics of the vocabulary have another data type or shape")
+        return VocabularyStatistics(mx.array(sums), int(tokens[0]))
+
+
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Return the log-probabilities, (..., V) float32, of logits (..., V)."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def flattened(logits: mx.array) -> mx.array:
+    """Return the probabilities at a temperature of 2, (..., V) float32, of logits (..., V)."""
+    return mx.softmax(logits.astype(mx.float32) / 2, axis=-1)
+
+
+def rows_to_keep(size: int, share: float) -> int:
+    """Return the number of rows that a head of `size` rows keeps: a multiple, or all."""
+    return size if share >= 1 else min(size, _MULTIPLE * max(1, round(share * size / _MULTIPLE)))
+
+
+def choose_rows(scores: np.ndarray, share: float, always: Iterable[int]) -> np.ndarray:
+    """Choose the tokens of the largest scores.
+
+    Args:
+        scores: (V,) scores of the tokens.
+        share: the share of tokens to keep, in (0, 1].
+        always: tokens to keep whatever their scores are. If there are more of them than the share
+            allows, all of them are kept.
+
+    Returns:
+        (k,) int32 sorted token ids.
+    """
+    size, scores = len(scores), scores.copy()
+    scores[[*always]] = np.inf
+    needed = np.count_nonzero(np.isinf(scores))
+    count = max(rows_to_keep(size, share), min(size, _MULTIPLE * -(-needed // _MULTIPLE)))
+    if count == size:
+        return np.arange(size, dtype=np.int32)
+    return np.sort(np.argpartition(-scores, count - 1)[:count]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The tokens whose logits are computed, and the probabilities of all others.
+
+    Attributes:
+        rows: (k,) int32 sorted token ids.
+        outside: the probability of all other tokens together.
+        shares: (V,) float32, the share of each other token in it; 0 for the tokens in `rows`.
+    """
+
+    rows: np.ndarray
+    outside: float
+    shares: np.ndarray
+
+    @property
+    def share(self) -> float:
+        """The share of tokens whose logits are computed."""
+        return len(self.rows) / len(self.shares)
+
+    @property
+    def log_odds(self) -> mx.array:
+        """The log-odds (V,) float32 of every other token against all tokens in `rows` together."""
+        odds = self.outside / (1 - self.outside)
+        return mx.array(np.log(np.maximum(self.shares * odds, 1e-30)).astype(np.float32))
+
+    def divergence(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Compare the shortlist with predictions of the dense model.
+
+        Args:
+            logits: (n, V) the dense model's logits of n tokens.
+
+        Returns:
+            The probability outside of the shortlist, (n,), and the KL divergence of all logits from
+            those of the shortlist, (n,) nats. Both are float32.
+        """
+        logp = log_probabilities(logits)
+        shares = mx.array(self.shares)
+        is_other = shares > 0
+        others = mx.where(is_other, mx.exp(logp), 0)
+        outside = others.sum(-1)
+        relative = (others * (logp - mx.log(mx.where(is_other, shares, 1)))).sum(-1)
+        inside = mx.maximum(1 - outside, 1e-6)
+        kl = inside * mx.log(inside / (1 - self.outside)) + relative
+        return outside, kl - outside * float(np.log(self.outside))
+
+
+class Shortlister:
+    """Chooses the shortlists of one generation, and measures what they leave out.
+
+    Args:
+        statistics: the local statistics, to which predictions are added.
+        share: the share of tokens to keep, in (0, 1].
+        prior: (V,) the prior's mean flattened predictions, or None.
+        always: tokens to keep at any time.
+        bound: KL in nats per token that the shortlist may cost. Where it costs far more, the
+            shortlist grows. Default: it never grows.
+
+    Attributes:
+        share: the current share of tokens.
+        shortlist: the latest shortlist, or None if all tokens are kept.
+    """
+
+    def __init__(
+        self,
+        statistics: VocabularyStatistics,
+        share: float,
+        prior: np.ndarray | None,
+        always: frozenset[int] = frozenset(),
+        bound: float | None = None,
+    ) -> None:
+        self.statistics, self.share = statistics, share
+        self.shortlist: Shortlist | None = None
+        self._prior, self._always, self._bound = prior, always, bound
+        self._expected = _EXPECTED_OUTSIDE
+        self._forget()
+
+    def _forget(self) -> None:
+        self._measured, self._sums = 0, mx.zeros(2)
+
+    @property
+    def arrays(self) -> list[object]:
+        """All sums, for `mx.eval`: prefill does not compute logits."""
+        return [self.statistics.sums, self._sums]
+
+    @property
+    def outside(self) -> float:
+        """The expected probability outside of the shortlist."""
+        total = float(self._sums[0]) + _EXPECTATION_TOKENS * self._expected
+        return min(total / (self._measured + _EXPECTATION_TOKENS), 0.99)
+
+    def observe(self, logits: mx.array) -> mx.array:
+        """Add predictions (..., V) of the dense model to the statistics, and measure them.
+
+        Returns:
+            The same logits, made to depend on the sums.
+        """
+        logits = self.statistics.update(logits)
+        if self.shortlist is None:
+            return logits
+        flat = logits.reshape(-1, logits.shape[-1])
+        self._measured += len(flat)
+        measures = mx.stack([*self.shortlist.divergence(flat)])
+        self._sums = self._sums + measures.sum(-1)
+        return mx.depends(logits, [self._sums])
+
+    def choose(self, tokens: Iterable[int]) -> Shortlist | None:
+        """Choose the shortlist for the next tokens.
+
+        Args:
+            tokens: the text so far, whose tokens are always kept.
+
+        Returns:
+            The shortlist, or None if all tokens are kept.
+        """
+        self._grow()
+        scores = self._scores()
+        if scores is None or self.share >= 1:
+            self.shortlist = None
+            return None
+        kept = (token for token in self._always.union(tokens) if token < len(scores))
+        rows = choose_rows(scores, self.share, kept)
+        others = scores + _MIN_SHARE * scores.mean()
+        others[rows] = 0
+        if not others.any():
+            self.shortlist = None
+            return None
+        shares = (others / others.sum()).astype(np.float32)
+        self.shortlist = Shortlist(rows, self.outside, shares)
+        return self.shortlist
+
+    def _grow(self) -> None:
+        """Double the share if the shortlist costs more than it may."""
+        if self._bound is None:
+            return
+        total = float(self._sums[1]) + _BOUND_TOKENS * self._bound
+        if total / (self._measured + _BOUND_TOKENS) > _EXCESS * self._bound:
+            self._expected = self.outside / 2
+            self.share = min(1.0, 2 * self.share)
+            self._forget()
+
+    def _scores(self) -> np.ndarray | None:
+        """Return the scores (V,) of all tokens, or None if nothing is known of them."""
+        local = self.statistics.sums
+        if local is None:
+            return None if self._prior is None else self._prior.copy()
+        scores: np.ndarray = np.array(local)
+        return scores if self._prior is None else scores + _PRIOR_TOKENS * self._prior
+
+
+def always_kept(tokenizer: TokenizerWrapper) -> frozenset[int]:
+    """Return the tokens that a shortlist always has.
+
+    These are special and added tokens, those that end a text, and those that stand for one byte, of
+    which every text can be put together.
+    """
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    names += [chr(code) for code in range(_BYTE_LEVEL_CODES)]
+    ids = tokenizer.convert_tokens_to_ids(names)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    kept = {*ids, *tokenizer.all_special_ids, *tokenizer.eos_token_ids, *added}
+    return frozenset(int(token) for token in kept if token is not None)
+
+
+def biased_tokens(processors: Iterable[Any]) -> frozenset[int]:
+    """Return the tokens with a logit bias from `mlx_lm.sample_utils.make_logits_processors`."""
+    biased: set[int] = set()
+    for processor in processors:
+        if getattr(processor, "__qualname__", "") == _LOGIT_BIAS:
+            biased.update(inspect.getclosurevars(processor).nonlocals["indices"].tolist())
+    return frozenset(biased)

@@ -1,0 +1,196 @@
+"""The output head of a model: where it is, slices of its rows, and its logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tuner.dora import DoRAEmbedding
+from mlx_lm.tuner.lora import LoRAEmbedding
+
+from .adapters import is_adapted
+from .linear import check_indices, is_sliceable, outputs, put_outputs, take_outputs
+from .modules import named_arrays, with_modules
+
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
+# Shows (..., V) logits, and returns them.
+LogitsObserver = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The layer that computes a model's logits.
+
+    Attributes:
+        path: its path in the model.
+        layer: a linear layer, or the embedding if the two are tied.
+        size: the number of its rows V, which may exceed the tokenizer's vocabulary.
+    """
+
+    path: str
+    layer: nn.Module
+    size: int
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its weights."""
+        return sum(array.nbytes for _, array in named_arrays(self.layer))
+
+    def sliced(self, rows: np.ndarray) -> "SlicedHead":
+        """Return a head that computes only some logits.
+
+        Args:
+            rows: (k,) the tokens whose logits it computes, strictly increasing.
+        """
+        return SlicedHead(self.layer, rows)
+
+
+class SlicedHead(nn.Module):
+    """A head that computes some of the logits. Rows are exact in every quantization mode.
+
+    Args:
+        layer: the whole head.
+        rows: (k,) the tokens whose logits it computes, strictly increasing.
+
+    Attributes:
+        size: the number of rows of the whole head.
+        rows: (k,) the tokens in the order of the logits.
+    """
+
+    def __init__(self, layer: nn.Module, rows: np.ndarray) -> None:
+        super().__init__()
+        self._whole = [layer]  # not a member, so that its weights do not count twice
+        self.size = outputs(layer)
+        self.slice = take_outputs(layer, rows)
+        self.rows = rows
+
+    def move(self, rows: np.ndarray) -> None:
+        """Replace some rows in place, which costs less than a new slice.
+
+        Args:
+            rows: (k,) the tokens to keep from now on, as many as before, strictly increasing.
+        """
+        check_indices(rows, self.size)
+        places = np.flatnonzero(~np.isin(self.rows, rows, assume_unique=True))
+        added = np.setdiff1d(rows, self.rows, assume_unique=True)
+        if len(added):
+            put_outputs(self._whole[0], self.slice, places, added)
+            self.rows = self.rows.copy()
+            self.rows[places] = added
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Compute (..., k) logits of (..., hidden), or look tokens up if the embedding is tied."""
+        return self._whole[0](x) if isinstance(self.slice, _EMBEDDINGS) else self.slice(x)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Compute (..., k) logits of (..., hidden) with a tied embedding."""
+        return self.slice.as_linear(x)
+
+
+class BackedOffModel(nn.Module):
+    """A model whose head computes some of the logits, and whose other logits are backed off.
+
+    The other tokens share a fixed probability in fixed proportions, as in Katz's back-off
+    (IEEE Transactions on Acoustics, Speech, and Signal Processing 35(3), 1987).
+
+    Args:
+        model: the model with a `SlicedHead`, whose logits are (..., k).
+        rows: (k,) the tokens of these logits.
+        others: (V,) float32 log-odds of every other token against all k tokens together. Entries
+            of `rows` are ignored.
+    """
+
+    def __init__(self, model: nn.Module, rows: np.ndarray, others: mx.array) -> None:
+        super().__init__()
+        self.model = model
+        self._rows, self._others = mx.array(rows), others
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Compute (..., V) logits; the arguments are the model's."""
+        logits = self.model(*args, **kwargs)
+        total = mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
+        full = (total + self._others).astype(logits.dtype)
+        full[..., self._rows] = logits
+        return full
+
+
+class ObservedLogits(nn.Module):
+    """A model that shows its logits (..., V) to an observer, and returns what that returns."""
+
+    def __init__(self, model: nn.Module, observe: LogitsObserver) -> None:
+        super().__init__()
+        self.model = model
+        self._observe = observe
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Compute (..., V) logits; the arguments are the model's."""
+        return self._observe(self.model(*args, **kwargs))
+
+
+class _Recorder(nn.Module):
+    """A module that records that it computed logits."""
+
+    def __init__(self, layer: nn.Module, path: str, calls: list[str]) -> None:
+        super().__init__()
+        self.layer = layer
+        self._path, self._calls = path, calls
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the layer, such as its weights."""
+        if "layer" not in self:  # in the constructor
+            raise AttributeError(name)
+        return self[name] if name in self else getattr(self["layer"], name)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not isinstance(self.layer, _EMBEDDINGS):
+            self._calls.append(self._path)
+        return self.layer(x)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        self._calls.append(self._path)
+        return self.layer.as_linear(x)
+
+
+def _has_adapter(module: nn.Module | None) -> bool:
+    """Return whether a module is a layer with an adapter, whose base layer is no head by itself."""
+    return is_adapted(module) or isinstance(module, (LoRAEmbedding, DoRAEmbedding))
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """Find the layer that computes a model's logits, by running the model on one token.
+
+    MLX computes nothing for this, because the outputs are not evaluated.
+
+    Returns:
+        The head, or None if the logits are not the outputs of a layer that can be sliced.
+    """
+    token = mx.array([[0]], mx.uint32)
+    size = model(token).shape[-1]
+    modules = dict(model.named_modules())
+    candidates = {
+        path: layer
+        for path, layer in modules.items()
+        if (is_sliceable(layer) or type(layer) in _EMBEDDINGS)
+        and outputs(layer) == size
+        and not _has_adapter(modules.get(path.rpartition(".")[0]))
+    }
+    calls: list[str] = []
+    _replaced(model, {p: _Recorder(layer, p, calls) for p, layer in candidates.items()})(token)
+    return Head(calls[-1], candidates[calls[-1]], size) if calls else None
+
+
+def with_head(model: nn.Module, head: Head, module: nn.Module) -> nn.Module:
+    """Return a model with another head. The given model does not change."""
+    return _replaced(model, {head.path: module})
+
+
+def _replaced(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
+    """Return a model with some modules replaced by path; see `with_modules`."""
+    by_parent: dict[str, dict[str, nn.Module]] = {}
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        by_parent.setdefault(parent, {})[name] = module
+    return with_modules(model, by_parent)

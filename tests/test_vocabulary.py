@@ -1,0 +1,185 @@
+"""Which tokens a shortlist has, what it leaves out, and when it grows."""
+
+from glass_mlx.vocabulary import (
+    Shortlist,
+    Shortlister,
+    VocabularyStatistics,
+    always_kept,
+    biased_tokens,
+    choose_rows,
+    flattened,
+    rows_to_keep,
+)
+from helpers import chat_tokenizer
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.sample_utils import make_logits_processors
+
+SIZE = 1024
+
+
+def random_logits(tokens, seed=0, scale=3.0):
+    return mx.array(np.random.default_rng(seed).normal(size=(tokens, SIZE)) * scale, mx.float32)
+
+
+def test_flattened_predictions_are_softmax_at_temperature_2():
+    logits = random_logits(3)
+    roots = np.sqrt(np.array(mx.softmax(logits, axis=-1)))
+    assert np.allclose(flattened(logits), roots / roots.sum(-1, keepdims=True), rtol=1e-4)
+
+
+def test_statistics_in_parts_equal_those_at_once():
+    logits = random_logits(7)
+    whole, parts = VocabularyStatistics(), VocabularyStatistics()
+    assert mx.array_equal(whole.update(logits[None]), logits[None])
+    for part in (logits[:2], logits[2:3], logits[3:]):
+        parts.update(part[None])
+    assert whole.tokens == parts.tokens == 7
+    assert np.allclose(whole.sums, parts.sums, rtol=1e-5)
+    copy = parts.copy()
+    copy.update(logits)
+    assert parts.tokens == 7
+    restored = VocabularyStatistics.restored(whole.state())
+    assert restored.tokens == 7
+    assert mx.array_equal(restored.sums, whole.sums)
+    assert VocabularyStatistics.restored({}).sums is None
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"sums": np.zeros(3)},
+        {"sums": np.zeros((2, 2), np.float32), "tokens": np.array([1])},
+        {"sums": np.array([-1.0], np.float32), "tokens": np.array([1])},
+        {"tokens": np.array([1])},
+    ],
+)
+def test_damaged_states_are_refused(state):
+    with pytest.raises((KeyError, ValueError)):
+        VocabularyStatistics.restored(state)
+
+
+@given(
+    st.integers(1, 5000),
+    st.floats(0.001, 1),
+    st.sets(st.integers(0, 10**6), max_size=400),
+    st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_rows_are_the_best_and_always_the_given_ones(size, share, always, seed):
+    scores = np.random.default_rng(seed).random(size)
+    always = {token % size for token in always}
+    rows = choose_rows(scores, share, always)
+    assert rows.dtype == np.int32
+    assert np.all(np.diff(rows) > 0)
+    assert 0 <= rows[0]
+    assert rows[-1] < size
+    assert always <= {*rows.tolist()}
+    assert len(rows) == size or len(rows) % 64 == 0
+    assert len(rows) >= min(size, rows_to_keep(size, share))
+    others = np.setdiff1d(np.arange(size), rows)
+    free = [row for row in rows.tolist() if row not in always]
+    if len(others) and free:
+        assert scores[free].min() >= scores[others].max()
+
+
+def shortlist_of(rows, outside=0.1):
+    shares = np.ones(SIZE, np.float32)
+    shares[rows] = 0
+    return Shortlist(rows, outside, shares / shares.sum())
+
+
+def test_divergence_is_that_of_the_logits_that_the_shortlist_gives():
+    logits = random_logits(5)
+    shortlist = shortlist_of(np.arange(0, SIZE, 2, dtype=np.int32))
+    p = np.array(mx.softmax(logits, axis=-1))
+    q = np.zeros_like(p)
+    inside = p[:, shortlist.rows]
+    q[:, shortlist.rows] = inside / inside.sum(-1, keepdims=True) * 0.9
+    q[:, 1::2] = 0.1 / (SIZE / 2)
+    outside, kl = shortlist.divergence(logits)
+    assert np.allclose(outside, 1 - inside.sum(-1), atol=1e-5)
+    assert np.allclose(kl, (p * np.log(p / q)).sum(-1), rtol=1e-3)
+    odds = np.exp(np.array(shortlist.log_odds))
+    assert odds[1::2].sum() == pytest.approx(0.1 / 0.9, rel=1e-4)
+    assert np.all(odds[::2] < 1e-20)
+
+
+def shortlister(share=0.25, prior_seed=5, **options):
+    prior = np.random.default_rng(prior_seed).random(SIZE).astype(np.float32) / SIZE
+    return Shortlister(VocabularyStatistics(), share, prior, **options)
+
+
+def test_a_shortlist_has_what_the_text_and_the_prior_make_plausible():
+    chooser = shortlister(always=frozenset({1000}))
+    rows = chooser.choose([3, 5, 1001, 10**6]).rows
+    assert {3, 5, 1000, 1001} <= {*rows.tolist()}
+    assert len(rows) == SIZE // 4
+    peaked = np.zeros((1, 40, SIZE), np.float32)
+    expected = np.random.default_rng(1).choice(SIZE, 100, replace=False)
+    peaked[..., expected] = 30
+    chooser.observe(mx.array(peaked))
+    assert {*expected.tolist()} <= {*chooser.choose([]).rows.tolist()}
+
+
+def test_the_probability_outside_is_measured_on_what_is_read_later():
+    chooser = shortlister()
+    rows = chooser.choose([]).rows
+    assert chooser.outside == pytest.approx(0.01)
+    logits = random_logits(60, seed=2)
+    chooser.observe(logits)
+    true = 1 - np.array(mx.softmax(logits, axis=-1))[:, rows].sum(-1)
+    expected = (true.sum() + 4 * 0.01) / 64
+    assert chooser.choose([]).outside == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_shortlist_that_costs_too_much_grows_up_to_the_whole_head():
+    chooser = shortlister(bound=0.02)
+    shares = []
+    for seed in range(4):
+        shortlist = chooser.choose([])
+        shares.append(1.0 if shortlist is None else shortlist.share)
+        if shortlist is None:
+            break
+        worst = np.full((16, SIZE), -30, np.float32)
+        worst[:, np.setdiff1d(np.arange(SIZE), shortlist.rows)[seed::7]] = 0
+        chooser.observe(mx.array(worst))
+    assert shares == [0.25, 0.5, 1.0]
+
+
+def test_a_shortlist_that_costs_what_it_may_does_not_grow():
+    chooser = shortlister(bound=0.02)
+    for seed in range(5):
+        rows = chooser.choose([]).rows
+        good = np.full((16, SIZE), -30, np.float32)
+        good[:, rows[seed::7]] = 0
+        chooser.observe(mx.array(good))
+    assert chooser.share == 0.25
+    unbounded = shortlister()
+    unbounded.choose([])
+    unbounded.observe(random_logits(16))
+    assert len(unbounded.choose([]).rows) == SIZE // 4
+
+
+def test_without_anything_known_all_tokens_are_kept():
+    assert Shortlister(VocabularyStatistics(), 0.5, None).choose([1]) is None
+    assert shortlister(share=1.0).choose([1]) is None
+
+
+def test_tokens_that_are_always_kept():
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["丰"]})
+    tokenizer.add_eos_token("丁")
+    kept = always_kept(tokenizer)
+    assert {tokenizer.convert_tokens_to_ids(token) for token in "不丰丁"} <= kept
+    assert len(kept) < 20
+
+
+def test_tokens_with_a_logit_bias_are_found_in_mlx_lm_s_processor():
+    processors = make_logits_processors({7: 1.5, 9: -100.0}, repetition_penalty=1.3)
+    assert biased_tokens(processors) == {7, 9}
+    assert biased_tokens([lambda tokens, logits: logits]) == frozenset()
