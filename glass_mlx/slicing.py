@@ -43,8 +43,9 @@ def mean_compensation(local: LocalStatistics) -> dict[str, MeanCompensation]:
     if not local.has_enough_text:
         return {}
     trust = text.tokens / (text.tokens + _SHRINKAGE_TOKENS)
-    # Down is linear: the mean of its outputs is its output for the mean inputs.
-    outputs = text.mean_outputs()
+    # Down is linear: the mean of its outputs is its output for the mean inputs. In half precision
+    # each output is rounded, which is too coarse for the small difference that compensation is.
+    outputs = text.mean_outputs() if text.dtype == mx.float32 else {}
     return {
         path: MeanCompensation(
             mx.array(mean * trust), outputs[path] * trust if path in outputs else None, text.dtype
@@ -160,15 +161,14 @@ class SlicedModel:
     def _slice(self, ffn: FFN, indices: np.ndarray, always: bool) -> bool:
         """Bring the slice of an FFN up to date, lazily; return whether it changed."""
         before, parts = self._slices.get(ffn.path, (None, {}))
-        kept = None
-        if before is not None and len(before) == len(indices):
-            if not always and _overlap(indices, before) >= _MIN_OVERLAP:
-                return False
-            kept = ffn.move(parts, before, indices) if parts else indices
-        if kept is None:
+        if before is None or len(before) != len(indices):
             self._slices.pop(ffn.path, None)
             del parts  # frees the previous slice before the new one is made
             kept, parts = indices, ffn.sliced(indices, self._policy)
+        elif not always and _overlap(indices, before) >= _MIN_OVERLAP:
+            return False
+        else:
+            kept = ffn.move(parts, before, indices) if parts else indices
         self._slices[ffn.path] = kept, parts
         return bool(parts)
 

@@ -134,8 +134,10 @@ class FFN:
 
     def move(
         self, parts: Mapping[str, nn.Module], before: np.ndarray, indices: np.ndarray
-    ) -> np.ndarray | None:
+    ) -> np.ndarray:
         """Replace some neurons of a slice in place, which costs less than a new slice.
+
+        The slice is not compensated any more.
 
         Args:
             parts: a result of `sliced`, which changes.
@@ -143,7 +145,7 @@ class FFN:
             indices: (k,) the neurons to keep from now on.
 
         Returns:
-            (k,) the neurons in the slice in their new order, or None if the slice cannot change.
+            (k,) the neurons in the slice in their new order.
         """
         check_indices(indices, self.width)
         places = np.flatnonzero(~np.isin(before, indices, assume_unique=True))
@@ -153,8 +155,7 @@ class FFN:
         name, down = self.contract
         is_transposed = isinstance(base_layer(parts[name]), NeuronMajorLinear)
         transposed = self.transposed_down() if is_transposed else None
-        if not put_inputs(down, parts[name], places, added, transposed):
-            return None
+        put_inputs(down, parts[name], after, places, transposed)
         rows = LAYOUTS[self.layout]
         for n, layer in self.expand.items():
             put_outputs(layer, parts[n], rows(places, len(before)), rows(added, self.width))

@@ -207,9 +207,13 @@ class ScatteredLinear(nn.Module):
 
     def __init__(self, layer: nn.QuantizedLinear, indices: np.ndarray) -> None:
         super().__init__()
-        self.layer = without_bias(layer)
         if "bias" in layer:
             self.bias = layer.bias
+        self.move(layer, indices)
+
+    def move(self, layer: nn.QuantizedLinear, indices: np.ndarray) -> None:
+        """Receive other inputs (k,) of a layer, in any order."""
+        self.layer = without_bias(layer)  # again, because a release replaces the layer's weights
         self._indices, self._inputs = mx.array(indices), inputs(layer)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -366,35 +370,44 @@ def take_transposed(
 def put_inputs(
     layer: nn.Module,
     sliced: nn.Module,
+    kept: np.ndarray,
     places: np.ndarray,
-    indices: np.ndarray,
     transposed: NeuronMajorLinear | None = None,
-) -> bool:
-    """Overwrite some inputs of a slice, in place, with other inputs of its layer.
+) -> None:
+    """Replace some inputs of a slice, in place, by other inputs of its layer.
+
+    Only what changes is copied, except in a requantized slice, whose inputs share scales: it is
+    quantized again, in the slice's order, and its previous arrays are freed before that. The bias
+    is the layer's again, without compensation.
 
     Args:
         layer: weights (out, in).
         sliced: a result of `take_inputs`, which changes.
-        places: (n,) inputs of the slice to overwrite.
-        indices: (n,) inputs of the layer to copy there.
-        transposed: the copy that a neuron-major slice was taken from.
+        kept: (k,) all inputs of the slice from now on, in the slice's order.
+        places: (n,) where in `kept` the new inputs are.
+        transposed: the copy that a neuron-major slice was taken from. Default: made here.
 
-    Returns:
-        Whether the slice was changed, which is impossible if inputs share scales.
+    Raises:
+        ValueError: for inputs that are out of range or not distinct.
     """
-    base, smaller = base_layer(layer), base_layer(sliced)
-    if isinstance(smaller, NeuronMajorLinear) and transposed is not None:
-        put_outputs(transposed, smaller, places, indices)
-    elif type(smaller) is nn.Linear:
+    check_indices(np.sort(kept), inputs(layer))
+    base, smaller, indices = base_layer(layer), base_layer(sliced), kept[places]
+    if not isinstance(base, nn.QuantizedLinear):
         where = mx.broadcast_to(mx.array(places)[None], (outputs(base), len(places)))
         columns = _columns(base.weight, indices)
         smaller.weight = mx.put_along_axis(smaller.weight, where, columns, axis=1)
+    elif isinstance(smaller, NeuronMajorLinear):
+        put_outputs(transposed or NeuronMajorLinear(base), smaller, places, indices)
+    elif isinstance(smaller, ScatteredLinear):
+        smaller.move(base, kept)
     else:
-        return False
+        smaller.update(without_bias(_requantized(base, kept)).parameters())
     if is_adapted(layer):
         rows = layer.lora_a[mx.array(indices)]
         sliced.lora_a = _overwritten(sliced.lora_a, places, rows)
-    return True
+    sliced.pop("bias", None)
+    if (bias := bias_of(layer)) is not None:
+        sliced.bias = bias
 
 
 # --- Mean compensation ----------------------------------------------------------------------------

@@ -114,13 +114,10 @@ def test_inputs_of_float_slices_are_replaced_in_place(kind):
     layer, x = adapted(kind, None), mx.random.normal((3, 4))
     sliced = take_inputs(layer, np.array([0, 3, 9, 200]))
     shared, rows = sliced.lora_a, layer.lora_a[mx.array([0, 3, 9, 200])]
-    assert put_inputs(layer, sliced, np.array([1, 3]), np.array([5, 6]))
+    put_inputs(layer, sliced, np.array([0, 5, 9, 6]), np.array([1, 3]))
     assert mx.array_equal(shared, rows)
     expected = take_inputs(layer, np.array([0, 5, 6, 9]))
     assert close(sliced(x), expected(x[:, mx.array([0, 1, 3, 2])]))
-    quantized = adapted(kind, (32, 4, "affine"))
-    sliced = take_inputs(quantized, np.arange(32))
-    assert not put_inputs(quantized, sliced, np.array([1]), np.array([40]))
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -140,8 +137,10 @@ def test_adapters_of_fused_plain_and_expert_layers(architecture):
     check_invariants(model, lambda m: m(TOKENS))
 
 
-@pytest.mark.parametrize("policy", ["neuron-major", "scatter"])
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    ("policy", "bits"),
+    [("neuron-major", None), ("neuron-major", 4), ("scatter", 4), ("requantize", 4)],
+)
 def test_moved_slices_equal_new_slices(policy, bits):
     model = tiny_model("llama")
     if bits:
@@ -152,7 +151,10 @@ def test_moved_slices_equal_new_slices(policy, bits):
     for selection in selections:
         moved.update(selection)
     new.update(selections[1])
-    assert close(moved.model(TOKENS), new.model(TOKENS))
+    expected = new.model(TOKENS)
+    error = mx.linalg.norm(moved.model(TOKENS) - expected) / mx.linalg.norm(expected)
+    # Requantized columns that are in another order are in other groups.
+    assert error < (0.1 if policy == "requantize" else 1e-4)
     assert not close(moved.model(TOKENS), masked_model(model, selections[0])(TOKENS))
 
 

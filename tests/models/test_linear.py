@@ -4,6 +4,7 @@ from glass_mlx.models import DOWN_POLICIES, MeanCompensation
 from glass_mlx.models.linear import (
     add_mean_compensation,
     dense_weight,
+    put_inputs,
     take_inputs,
     take_outputs,
 )
@@ -62,6 +63,33 @@ def test_inputs_are_taken_within_the_quantization_error(mode, group, bits):
         weight = dense_weight(again) if policy == "requantize" else dense_weight(again).T
         error = mx.linalg.norm(weight - columns) / mx.linalg.norm(columns)
         assert error < {2: 0.6, 3: 0.3}.get(bits, 0.15)
+
+
+@pytest.mark.parametrize("policy", DOWN_POLICIES)
+@pytest.mark.parametrize(("mode", "group", "bits"), QUANTIZATION_MODES)
+def test_inputs_are_replaced_in_place_in_the_order_of_the_slice(mode, group, bits, policy):
+    layer = quantized(mode, group, bits, bias=True)
+    before, after = np.arange(128), np.arange(128)
+    places = np.array([0, 5, 127])
+    after[places] = [200, 131, 255]
+    sliced, x = take_inputs(layer, before, policy), mx.random.normal((3, 128))
+    add_mean_compensation(layer, sliced, before, MeanCompensation(mx.ones(256)))
+    put_inputs(layer, sliced, after, places)
+    full = mx.zeros((3, 256))
+    full[:, mx.array(after)] = x
+    error = mx.linalg.norm(sliced(x) - layer(full)) / mx.linalg.norm(layer(full))
+    rounding = 1e-4 if policy == "scatter" else {2: 0.6, 3: 0.3}.get(bits, 0.15)
+    assert error < rounding
+
+
+@pytest.mark.parametrize("wrong", [-1, 256, 3], ids=["negative", "too large", "duplicate"])
+@pytest.mark.parametrize("policy", [None, *DOWN_POLICIES])
+def test_bad_inputs_are_not_put_into_a_slice(policy, wrong):
+    layer = quantized("affine", 64, 4) if policy else nn.Linear(256, 384)
+    sliced, kept = take_inputs(layer, np.arange(64), policy or "requantize"), np.arange(64)
+    kept[5] = wrong
+    with pytest.raises(ValueError, match="neuron indices"):
+        put_inputs(layer, sliced, kept, np.array([5]))
 
 
 def test_outputs_that_do_not_fill_groups_cannot_be_transposed():
