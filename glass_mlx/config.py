@@ -66,10 +66,10 @@ class GlassConfig:
         vocabulary: share of the rows of the output head to keep, in (0, 1].
         prior_weight: λ in [0, 1], the weight of the prior's ranks against the local ranks.
         warmup: number of tokens that are generated densely before the first selection, at least 1.
-        refresh: number of tokens after which the dense model first reads text again and the
-            selection is renewed; see `renewal.stretches`. At least 2, or 0 for never.
-        reread: the maximum number of tokens that the dense model reads again at a renewal, at
-            least 1. These are the latest tokens.
+        dense_every: after the warm-up, every token of this number is computed by the dense model,
+            which observes it. At least 2, or 0 for none.
+        refresh: number of tokens after which the selection is first renewed; see
+            `renewal.stretches`. At least 2, or 0 for never.
         statistic: the statistic that ranks neurons locally, a key of `statistics.STATISTICS`.
         prior_statistic: the statistic of the prior that ranks neurons. The prior must have it.
         uniform: whether to keep the same share in every FFN, and to ignore the FFNs that the prior
@@ -86,8 +86,8 @@ class GlassConfig:
     vocabulary: float | None = None
     prior_weight: float = 0.45
     warmup: int = 16
+    dense_every: int = 4
     refresh: int = 32
-    reread: int = 16
     statistic: str = "griffin"
     prior_statistic: str = "griffin"
     uniform: bool = False
@@ -104,12 +104,9 @@ class GlassConfig:
             raise ValueError(f"statistic {self.statistic!r} is not one of {', '.join(STATISTICS)}")
         if self.warmup < 1:
             raise ValueError(f"the warm-up must be at least 1 token, not {self.warmup}")
-        if self.refresh < 0 or self.refresh == 1:
-            raise ValueError(
-                f"the refresh must be at least 2 tokens, or 0 for never, not {self.refresh}"
-            )
-        if self.reread < 1:
-            raise ValueError(f"at least 1 token must be read again, not {self.reread}")
+        for name, value in (("refresh", self.refresh), ("dense_every", self.dense_every)):
+            if value < 0 or value == 1:
+                raise ValueError(f"{name} must be at least 2 tokens, or 0 for never, not {value}")
         if self.down_policy not in DOWN_POLICIES:
             raise ValueError(
                 f"down policy {self.down_policy!r} is not one of {', '.join(DOWN_POLICIES)}"

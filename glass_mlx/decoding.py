@@ -4,11 +4,9 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
-from glass_mlx.cache_snapshot import largest_exact_step
-
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generate_step
+from mlx_lm.generate import generate_step
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -103,20 +101,6 @@ class Decoder:
     def last(self, count: int) -> mx.array:
         """Return the last tokens, (count,)."""
         return mx.array(self.tokens[-count:], mx.uint32)
-
-    def exact_step_size(self) -> int:
-        """Return how many tokens a model may read at once so that the result is the exact one.
-
-        The exact result is that of reading the tokens one by one; see `largest_exact_step`.
-        """
-        largest = largest_exact_step(
-            self._dense,
-            self.cache,
-            self._options.get("kv_bits"),
-            self._options.get("quantized_kv_start", DEFAULT_QUANTIZED_KV_START),
-        )
-        step: int = self._options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
-        return step if largest is None else min(step, largest)
 
     def run(
         self, model: nn.Module, unread: mx.array, until: float, **options: Any

@@ -1,14 +1,13 @@
-"""One generation, phase by phase: dense at first, then on slices, with renewals."""
+"""One generation, phase by phase: dense at first, then on slices that are renewed."""
 
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from glass_mlx.cache_snapshot import CacheSnapshot, masked_as_one_by_one
 from glass_mlx.decoding import Decoder
 from glass_mlx.generation_report import Report, Reporter
-from glass_mlx.renewal import stretches
+from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
@@ -19,6 +18,37 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Progress = Callable[[int, int], None]
+
+
+class Interleaved(nn.Module):
+    """A sliced model that leaves some tokens to the dense model.
+
+    mlx-lm's loop calls it once for each token and computes one token ahead, so nothing waits for a
+    change of models.
+
+    Args:
+        sliced: the sliced model.
+        dense: the dense model.
+        generated: the number of tokens that were generated before the first call.
+        is_dense: whether the dense model computes a token, by its number.
+    """
+
+    def __init__(
+        self,
+        sliced: nn.Module,
+        dense: nn.Module,
+        generated: int,
+        is_dense: Callable[[int], bool],
+    ) -> None:
+        super().__init__()
+        self.sliced, self.dense = sliced, dense
+        self._number, self._is_dense = generated, is_dense
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Compute the logits of the next token; the arguments are the models'."""
+        self._number += 1
+        model = self.dense if self._is_dense(self._number) else self.sliced
+        return model(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -87,23 +117,15 @@ class Generation:
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
-        for _, read_again_from, stop in stretches(config, decoder.limit):
+        for _, stop in stretches(config, decoder.limit):
             # 3) Select neurons and tokens from everything that the dense model has read.
             # 4) Slice their rows and columns into smaller matrices.
             sliced = self._select_and_slice()
 
-            # 5) Decode on the slices until the next renewal.
-            yield from self._sliced_steps(sliced, until=read_again_from)
-            snapshot = CacheSnapshot(decoder.cache if stop < decoder.limit else [])
-            yield from self._sliced_steps(sliced, until=stop)
+            # 5) Decode on the slices until the next renewal. Now and then the dense model computes
+            #    a token, which adds to the statistics.
+            yield from self._sliced_steps(sliced, writer, until=stop)
             del sliced  # so that replaced slices can be freed while new ones are made
-
-            # 6) Read again. The dense model reads the latest tokens that the sliced model
-            #    generated, which corrects their entries in the cache and adds to the statistics.
-            #    It also computes the next token.
-            if stop < decoder.limit:
-                snapshot.rewind()
-                yield from self._reread(writer, int(stop - read_again_from))
 
     def _select_and_slice(self) -> nn.Module:
         """Choose neurons, bring the slices up to date, and return the sliced model."""
@@ -140,8 +162,6 @@ class Generation:
 
         def evaluate(tokens_read: int, total: int) -> None:
             mx.eval(self._statistics.arrays)  # prefill does not evaluate the last FFN's
-            if self._shortlister is not None:
-                mx.eval(self._shortlister.arrays)
             if progress is not None:
                 progress(tokens_read, total)
 
@@ -154,27 +174,16 @@ class Generation:
                     )
                 yield Step(token, logprobs, self._reporter.token(dense=True))
 
-    def _sliced_steps(self, model: nn.Module, until: float) -> Generator[Step, None, None]:
+    def _sliced_steps(
+        self, sliced: nn.Module, dense: nn.Module, until: float
+    ) -> Generator[Step, None, None]:
         """Generate with the sliced model, up to a total number of generated tokens."""
-        if self._decoder.generated >= min(until, self._decoder.limit):
-            return
-        run = self._decoder.run(model, self._decoder.last(1), until)
+        config, decoder = self._selector.config, self._decoder
+        model = Interleaved(
+            sliced, dense, decoder.generated, lambda number: is_dense_token(config, number)
+        )
+        run = decoder.run(model, decoder.last(1), until)
         with closing(run):
             for token, logprobs in run:
-                yield Step(token, logprobs, self._reporter.token(dense=False))
-
-    def _reread(self, model: nn.Module, written: int) -> Generator[Step, None, None]:
-        """Have the observed dense model read the last tokens again, and compute one more."""
-        decoder = self._decoder
-        steps = self._dense_steps(
-            model,
-            decoder.last(written + 1),
-            until=decoder.generated + 1,
-            prefill_step_size=decoder.exact_step_size(),
-        )
-        with masked_as_one_by_one(decoder.cache), closing(steps):
-            with self._reporter.timed("reread_time"):
-                step = next(steps)
-            self._reporter.reread(written)
-            yield Step(step.token, step.logprobs, self._reporter.report)
-            yield from steps
+                is_dense = is_dense_token(config, decoder.generated)
+                yield Step(token, logprobs, self._reporter.token(is_dense))

@@ -32,11 +32,9 @@ class Report:
         down_policy: how quantized down projections are sliced; several policies, separated by
             commas, if the one asked for does not suit every layer.
         dense_tokens: generated tokens that the dense model computed.
-        reread_tokens: generated tokens that the dense model read again.
         selections: how many times neurons were selected.
         select_time: seconds spent on ranking, fusing and selecting.
         slice_time: seconds spent on slicing the weights.
-        reread_time: seconds spent on reading tokens again.
         dense_bytes: bytes of weights that the dense model reads per token.
         sliced_bytes: bytes of weights that the sliced model reads per token; the same as
             `dense_bytes` before there are slices.
@@ -58,11 +56,9 @@ class Report:
     prior: str
     down_policy: str
     dense_tokens: int
-    reread_tokens: int
     selections: int
     select_time: float
     slice_time: float
-    reread_time: float
     dense_bytes: int
     sliced_bytes: int
     held_bytes: int
@@ -104,11 +100,9 @@ class Reporter:
             prior=prior.title if prior else "none",
             down_policy=down_policy,
             dense_tokens=0,
-            reread_tokens=0,
             selections=0,
             select_time=0.0,
             slice_time=0.0,
-            reread_time=0.0,
             dense_bytes=dense_bytes,
             sliced_bytes=dense_bytes,
             held_bytes=mx.get_active_memory(),
@@ -142,10 +136,6 @@ class Reporter:
             selection=selection,
         )
 
-    def reread(self, tokens: int) -> None:
-        """Count tokens that were read again."""
-        self.report = replace(self.report, reread_tokens=self.report.reread_tokens + tokens)
-
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the time that a block takes to one of the report's times."""
@@ -172,8 +162,7 @@ def summary(response: GenerationResponse) -> str:
         f"outside {glass.outside:.4f}, λ {glass.prior_weight:.2f}, "
         f"prior {glass.prior}, weights {glass.dense_bytes / 1e6:.1f} -> "
         f"{glass.sliced_bytes / 1e6:.1f} MB per token\n"
-        f"GLASS: {glass.dense_tokens} tokens dense, {glass.reread_tokens} read again in "
-        f"{glass.reread_time:.3f} s, {glass.selections} selections: select "
+        f"GLASS: {glass.dense_tokens} tokens dense, {glass.selections} selections: select "
         f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s; "
         f"{glass.held_bytes / 1e9:.3f} GB held{expectation}"
     )

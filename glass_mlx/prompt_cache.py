@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from glass_mlx.cache_snapshot import cache_parts
+from glass_mlx.cache_masks import cache_parts
 from glass_mlx.session import Session
 from glass_mlx.statistics import LocalStatistics
 

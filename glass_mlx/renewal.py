@@ -1,7 +1,6 @@
-"""The schedule of a generation: stretches that are decoded on slices, and readings in between."""
+"""The schedule of a generation: when the model is sliced anew, and which tokens are dense."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from glass_mlx.config import GlassConfig
 
@@ -10,40 +9,26 @@ from glass_mlx.config import GlassConfig
 _RENEWALS_PER_INTERVAL = 4
 
 
-class Stretch(NamedTuple):
-    """A stretch of a generation between two selections, in numbers of generated tokens.
-
-    Attributes:
-        start: where neurons are selected and decoding on slices begins.
-        read_again_from: the tokens from here to the stop are read again by the dense model.
-        stop: where decoding on these slices ends.
-    """
-
-    start: int
-    read_again_from: float
-    stop: float
-
-
-def stretches(config: GlassConfig, tokens: float) -> Iterator[Stretch]:
-    """Yield the stretches of a generation that are decoded on slices.
+def stretches(config: GlassConfig, tokens: float) -> Iterator[tuple[int, float]]:
+    """Yield the stretches of a generation from one selection to the next.
 
     The first stretch starts at the end of the warm-up. Renewals follow at multiples of `refresh`,
-    regardless of the warm-up, and the interval doubles after every fourth renewal. Between two
-    stretches, the dense model reads the last tokens again and computes one more token. After the
-    last stretch, nothing is read again.
+    regardless of the warm-up, and the interval doubles after every fourth renewal.
 
     Args:
         config: the configuration, with its warm-up and refresh.
         tokens: the number of tokens to generate, or infinity.
+
+    Yields:
+        The numbers of generated tokens at which a stretch starts and stops.
     """
     start, renewals = config.warmup, _renewals(config)
     while start < tokens:
-        stop = next((point for point in renewals if point > start), None)
-        if stop is None or stop >= tokens:
-            yield Stretch(start, tokens, tokens)
+        stop = next((point for point in renewals if point > start), tokens)
+        yield start, min(stop, tokens)
+        if stop >= tokens:
             return
-        yield Stretch(start, max(start, stop - config.reread), stop)
-        start = stop + 1
+        start = int(stop)
 
 
 def _renewals(config: GlassConfig) -> Iterator[int]:
@@ -54,3 +39,16 @@ def _renewals(config: GlassConfig) -> Iterator[int]:
             point += interval
             yield point
         interval *= 2
+
+
+def is_dense_token(config: GlassConfig, number: int) -> bool:
+    """Return whether the dense model computes a generated token after the warm-up.
+
+    Args:
+        config: the configuration, with its warm-up and `dense_every`.
+        number: the number of the token, counted from 1.
+    """
+    after_warmup = number - config.warmup
+    if config.dense_every == 0 or config.is_dense:
+        return False
+    return after_warmup % config.dense_every == 0

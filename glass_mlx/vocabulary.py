@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from glass_mlx.models.head import with_other_logits
+
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -145,6 +147,11 @@ class Shortlist:
         """The log-odds (V,) float32 of every other token against all tokens in `rows` together."""
         odds = self.outside / (1 - self.outside)
         return mx.array(np.log(np.maximum(self.shares * odds, 1e-30)).astype(np.float32))
+
+    def back_off(self, logits: mx.array) -> mx.array:
+        """Replace the logits (..., V) of all other tokens by their constant odds."""
+        rows = mx.array(self.rows)
+        return with_other_logits(logits[..., rows], rows, self.log_odds)
 
     def divergence(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """Compare the shortlist with predictions of the dense model.

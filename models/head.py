@@ -110,11 +110,21 @@ class BackedOffModel(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """Compute (..., V) logits; the arguments are the model's."""
-        logits = self.model(*args, **kwargs)
-        total = mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
-        full = (total + self._others).astype(logits.dtype)
-        full[..., self._rows] = logits
-        return full
+        return with_other_logits(self.model(*args, **kwargs), self._rows, self._others)
+
+
+def with_other_logits(logits: mx.array, rows: mx.array, others: mx.array) -> mx.array:
+    """Put logits among those of all tokens; see `BackedOffModel`.
+
+    Args:
+        logits: (..., k) the logits of some tokens.
+        rows: (k,) these tokens.
+        others: (V,) float32 log-odds of every other token against these tokens together.
+    """
+    total = mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
+    full = (total + others).astype(logits.dtype)
+    full[..., rows] = logits
+    return full
 
 
 class ObservedLogits(nn.Module):

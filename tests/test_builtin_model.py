@@ -1,9 +1,11 @@
 """The built-in model: conversion, slicing and the packaged prior."""
 
 from glass_mlx import GlassConfig, resolve_prior, stream_generate
-from glass_mlx.models import find_ffns
+from glass_mlx.config import DEFAULT_MAX_KL
+from glass_mlx.models import DOWN_POLICIES, find_ffns
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.selection import jaccard, select
+from glass_mlx.session import Session
 from helpers import check_invariants, statistics_of
 
 import gguf
@@ -131,13 +133,17 @@ def test_the_answer_at_high_density_stays_close_to_the_dense_answer(default_mode
     assert responses[-1].glass.density_got == pytest.approx(0.9, abs=0.02)
 
 
-def test_python_uses_the_same_default_density_as_the_command(default_model):
-    model, tokenizer = default_model
-    for options, density in (
-        ({}, 0.9),
-        ({"prior": False}, 0.9),
-        ({"density": 0.5}, 0.5),
-        ({"config": GlassConfig()}, 0.5),
-    ):
-        response = next(stream_generate(model, tokenizer, PROMPT, **options))
-        assert response.glass.density == density
+@pytest.mark.parametrize("fixture", ["default_model", "quantized_model"])
+def test_the_packaged_prior_has_curves_for_the_default_settings(fixture, request):
+    session = Session(request.getfixturevalue(fixture)[0])
+    policies = DOWN_POLICIES if fixture == "quantized_model" else [GlassConfig.down_policy]
+    for policy in policies:
+        if policy == "scatter":
+            continue
+        config = GlassConfig(down_policy=policy)
+        curves = session.find_prior().curves(session.conditions(config))
+        assert curves is not None
+        budget = session.spend(config, curves)
+        assert budget.max_kl == DEFAULT_MAX_KL
+        assert 0.8 < budget.shares.density < 1
+        assert 0.25 < budget.shares.vocabulary < 1

@@ -18,7 +18,7 @@ LATENCY = ("latency", [])
 BAD_VALUES = [
     (*GENERATE, "--density nan", "the density must be above 0"),
     (*GENERATE, "--density inf", "the density must be above 0"),
-    (*GENERATE, "--density auto --max-kl nan", "the bound on KL must be positive"),
+    (*GENERATE, "--max-kl nan", "the bound on KL must be positive"),
     (*GENERATE, "--max-tokens -5", "must be at least 1, or -1"),
     (*GENERATE, "--seed -1", "the seed must be from 0"),
     (*GENERATE, "--seed 99999999999999999999", "the seed must be from 0"),
@@ -37,7 +37,7 @@ BAD_VALUES = [
     (*GENERATE, "--quantized-kv-start -1", "--quantized-kv-start must be at least 0"),
     (*GENERATE, "--prefill-step-size 0", "--prefill-step-size must be at least 1"),
     (*GENERATE, "--warmup 0", "the warm-up must be at least 1"),
-    (*GENERATE, "--refresh 1", "the refresh must be at least 2"),
+    (*GENERATE, "--refresh 1", "refresh must be at least 2"),
     (*GENERATE, '--chat-template-config {"messages":[]}', "cannot set messages"),
     (*GENERATE, '--chat-template-config {"tokenize":1}', "cannot set tokenize"),
     (

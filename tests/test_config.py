@@ -10,17 +10,29 @@ import pytest
     ("options", "message"),
     [
         ({"warmup": 0}, "warm-up must be at least 1"),
-        ({"refresh": 1}, "at least 2 tokens, or 0"),
-        ({"refresh": -3}, "at least 2 tokens, or 0"),
+        ({"refresh": 1}, "refresh must be at least 2 tokens, or 0"),
+        ({"refresh": -3}, "refresh must be at least 2 tokens, or 0"),
+        ({"dense_every": 1}, "dense_every must be at least 2 tokens, or 0"),
         ({"prior_weight": 1.5}, "between 0 and 1"),
         ({"statistic": MEAN}, "statistic 'mean'"),
-        ({"density": "high"}, "must be a number or 'auto'"),
-        ({"density": "high", "max_kl": 0.1}, "must be a number or 'auto'"),
-        ({"density": "auto"}, "give both or none"),
-        ({"max_kl": 0.1}, "give both or none"),
-        ({"density": "auto", "max_kl": 0}, "bound on KL must be positive"),
+        ({"density": 0.0}, "density must be above 0"),
+        ({"density": float("nan")}, "density must be above 0"),
+        ({"vocabulary": 1.5}, "share of the vocabulary must be above 0 and at most 1"),
+        ({"max_kl": 0.1, "density": 0.5}, "give either the bound, or density and vocabulary"),
+        ({"max_kl": 0.1, "vocabulary": 0.5}, "give either the bound, or density and vocabulary"),
+        ({"max_kl": 0}, "bound on KL must be positive"),
+        ({"max_kl": float("nan")}, "bound on KL must be positive"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GlassConfig(**options)
+
+
+def test_a_share_that_is_not_given_is_1_unless_a_bound_decides():
+    assert GlassConfig().has_budget
+    assert not GlassConfig().is_dense
+    assert GlassConfig(density=0.5).shares == (0.5, 1)
+    assert GlassConfig(vocabulary=0.5).shares == (1, 0.5)
+    assert GlassConfig(density=1.0).is_dense
+    assert not GlassConfig(density=1.0, vocabulary=0.5).is_dense

@@ -54,7 +54,13 @@ def model():
 
 
 # Select once, after the prompt.
-STATIC = {"warmup": 1, "refresh": 0, "prior_weight": 0.5, "statistic": "activation"}
+STATIC = {
+    "warmup": 1,
+    "refresh": 0,
+    "dense_every": 0,
+    "prior_weight": 0.5,
+    "statistic": "activation",
+}
 
 
 def run(model, tokenizer, prompt=PROMPT, n=12, **options):
@@ -200,7 +206,7 @@ def test_without_a_prior_only_the_prompt_counts(model, tokenizer):
         assert np.array_equal(no_prior.selection.indices[path], kept)
 
 
-RENEWAL = {"warmup": 3, "refresh": 4}
+RENEWAL = {"warmup": 3, "refresh": 4, "dense_every": 3}
 # Cache quantization starts in the middle of a sliced stretch, between two renewals.
 QUANTIZED_CACHE = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": len(PROMPT) + 6}
 
@@ -283,7 +289,9 @@ CACHES = {
 
 
 @pytest.mark.parametrize("name", CACHES)
-@pytest.mark.parametrize("schedule", [RENEWAL, {"warmup": 1, "refresh": 7}], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [RENEWAL, {"warmup": 1, "refresh": 7, "dense_every": 2}], ids=str
+)
 def test_with_all_neurons_renewals_change_nothing_whatever_the_cache(tokenizer, name, schedule):
     kind, make_cache, options = CACHES[name]
     model = tiny_model(kind, seed=49, head_dim=32)
@@ -293,7 +301,8 @@ def test_with_all_neurons_renewals_change_nothing_whatever_the_cache(tokenizer, 
     ours = make_cache(model)
     slicing = {"prior": made_prior(model), "density": 0.9999, "prompt_cache": ours} | schedule
     responses = list(stream_generate(model, tokenizer, **options, **slicing))
-    assert responses[-1].glass.reread_tokens >= 20
+    assert responses[-1].glass.selections >= 5
+    assert responses[-1].glass.dense_tokens >= 12
     assert [r.token for r in responses] == [r.token for r in dense]
     for a, b in zip(responses, dense, strict=True):
         assert mx.allclose(a.logprobs, b.logprobs, rtol=1e-4, atol=1e-3)
@@ -321,9 +330,9 @@ def test_generations_in_half_precision_equal_mlx_lm_s(model, tokenizer, dtype, b
     for a, b in zip(exact, dense, strict=True):
         assert a.logprobs.dtype == b.logprobs.dtype
         assert mx.array_equal(a.logprobs, b.logprobs)
-    # This density rounds to all neurons, but text is read again, in other shapes.
+    # This density rounds to all neurons.
     renewed = generate(stream_generate, density=0.9999, **slicing)
-    assert renewed[-1].glass.reread_tokens >= 15
+    assert renewed[-1].glass.selections >= 5
     assert [r.token for r in renewed] == [r.token for r in dense]
     for a, b in zip(renewed, dense, strict=True):
         assert mx.allclose(a.logprobs, b.logprobs, atol=0.1)
@@ -388,13 +397,13 @@ def test_a_generation_that_nobody_closes_ends_at_its_limit(model, n):
     assert statistics.prompt.tokens == len(PROMPT)
 
 
-def test_reports_count_dense_tokens_reread_tokens_and_selections(model, tokenizer):
+def test_reports_count_dense_tokens_and_selections(model, tokenizer):
     reports = [r.glass for r in run(model, tokenizer, n=20, **RENEWAL)]
-    # The 3 warm-up tokens are dense, and so is the token after each of 4, 8, 12 and 16 tokens.
-    assert [i for i, report in enumerate(reports) if report.dense] == [0, 1, 2, 4, 8, 12, 16]
+    # The 3 warm-up tokens are dense, and then every third token.
+    assert [i for i, report in enumerate(reports) if report.dense] == [0, 1, 2, 5, 8, 11, 14, 17]
     last = reports[-1]
-    assert (last.dense_tokens, last.reread_tokens, last.selections) == (7, 1 + 3 * 3, 5)
-    assert last.reread_time > 0
+    # After 3, 4, 8, 12 and 16 tokens.
+    assert (last.dense_tokens, last.selections) == (8, 5)
     assert reports[2].selection is None
     assert reports[3].selection is not None
 
@@ -515,8 +524,11 @@ def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsy
     assert lines[1] == text
     assert lines[3].startswith("Prompt: 10 tokens, ")
     assert lines[4].startswith("Generation: 16 tokens, ")
-    assert lines[6].startswith("GLASS: density 0.500 (asked 0.5), λ 0.50, prior given, ")
-    assert lines[7].startswith("GLASS: 5 tokens dense, 8 read again in ")
+    assert lines[6].startswith(
+        "GLASS: density 0.500 (asked 0.5), vocabulary 1.000 (asked 1), probability outside "
+        "0.0000, λ 0.50, prior given, "
+    )
+    assert lines[7].startswith("GLASS: 5 tokens dense, 4 selections: select ")
     assert "4 selections" in lines[7]
 
 

@@ -102,7 +102,7 @@ def test_generated_answers_determine_the_selection(tmp_path, monkeypatch):
 
 def test_adapters_and_floats_are_exported(tmp_path, monkeypatch):
     make_folder(tmp_path, group_size=32, bits=4)
-    exported, _ = run(monkeypatch, tmp_path, "--dequantize", "--dtype", "float32")
+    exported, _ = run(monkeypatch, tmp_path, "--dequantize", "--dtype", "float32", "--density", 0.5)
     assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert exported.layers[0].mlp.down_proj.weight.shape == (64, 64)
 
@@ -120,7 +120,7 @@ def test_models_without_a_common_ffn_width_are_refused(
 ):
     make_folder(tmp_path, architecture)
     with pytest.raises(SystemExit) as exit_info:
-        run(monkeypatch, tmp_path)
+        run(monkeypatch, tmp_path, "--density", 0.5)
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -173,7 +173,7 @@ def test_the_width_is_replaced_in_every_form_of_configuration(name, read_width):
 def test_prior_and_answers_are_fused(tmp_path, monkeypatch):
     folder = make_folder(tmp_path)
     prior = made_prior(load(str(folder))[0])
-    options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12]
+    options = ["--prompts", tmp_path / "prompts.txt", "--tokens", 12, "--density", 0.5]
     exported, _ = run(monkeypatch, tmp_path, *options, "--prior-weight", "1")
     metadata = json.loads((tmp_path / "out" / "config.json").read_text())["glass"]
     assert (metadata["prompts"], metadata["prior_weight"], metadata["prior"]) == (2, 1.0, FILE_NAME)

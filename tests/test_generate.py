@@ -8,7 +8,7 @@ from pathlib import Path
 from glass_mlx.generate import __main__ as generate_command
 from glass_mlx.generate.__main__ import main, setup_arg_parser
 from glass_mlx.models.architectures import tiny_model
-from helpers import made_prior, save_tiny_folder, write_gguf
+from helpers import made_prior, prior_with_curves, save_tiny_folder, write_gguf
 
 import pytest
 from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
@@ -17,7 +17,7 @@ from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
 @pytest.fixture
 def folder(tmp_path):
     folder = save_tiny_folder(tmp_path / "tiny")
-    made_prior(tiny_model("llama")).save(folder / "glass_prior.safetensors")
+    prior_with_curves(tiny_model("llama")).save(folder / "glass_prior.safetensors")
     return folder
 
 
@@ -40,7 +40,7 @@ def test_the_command_answers_and_prints_statistics(command, folder):
         "GLASS",
     ]
     assert "density 0.500 (asked 0.5)" in lines[6]
-    assert lines[7].startswith("GLASS: 3 tokens dense, 2 read again in")
+    assert lines[7].startswith("GLASS: 3 tokens dense, 2 selections: select ")
     assert str(folder / "glass_prior.safetensors") in lines[6]
 
 
@@ -166,7 +166,7 @@ def test_generation_with_the_built_in_model(default_gguf):
     )
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
-    assert "density 0.899 (asked 0.9)" in result.stdout
+    assert "KL is expected to stay within 0.1 nats per token" in result.stdout
     assert "priors/SmolLM2-135M-Instruct.safetensors" in result.stdout
 
 
@@ -176,7 +176,7 @@ def test_a_model_without_a_prior_gets_a_small_one_on_first_use(
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
     (folder / "glass_prior.safetensors").unlink()
     arguments = ("--model", folder, "-p", "丁七丄", "-m", 3)
-    assert command(*arguments, "--no-prior")[0] == 0
+    assert command(*arguments, "--no-prior", "--density", 0.5)[0] == 0
     assert not (tmp_path / "cache").exists()
 
     code, out, err = command(*arguments)

@@ -23,7 +23,14 @@ from glass_mlx.generate.__main__ import main as generate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prompt_cache import read_prompt
 from glass_mlx.streaming import generate as sliced_generate
-from helpers import CHAT_TEMPLATE, chat_tokenizer, letter_tokenizer, made_prior, save_tiny_folder
+from helpers import (
+    CHAT_TEMPLATE,
+    chat_tokenizer,
+    letter_tokenizer,
+    made_prior,
+    prior_with_curves,
+    save_tiny_folder,
+)
 
 import mlx.core as mx
 import mlx_lm
@@ -486,7 +493,7 @@ def test_a_cache_in_bfloat16_is_checked_too(tokenizer, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     folder = save_tiny_folder(tmp_path / "tiny")
-    made_prior(tiny_model("llama")).save(folder / "glass_prior.safetensors")
+    prior_with_curves(tiny_model("llama")).save(folder / "glass_prior.safetensors")
     tokenizer = letter_tokenizer()
     tokenizer.eos_token = "不"
     tokenizer.chat_template = CHAT_TEMPLATE

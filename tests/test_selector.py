@@ -33,7 +33,7 @@ def test_enough_generated_tokens_replace_the_prompt(model):
 
 
 def test_the_prior_weight_is_1_for_one_token_and_0_without_a_prior(model):
-    session, config = Session(model), GlassConfig(prior_weight=0.3)
+    session, config = Session(model), GlassConfig(density=0.5, prior_weight=0.3)
     selector = session.selector(config, made_prior(model))
     assert selector.prior_weight(local_statistics(model, 0, 0)) == 1
     assert selector.prior_weight(local_statistics(model, 1, 0)) == 1
@@ -45,8 +45,8 @@ def test_fused_scores_are_local_ranks_without_a_prior(model):
     session, statistics = Session(model), local_statistics(model, 20, 0)
     local = {path: ranks(v) for path, v in statistics.prompt.scores("griffin").items()}
     prior = made_prior(model)
-    alone = session.selector(GlassConfig(), None).fuse(statistics)
-    fused = session.selector(GlassConfig(prior_weight=0.25), prior).fuse(statistics)
+    alone = session.selector(GlassConfig(density=0.5), None).fuse(statistics)
+    fused = session.selector(GlassConfig(density=0.5, prior_weight=0.25), prior).fuse(statistics)
     for path, expected in local.items():
         assert np.array_equal(alone[path], expected)
         both = 0.75 * expected + 0.25 * ranks(prior.scores["griffin"][path])

@@ -144,7 +144,7 @@ def test_generated_tokens_rank_neurons_once_there_are_enough():
         statistics.text.update("f", mx.array(hidden(tokens, 5)))
         assert statistics.has_enough_text == enough
         assert statistics.basis is (statistics.text if enough else statistics.prompt)
-    assert len(statistics.arrays) == 3
+    assert len(statistics.arrays) == 4
 
 
 def test_an_unknown_statistic_is_refused():

@@ -76,7 +76,7 @@ def test_rows_are_the_best_and_always_the_given_ones(size, share, always, seed):
     rows = choose_rows(scores, share, always)
     assert rows.dtype == np.int32
     assert np.all(np.diff(rows) > 0)
-    assert 0 <= rows[0]
+    assert rows[0] >= 0
     assert rows[-1] < size
     assert always <= {*rows.tolist()}
     assert len(rows) == size or len(rows) % 64 == 0

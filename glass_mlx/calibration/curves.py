@@ -168,6 +168,8 @@ class CurveMeasurement:
                     kl.append(float(score_shortlists(reading, selector).mean()))
                 else:
                     kl.append(float(score(reading, selector).kl.mean()))
+            if not np.isfinite(kl).all():
+                raise ValueError("the model computes probabilities that are not a number")
             results.append([round(value, 6) for value in kl])
             self._save()
             self._progress(1)

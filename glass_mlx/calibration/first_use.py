@@ -81,7 +81,7 @@ def find_or_measure_prior(
         "--no-prior, in Python prior=False)",
         file=sys.stderr,
     )
-    settings = _settings(config or GlassConfig())
+    settings = _settings(session, config or GlassConfig())
     try:
         _measure(session, tokenizer, file, settings, name)
     except LockedError:
@@ -98,12 +98,16 @@ def find_or_measure_prior(
     return match
 
 
-def _settings(config: GlassConfig) -> CalibrationSettings:
-    """Return the settings of a small prior with everything that a configuration needs."""
+def _settings(session: Session, config: GlassConfig) -> CalibrationSettings:
+    """Return the settings of a small prior with everything that a configuration needs.
+
+    A prior is built with the curves of the default settings; others are measured afterwards.
+    """
+    is_default = session.conditions(config) == session.conditions(GlassConfig())
     return replace(
         SMALL,
         statistics=tuple(dict.fromkeys((*STATISTICS, config.prior_statistic))),
-        curve_texts=SMALL.curve_texts if config.has_budget else 0,
+        curve_texts=SMALL.curve_texts if config.has_budget and is_default else 0,
     )
 
 
@@ -184,7 +188,7 @@ def _cached_curves(
     key = [conditions, None if prior is None else prior.digest]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     file = (
-        cached_priors().with_name("curves") / f"{cache_name('', session.fingerprint)}-{digest}.json"
+        cached_priors().with_name("curves") / f"{cache_name('curves', session.fingerprint)}-{digest}.json"
     )
     if (curves := _read_curves(file, conditions)) is not None:
         return curves

@@ -26,7 +26,7 @@ DENSE = "dense"
 
 # Static methods select once, after the prompt. The paper's methods are static, rank by mean
 # activations, and keep the same share in every FFN.
-_STATIC: Options = {"warmup": 1, "refresh": 0}
+_STATIC: Options = {"warmup": 1, "refresh": 0, "dense_every": 0}
 _MEANS: Options = {"statistic": "activation", "prior_statistic": "activation"}
 _PAPER: Options = _STATIC | _MEANS | {"prior_weight": 0.5, "uniform": True}
 
@@ -42,7 +42,7 @@ METHODS: dict[str, Options] = {
     "glass-impact": _PAPER | {"prior_statistic": "impact"},
     "glass-griffin": _PAPER | {"prior_statistic": "griffin"},
     "static": _STATIC,
-    "warmup": {"refresh": 0},
+    "warmup": {"refresh": 0, "dense_every": 0},
     "refresh": {"warmup": 1},
     "uniform": {"uniform": True},
     "default": {},

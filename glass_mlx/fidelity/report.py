@@ -29,7 +29,6 @@ class Outcome:
         agrees: share of scored tokens whose most likely token is the dense model's.
         exact: for each answer in the text, whether every token was the most likely one.
         dense: number of generated tokens that are computed densely.
-        reread: number of generated tokens that are read again.
         density: share of neurons in the slices, or None if all tokens are computed densely.
         vocabulary: share of the vocabulary in the slices, or None likewise.
         sliced_bytes: bytes of weights that a sliced token reads, over the dense model's, or None
@@ -44,7 +43,6 @@ class Outcome:
     agrees: float
     exact: list[bool]
     dense: int
-    reread: int
     density: float | None
     vocabulary: float | None
     sliced_bytes: float | None
@@ -74,7 +72,6 @@ class Outcome:
             agrees=float(scores.agrees.mean()),
             exact=[bool(scores.right[start:stop].all()) for start, stop in answers],
             dense=int(scores.dense.sum()) + 1,
-            reread=scores.reread,
             density=float(np.mean([s.density for s in selections])) if selections else None,
             vocabulary=float(np.mean(vocabulary)) if selections else None,
             sliced_bytes=float(scores.bytes[sliced].mean()) if sliced.any() else None,
@@ -156,7 +153,6 @@ def _means(outcomes: Sequence[Outcome], estimate: _Estimate) -> dict[str, Any]:
         "prompts": len(outcomes),
         "tokens": generated,
         "dense_share": sum(o.dense for o in outcomes) / generated,
-        "reread_share": sum(o.reread for o in outcomes) / generated,
     }
 
 
@@ -209,7 +205,6 @@ _COLUMNS = {
     "95 %": "kl_change_95",
     "PPL change": "perplexity_change",
     "dense": "dense_share",
-    "reread": "reread_share",
 }
 _PERCENT = ("kl_change", "kl_change_95", "perplexity_change")
 

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from glass_mlx.cache_snapshot import CacheSnapshot, masked_as_one_by_one
+from glass_mlx.cache_masks import masked_as_one_by_one
+from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
+from glass_mlx.models import with_modules, with_taps
 from glass_mlx.prompt_cache import make_prompt_cache, read_prompt
-from glass_mlx.renewal import stretches
+from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
 from glass_mlx.statistics import LocalStatistics
-from glass_mlx.vocabulary import VocabularyStatistics
+from glass_mlx.vocabulary import Shortlister, VocabularyStatistics, log_probabilities
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -88,7 +90,7 @@ class DenseReading:
             if stop < self.tokens:
                 self._checkpoints[stop] = _Checkpoint(copy.deepcopy(cache), statistics.copy())
         self.oracle = statistics.text
-        self.dense = _log_probabilities(mx.concatenate(logits))
+        self.dense = log_probabilities(mx.concatenate(logits))
 
     def statistics(self, generated: int = 1) -> LocalStatistics:
         """Return the local statistics after some generated tokens, the last of which is unread."""
@@ -113,8 +115,8 @@ class DenseReading:
         """Return the prompt and the first generated tokens."""
         return [*self._prompt, *self._written[:generated]]
 
-    def logprobs(self, model: nn.Module, cache: list[Any], scored: slice) -> mx.array:
-        """Return a model's log-probabilities (n, vocabulary) of n scored tokens.
+    def logits(self, model: nn.Module, cache: list[Any], scored: slice) -> mx.array:
+        """Return a model's logits (n, vocabulary) of n scored tokens.
 
         Args:
             model: the model, which reads the tokens before the scored ones.
@@ -122,13 +124,10 @@ class DenseReading:
             scored: the scored tokens.
         """
         tokens = mx.array(self._written[scored])
-        if tokens.size == 0:
-            return self.dense[:0]
         with masked_as_one_by_one(cache):
             logits = model(tokens[None], cache=cache)[0]
-        logprobs = _log_probabilities(logits.astype(mx.float32))
-        mx.eval(logprobs, [layer.state for layer in cache])
-        return logprobs
+        mx.eval(logits, [layer.state for layer in cache])
+        return logits
 
     def follow(self, model: nn.Module, start: int = 0) -> mx.array:
         """Return another model's log-probabilities (n, vocabulary) of all later tokens.
@@ -138,11 +137,7 @@ class DenseReading:
             start: the first scored token, one less than a point.
         """
         cache, _ = self.state(start + 1)
-        return self.logprobs(model, cache, slice(start, self.tokens))
-
-
-def _log_probabilities(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return log_probabilities(self.logits(model, cache, slice(start, self.tokens)))
 
 
 def divergence(p: mx.array, q: mx.array) -> mx.array:
@@ -160,9 +155,7 @@ class Scores:
         agrees: (T,) whether the most likely token is the dense model's.
         right: (T,) whether the most likely token is the written one.
         dense: (T,) whether the token is computed densely.
-        bytes: (T,) bytes of weights read for the token, over the dense model's. The tokens that are
-            read again before a token count as one more token.
-        reread: how many tokens are read again.
+        bytes: (T,) bytes of weights read for the token, over the dense model's.
         selections: the kept neurons, by the number of generated tokens at their selection.
         vocabulary: the kept share of the vocabulary, if it is not 1, by the same numbers.
     """
@@ -173,7 +166,6 @@ class Scores:
     right: np.ndarray
     dense: np.ndarray
     bytes: np.ndarray
-    reread: int = 0
     selections: dict[int, Selection] = field(default_factory=dict)
     vocabulary: dict[int, float] = field(default_factory=dict)
 
@@ -190,7 +182,7 @@ class Scores:
         )
 
     def put(
-        self, scored: slice, reading: DenseReading, logprobs: mx.array, dense: bool = False
+        self, scored: slice, reading: DenseReading, logprobs: mx.array, dense: np.ndarray
     ) -> None:
         """Score log-probabilities of some of the tokens.
 
@@ -198,10 +190,8 @@ class Scores:
             scored: the n scored tokens.
             reading: the continuation.
             logprobs: (n, vocabulary) a model's log-probabilities.
-            dense: whether the dense model computed them.
+            dense: (n,) whether the dense model computed them.
         """
-        if scored.start == scored.stop:
-            return
         dense_logprobs, top = reading.dense[scored], mx.argmax(logprobs, axis=-1)
         self.kl[scored] = divergence(dense_logprobs, logprobs)
         self.nll[scored] = reading.negative_log_likelihood(logprobs, scored.start)
@@ -225,39 +215,91 @@ def score(reading: DenseReading, selector: Selector, select: Select | None = Non
     sliced = session.sliced_model(config.down_policy)
     shortlister = selector.shortlister(statistics.vocabulary)
     if shortlister is not None:
-        shortlister.choose(reading.read(1))
-        mx.eval(shortlister.observe(reading.dense[: config.warmup - 1]))
-    reader = session.observed_on_text(statistics, shortlister)
-    for start, read_again_from, stop in stretches(config, reading.tokens + 1):
-        # 1) Select and slice.
+        _warm_up(shortlister, reading, config)
+    for start, stop in stretches(config, reading.tokens + 1):
+        # 1) Select and slice. The rows of the head are exact, so its slice is not needed here.
         selection = (select or selector.select)(statistics)
         shortlist = None if shortlister is None else shortlister.choose(reading.read(start))
-        sliced.update(selection, mean_compensation(statistics), shortlist)
+        sliced.update(selection, mean_compensation(statistics))
         scores.selections[start] = sliced.selection
+
+        # 2) Run the dense and the sliced model on all tokens of the stretch at once.
+        tokens, is_dense = _stretch(config, start, int(stop))
+        model = _interleaved(session, sliced.model, statistics, is_dense)
+        logits = reading.logits(model, cache, tokens)
+        mx.eval(logits, statistics.arrays)
+
+        # 3) Score.
+        logprobs = log_probabilities(logits)
+        read = session.bytes_of(sliced.model)
         if shortlist is not None:
             scores.vocabulary[start] = shortlist.share
-        model = sliced.model
-
-        # 2) Decode. The latest token is always unread, so its successor is scored.
-        first = slice(start - 1, int(read_again_from) - 1)
-        second = slice(first.stop, int(stop) - 1)
-        scores.put(first, reading, reading.logprobs(model, cache, first))
-        snapshot = CacheSnapshot(cache)
-        scores.put(second, reading, reading.logprobs(model, cache, second))
-        scores.bytes[first.start : second.stop] = session.bytes_of(model) / session.weight_bytes
-        if stop > reading.tokens:
-            break
-
-        # 3) Read again. The dense model also computes the next token.
-        snapshot.rewind()
-        again = slice(second.start, second.stop + 1)
-        logprobs = reading.logprobs(reader, cache, again)
-        mx.eval(statistics.arrays, [] if shortlister is None else shortlister.arrays)
-        next_token = slice(second.stop, second.stop + 1)
-        scores.put(next_token, reading, logprobs[-1:], dense=True)
-        scores.bytes[next_token] = 2
-        scores.reread += second.stop - second.start
+            assert session.head is not None
+            read -= round(session.head.bytes * (1 - shortlist.share))
+            backed_off = log_probabilities(shortlist.back_off(logits))
+            logprobs = mx.where(mx.array(is_dense)[:, None], logprobs, backed_off)
+        if shortlister is not None and is_dense.any():
+            shortlister.observe(logits[mx.array(np.flatnonzero(is_dense))])
+            mx.eval(shortlister.arrays)
+        scores.put(tokens, reading, logprobs, is_dense)
+        scores.bytes[tokens] = np.where(is_dense, 1, read / session.weight_bytes)
     return scores
+
+
+class _InterleavedFFN(nn.Module):
+    """An FFN that is dense for some tokens and sliced for the others.
+
+    Tokens affect each other in attention alone, so this computes the same as one model after the
+    other.
+
+    Args:
+        dense: the dense FFN.
+        sliced: the sliced FFN.
+        is_dense: (T,) whether a token's FFN is dense.
+    """
+
+    def __init__(self, dense: nn.Module, sliced: nn.Module, is_dense: np.ndarray) -> None:
+        super().__init__()
+        self.dense, self.sliced = dense, sliced
+        self._is_dense = mx.array(is_dense)[:, None]
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Compute the output (1, T, out) for inputs (1, T, hidden)."""
+        outputs = (ffn(x, *args, **kwargs) for ffn in (self.dense, self.sliced))
+        return mx.where(self._is_dense, *outputs)
+
+
+def _interleaved(
+    session: Session, sliced: nn.Module, statistics: LocalStatistics, is_dense: np.ndarray
+) -> nn.Module:
+    """Return a model for T tokens, some of which are dense and observed."""
+    if not is_dense.any():
+        return sliced
+    chosen, text = mx.array(np.flatnonzero(is_dense)), statistics.text
+
+    def observe(path: str, hidden: mx.array) -> mx.array:
+        text.update(path, hidden[..., chosen, :])
+        return hidden
+
+    def observe_output(path: str, outputs: mx.array) -> mx.array:
+        text.update_outputs(path, outputs[..., chosen, :])
+        return outputs
+
+    observed = with_taps(session.model, observe, observe_output, ffns=session.ffns)
+    dense_ffns, sliced_ffns = (dict(model.named_modules()) for model in (observed, sliced))
+    modules: dict[str, dict[str, nn.Module]] = {}
+    for ffn in session.ffns:
+        parent, _, name = ffn.path.rpartition(".")
+        both = _InterleavedFFN(dense_ffns[ffn.path], sliced_ffns[ffn.path], is_dense)
+        modules.setdefault(parent, {})[name] = both
+    return with_modules(session.model, modules)
+
+
+def _warm_up(shortlister: Shortlister, reading: DenseReading, config: GlassConfig) -> None:
+    """Show the predictions of the warm-up to a shortlister, as the engine does."""
+    shortlister.choose(reading.read(1))
+    if config.warmup > 1:
+        shortlister.observe(reading.dense[: config.warmup - 1])
 
 
 def score_shortlists(reading: DenseReading, selector: Selector) -> np.ndarray:
@@ -277,14 +319,24 @@ def score_shortlists(reading: DenseReading, selector: Selector) -> np.ndarray:
     shortlister = selector.shortlister(statistics)
     if shortlister is None or config.warmup > reading.tokens:
         return kl
-    shortlister.choose(reading.read(1))
-    shortlister.observe(reading.dense[: config.warmup - 1])
-    for start, read_again_from, stop in stretches(config, reading.tokens + 1):
+    _warm_up(shortlister, reading, config)
+    for start, stop in stretches(config, reading.tokens + 1):
         shortlist = shortlister.choose(reading.read(start))
-        scored = slice(start - 1, int(stop) - 1)
+        tokens, is_dense = _stretch(config, start, int(stop))
         if shortlist is not None:
-            kl[scored] = shortlist.divergence(reading.dense[scored])[1]
-        if stop <= reading.tokens:
-            shortlister.observe(reading.dense[int(read_again_from) - 1 : int(stop)])
+            costs = np.array(shortlist.divergence(reading.dense[tokens])[1])
+            kl[tokens] = np.where(is_dense, 0, costs)
+        if is_dense.any():
+            shortlister.observe(reading.dense[tokens][mx.array(np.flatnonzero(is_dense))])
             mx.eval(shortlister.arrays)
     return kl
+
+
+def _stretch(config: GlassConfig, start: int, stop: int) -> tuple[slice, np.ndarray]:
+    """Return the scored tokens of a stretch, and for each whether it is dense.
+
+    Generated token n, counted from 1, is the scored token n - 2, because the first is not scored.
+    """
+    numbers = range(start + 1, stop + 1)
+    is_dense = [is_dense_token(config, number) for number in numbers]
+    return slice(start - 1, stop - 1), np.array(is_dense)

@@ -35,7 +35,6 @@ _COST = {
     "renewal_steps": ("renewal of 10 %, steps", "{:.2f}"),
     "select_s": ("select s", "{:.3f}"),
     "slice_s": ("slice s", "{:.3f}"),
-    "reread_s": ("reread s", "{:.3f}"),
     "prefill_peak_gb": ("prefill peak GB", "{:.2f}"),
     "decode_peak_gb": ("decode peak GB", "{:.2f}"),
     "held_gb": ("held GB", "{:.2f}"),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 DENSE = "dense"
 
 # Options of `stream_generate` by method; None for mlx-lm itself.
-_SELECT_ONCE = {"warmup": 1, "refresh": 0}
+_SELECT_ONCE = {"warmup": 1, "refresh": 0, "dense_every": 0}
 METHODS: dict[str, dict[str, Any] | None] = {
     DENSE: None,
     "griffin": _SELECT_ONCE | {"prior_weight": 0.0, "prior": False},
@@ -304,7 +304,6 @@ def _cost_figures(
     return {
         "select_s": report.select_time if report else 0.0,
         "slice_s": report.slice_time if report else 0.0,
-        "reread_s": report.reread_time if report else 0.0,
         "first_slicing_steps": first * dense_tps,
         "renewal_steps": renewal * dense_tps,
         "break_even": break_even(dense, runs) if report else None,

@@ -18,8 +18,8 @@ from glass_mlx.config import GlassConfig
 _SETTINGS = (
     "prior_weight",
     "warmup",
+    "dense_every",
     "refresh",
-    "reread",
     "statistic",
     "prior_statistic",
     "uniform",

@@ -55,9 +55,11 @@ def test_every_method_yields_a_row_with_all_figures(arguments, tmp_path, monkeyp
     assert (oracle["jaccard"], oracle["dense_share"]) == (1, 1 / 40)
     assert results["glass λ 0", 0.5]["kl"] == results["prompt-only", 0.5]["kl"]
     assert results["glass λ 0.25", 0.5]["kl"] != results["prompt-only", 0.5]["kl"]
-    # 16 warm-up tokens are dense, and one more after 32 tokens, when 16 are read again.
-    assert results["default", 0.5]["dense_share"] == 17 / 40
-    assert results["default", 0.5]["reread_share"] == 16 / 40
+    # 16 warm-up tokens are dense, and then every fourth token.
+    default = results["default", 0.5]
+    assert default["dense_share"] == (16 + 6) / 40
+    assert default["bytes_share"] < default["run_share"] < 1
+    assert default["run_share"] == pytest.approx((15 + 6 + 18 * default["bytes_share"]) / 39)
     table = capsys.readouterr().out
     assert table.count("\n") == len(results) + 1
     assert (tmp_path / "table.md").read_text().count("\n") == len(results) + 2
@@ -103,6 +105,10 @@ def test_bad_input_is_reported_in_one_sentence(arguments, tmp_path, monkeypatch,
         (["--batch-size", 0], "--batch-size must be at least 1"),
         (["--limit", 0], "--limit must be at least 1"),
         (["--ablation", "margins", "--json", tmp_path / "x"], "writes no files"),
+        (["--ablation", "margins"], "at one --density"),
+        (["--vocabulary", 2], "share of the vocabulary"),
+        (["--max-kl", 0], "bound on KL must be positive"),
+        (["--max-kl", 1], "decides nothing for oracle"),
         (["--prior-weight", 3], "between 0 and 1"),
         (["--methods", "glass-impact"], "no statistic 'impact'"),
     ):
@@ -115,7 +121,25 @@ def test_bad_input_is_reported_in_one_sentence(arguments, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("ablation", command.ABLATIONS)
 def test_every_ablation_prints_a_table(arguments, monkeypatch, capsys, ablation):
-    run(monkeypatch, *arguments, "--ablation", ablation, "--tokens", 90)
+    run(monkeypatch, *arguments, "--ablation", ablation, "--tokens", 90, "--density", 0.5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 4
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_bounds_and_shares_of_the_vocabulary_are_scored(arguments, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.jsonl"
+    run(
+        monkeypatch, *arguments, "--json", out, "--methods", "dense", "default",
+        "--max-kl", 0.6, "--density", 0.5, "--vocabulary", 0.5, 1.0,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    settings = {(r["method"], r["max_kl"], r["density"], r["vocabulary"]): r for r in lines}
+    assert len(settings) == len(lines) == 6
+    bound = settings["default", 0.6, None, None]
+    both, ffns = (settings["default", None, 0.5, share] for share in (0.5, 1.0))
+    assert (ffns["vocabulary_got"], both["vocabulary_got"]) == (1.0, 0.5)
+    assert both["kl"] > ffns["kl"] > 0
+    assert both["bytes_share"] < ffns["bytes_share"] < 1
+    assert bound["bytes_share"] < 1
+    assert "curves: what slicing costs is not known yet" in capsys.readouterr().err

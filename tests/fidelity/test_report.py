@@ -7,7 +7,7 @@ import pytest
 
 
 def outcome(kl, nll):
-    return Outcome(kl, nll, 0.5, [], 1, 0, 0.5, [0.5])
+    return Outcome(kl, nll, 0.5, [], 1, 0.5, 0.25, 0.6, 0.8, [0.5])
 
 
 def test_intervals_are_over_prompts_and_differences_are_paired():
@@ -24,9 +24,11 @@ def test_intervals_are_over_prompts_and_differences_are_paired():
 
 
 def test_texts_that_are_never_sliced_do_not_count_towards_agreement():
-    row = summarize([outcome([1.0], [1.0]), Outcome([0.0], [1.0], 1, [], 2, 0, None, [])],
-                     [outcome([0.0], [1.0])] * 2, seed=0)  # fmt: skip
+    dense = Outcome([0.0], [1.0], 1, [], 2, None, None, None, 1.0, [])
+    row = summarize([outcome([1.0], [1.0]), dense], [outcome([0.0], [1.0])] * 2, seed=0)
     assert (row["density_got"], row["jaccard"], row["jaccard_by_layer"]) == (0.5, 0.5, [0.5])
+    assert (row["vocabulary_got"], row["bytes_share"]) == (0.25, 0.6)
+    assert row["run_share"] == pytest.approx(0.9)
     assert "kl_change" not in row  # no change from a KL of zero
 
 

@@ -1,13 +1,11 @@
 """Teacher-forced scores, compared with the engine."""
 
-from dataclasses import replace
-
 from glass_mlx import stream_generate
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
-from glass_mlx.fidelity.scoring import DenseReading, Scores, divergence, score
+from glass_mlx.fidelity.scoring import DenseReading, Scores, divergence, score, score_shortlists
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.renewal import all_selection_points, sliced_stretches
+from glass_mlx.vocabulary import always_kept
 from helpers import letter_tokenizer, made_prior, statistics_of
 
 import mlx.core as mx
@@ -18,44 +16,51 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
 
-def test_a_dense_token_separates_sliced_stretches_at_renewals():
-    config = GlassConfig(warmup=3, refresh=4)
-    # Renewals at 4, 8, 12, 16, then every 8: 24, 32, 40, 48, then every 16.
-    stretches = [(3, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 30)]
-    assert sliced_stretches(config, 30) == stretches
-    assert sliced_stretches(GlassConfig(warmup=1, refresh=0), 30) == [(1, 30)]
-    assert sliced_stretches(GlassConfig(warmup=16, refresh=4), 24) == [(16, 24)]
-    assert sliced_stretches(config, 3) == []
-    assert sliced_stretches(config, 5) == [(3, 4)]
-    assert sliced_stretches(replace(config, density=1.0), 30) == [(3, 30)]
-    assert all_selection_points([config, GlassConfig(warmup=1, refresh=0)], 10) == [1, 3, 5, 9]
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("changes", [{}, {"warmup": 12}, {"warmup": 1}, {"refresh": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"warmup": 12},
+        {"warmup": 1},
+        {"refresh": 0},
+        {"dense_every": 0},
+        {"vocabulary": 0.5},
+        {"density": 1.0, "vocabulary": 0.25, "refresh": 8},
+    ],
+)
 def test_scores_match_generation_by_the_engine(kind, changes):
     """Teacher forcing on the engine's text gives the engine's log-probabilities."""
     model = tiny_model(kind)
     tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
     options = {"density": 0.5, "warmup": 3, "refresh": 4, "prior_weight": 0.5} | changes
+    special = always_kept(tokenizer)
     responses = list(
         stream_generate(model, tokenizer, PROMPT, max_tokens=30, prior=made_prior(model), **options)
     )
     text = Continuation(PROMPT, [r.token for r in responses])
     config = GlassConfig(**options)
-    reading = DenseReading(model, text, all_selection_points([config], 30))
-    scores = score(reading, reading.session.selector(config, made_prior(model)))
+    reading = DenseReading(model, text, [config.warmup])
+    selector = reading.session.selector(config, made_prior(model), always=special)
+    scores = score(reading, selector)
     generated = [-r.logprobs[r.token].item() for r in responses[1:]]
     assert np.allclose(scores.nll, generated, atol=1e-4)
     assert scores.dense.tolist() == [r.glass.dense for r in responses[1:]]
-    assert scores.reread == responses[-1].glass.reread_tokens
+    share = responses[-1].glass.sliced_bytes / responses[-1].glass.dense_bytes
+    assert np.all(scores.bytes[scores.dense] == 1)
+    assert scores.bytes[~scores.dense][-1] == pytest.approx(share)
+    vocabulary = scores.vocabulary.get(max(scores.selections), 1.0)
+    assert vocabulary == responses[-1].glass.vocabulary_got
     assert scores.dense.sum() + 1 == responses[-1].glass.dense_tokens
     assert len(scores.selections) == responses[-1].glass.selections
     last = scores.selections[max(scores.selections)]
     for path, kept in responses[-1].glass.selection.indices.items():
         assert np.array_equal(last.indices[path], kept)
-    assert np.all(scores.kl[scores.dense] == 0)
-    assert np.all(scores.kl[~scores.dense] > 0)
+    warmup = config.warmup - 1
+    assert np.all(scores.kl[:warmup] == 0)
+    assert np.all(scores.kl[warmup:][~scores.dense[warmup:]] > 0)
+    # A later dense token sees what the sliced model left in the cache.
+    assert np.median(scores.kl[scores.dense]) < np.median(scores.kl[~scores.dense])
 
 
 @pytest.mark.parametrize("prefill", [{}, {"prefill_step_size": 100}, {"prefill_step_size": 150}])
@@ -76,7 +81,7 @@ def test_selections_are_the_engine_s_for_long_prompts(prefill, changes):
         stream_generate(model, tokenizer, prompt, 24, prior=made_prior(model), **options, **prefill)
     )
     text, config = Continuation(prompt, [r.token for r in responses]), GlassConfig(**options)
-    reading = DenseReading(model, text, all_selection_points([config], 24), **prefill)
+    reading = DenseReading(model, text, [config.warmup], **prefill)
     selections = score(reading, reading.session.selector(config, made_prior(model))).selections
     assert len(selections) == responses[-1].glass.selections
     for point, selection in selections.items():
@@ -108,7 +113,7 @@ def test_scores_with_all_neurons_equal_dense_scores():
     model = tiny_model("llama")
     text = Continuation(PROMPT, [5, 9, 77, 31, 5, 200])
     config = GlassConfig(density=1.0, warmup=3, refresh=4)
-    reading = DenseReading(model, text, all_selection_points([config], 6))
+    reading = DenseReading(model, text, [3])
     selector = reading.session.selector(config, made_prior(model))
     scores, exact = score(reading, selector), Scores.exact(reading)
     assert np.allclose(scores.kl, 0, atol=1e-5)
@@ -132,6 +137,21 @@ def test_a_dense_reading_has_statistics_at_each_point():
                 part.scores("activation")[path] * part.tokens for part in (local.prompt, local.text)
             )
             assert np.allclose(prompt + text, scores * len(tokens_read), rtol=1e-5)
+
+
+def test_shortlists_alone_score_as_with_all_neurons():
+    """The dense model's logits tell what the shortlists cost."""
+    model = tiny_model("llama")
+    generated = np.random.default_rng(0).integers(2, 256, 40).tolist()
+    text = Continuation(PROMPT, generated)
+    config = GlassConfig(vocabulary=0.25, warmup=5, refresh=8)
+    reading = DenseReading(model, text, [5])
+    selector = reading.session.selector(config, made_prior(model))
+    kl, expected = score_shortlists(reading, selector), score(reading, selector).kl
+    assert np.allclose(kl, expected, rtol=1e-3, atol=1e-5)
+    assert kl.max() > 0.1
+    whole = reading.session.selector(GlassConfig(density=0.5), None)
+    assert np.all(score_shortlists(reading, whole) == 0)
 
 
 def test_divergence_equals_a_hand_computed_value():

@@ -42,7 +42,6 @@ def test_every_method_gets_a_row_next_to_dense_mlx_lm(tmp_path, monkeypatch, cap
             assert row["first_slicing_steps"] > 0
             assert row["renewal_steps"] > 0
             assert row["slice_s"] > 0
-            assert (row["reread_s"] > 0) == (row["method"] == "default")
     printed = capsys.readouterr().out
     assert files[1].read_text() in printed + "\n"
     assert printed.count("| griffin ") == 8

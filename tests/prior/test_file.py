@@ -5,14 +5,14 @@ import re
 from dataclasses import replace
 
 import glass_mlx.prior.file as prior_file
-from glass_mlx import NoPriorError, resolve_prior, stream_generate
+from glass_mlx import NoPriorError, resolve_prior
 from glass_mlx.files import digest
 from glass_mlx.models import Fingerprint, find_ffns
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.display import describe, draw
 from glass_mlx.prior.file import FILE_NAME, FORMAT, GlobalPrior
 from glass_mlx.ranking import ranks
-from helpers import chat_tokenizer, made_prior
+from helpers import curve_record, made_prior
 
 import mlx.core as mx
 import numpy as np
@@ -107,7 +107,7 @@ def test_an_edited_file_is_refused(file):
 
 def test_another_safetensors_file_is_refused(file):
     save_file({"a": np.zeros(3)}, file)
-    with pytest.raises(ValueError, match="not in the format glass-prior-3"):
+    with pytest.raises(ValueError, match="not in the format glass-prior-4"):
         GlobalPrior.load(file)
 
 
@@ -210,7 +210,7 @@ def test_forged_files_are_refused_or_used_but_never_crash(model, file):
 def test_nested_and_malformed_metadata_is_refused(file):
     for text in ("[" * 100000, "{", "[]", "1", '{"format": 2}'):
         save_file({"a": np.zeros(3)}, file, {"glass": text})
-        with pytest.raises(ValueError, match="not in the format glass-prior-3"):
+        with pytest.raises(ValueError, match="not in the format glass-prior-4"):
             GlobalPrior.load(file)
 
 
@@ -284,7 +284,7 @@ def test_the_file_describes_the_measurement(file):
     with safe_open(file, "numpy") as stored:
         metadata = json.loads(stored.metadata()["glass"])
     assert metadata["about"] == {"model": "tiny", "rounding": 0.003}
-    assert metadata["format"] == "glass-prior-3"
+    assert metadata["format"] == "glass-prior-4"
     names = set(load_file(file))
     parts = ("activation", "activation_spread", "fingerprint")
     assert {f"model.layers.0.mlp.{part}" for part in parts} <= names
@@ -302,24 +302,20 @@ def noisy(model, noise):
 def test_a_related_models_prior_serves_without_its_curve_and_says_so(model, tmp_path):
     mx.random.seed(0)
     about = {"model": "base", "whole": ["model.layers.0.mlp"]}
-    about["curve"] = {"densities": [0.5], "kl": [1.0], "tokens": 100}
+    about["curves"] = [curve_record(model)]
     prior = replace(made_prior(model), about=about)
     own = resolve_prior(model, prior)
     assert own is prior
     assert own.kept_dense == ("model.layers.0.mlp",)
     related = resolve_prior(noisy(model, 0.05), prior)
     assert related.kept_dense == ()
-    assert "curve" not in related.about
+    assert "curves" not in related.about
     assert re.fullmatch(
         r"given \(measured on other weights: base, similarity 0\.99\d\)", related.title
     )
     assert related.scores is prior.scores
     with pytest.raises(ValueError, match="other weights"):
         resolve_prior(noisy(model, 0.7), prior)
-    with pytest.raises(ValueError, match="density curve"):
-        stream_generate(
-            noisy(model, 0.05), chat_tokenizer(), "丁", prior=prior, density="auto", max_kl=1
-        )
 
 
 def test_the_models_own_prior_goes_before_a_relatives(model, tmp_path, monkeypatch):
