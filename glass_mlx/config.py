@@ -24,6 +24,14 @@ class Shares(NamedTuple):
     vocabulary: float = 1.0
 
 
+class Setting(NamedTuple):
+    """How much of a model is kept: a bound on KL, or shares; see `GlassConfig`."""
+
+    max_kl: float | None = None
+    density: float | None = None
+    vocabulary: float | None = None
+
+
 def check_density(density: float) -> None:
     """Raise ValueError unless a density is in (0, 1]."""
     if not 0 < density <= 1:

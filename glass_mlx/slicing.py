@@ -67,6 +67,9 @@ class SlicedModel:
         reload: loads the model once more without evaluating its arrays. If it is given, each
             FFN's dense weights are released as soon as its slice exists; see `FFN.release`.
         head: its head, to slice it by a shortlist.
+
+    Attributes:
+        slices: for each FFN, its kept neurons in the slice's order, and its sliced projections.
     """
 
     def __init__(
@@ -79,8 +82,7 @@ class SlicedModel:
     ) -> None:
         self._dense, self._ffns, self._head = dense, ffns, head
         self._policy, self._reload = down_policy, reload
-        # For each FFN, its kept neurons in the slice's order, and its sliced projections.
-        self._slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
+        self.slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
         self._is_compensated = False
         self._sliced_head: SlicedHead | None = None
         self._other_logits = mx.zeros(0)
@@ -88,7 +90,7 @@ class SlicedModel:
     @property
     def model(self) -> nn.Module:
         """The sliced model after the latest update."""
-        parts = {path: parts for path, (_, parts) in self._slices.items()}
+        parts = {path: parts for path, (_, parts) in self.slices.items()}
         model = with_modules(self._dense, parts)
         if self._head is None or self._sliced_head is None:
             return model
@@ -104,7 +106,7 @@ class SlicedModel:
     @property
     def selection(self) -> Selection:
         """The neurons in the slices."""
-        indices = {path: np.sort(kept) for path, (kept, _) in self._slices.items()}
+        indices = {path: np.sort(kept) for path, (kept, _) in self.slices.items()}
         return Selection(indices, {ffn.path: ffn.width for ffn in self._ffns})
 
     def update(
@@ -138,11 +140,11 @@ class SlicedModel:
             self._evaluate(changed)
             for ffn in changed:
                 if ffn.path in compensation:
-                    kept, parts = self._slices[ffn.path]
+                    kept, parts = self.slices[ffn.path]
                     ffn.compensate(parts, kept, compensation[ffn.path])
             self._evaluate(changed)
             for ffn in group if fresh else ():
-                if self._slices[ffn.path][1]:
+                if self.slices[ffn.path][1]:
                     ffn.release(fresh[ffn.path])
 
     def _slice_head(self, shortlist: Shortlist | None) -> None:
@@ -160,20 +162,20 @@ class SlicedModel:
 
     def _slice(self, ffn: FFN, indices: np.ndarray, always: bool) -> bool:
         """Bring the slice of an FFN up to date, lazily; return whether it changed."""
-        before, parts = self._slices.get(ffn.path, (None, {}))
+        before, parts = self.slices.get(ffn.path, (None, {}))
         if before is None or len(before) != len(indices):
-            self._slices.pop(ffn.path, None)
+            self.slices.pop(ffn.path, None)
             del parts  # frees the previous slice before the new one is made
             kept, parts = indices, ffn.sliced(indices, self._policy)
         elif not always and _overlap(indices, before) >= _MIN_OVERLAP:
             return False
         else:
             kept = ffn.move(parts, before, indices) if parts else indices
-        self._slices[ffn.path] = kept, parts
+        self.slices[ffn.path] = kept, parts
         return bool(parts)
 
     def _evaluate(self, ffns: list[FFN]) -> None:
-        slices = [self._slices[ffn.path][1].values() for ffn in ffns]
+        slices = [self.slices[ffn.path][1].values() for ffn in ffns]
         mx.eval([[part.parameters() for part in parts] for parts in slices])
 
 

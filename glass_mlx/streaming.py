@@ -50,8 +50,8 @@ def stream_generate(
     """Generate text with the neurons and the vocabulary that matter for the prompt.
 
     The dense model reads the prompt and computes the first tokens. A model that is sliced for this
-    text computes the others. At intervals, the dense model reads the latest text again, which
-    corrects the cache and renews the slices. The given model's weights do not change.
+    text computes the others, except for every fourth token. The dense model is observed there, and
+    the slices are renewed at intervals. The given model's weights do not change.
 
     Args:
         model: a model from `load` or from `mlx_lm.load`, or a `Session` of one.
@@ -66,7 +66,8 @@ def stream_generate(
         reload: loads the model once more without evaluating its arrays, as in
             `lambda: load(name, lazy=True)[0]`. If it is given, the dense weights of each FFN are
             released as soon as its slice exists. When they are needed again, they are loaded from
-            the model's files. This saves memory, but every renewal loads the weights.
+            the model's files. This saves memory, but every dense token and every renewal loads
+            the weights, so it goes with `dense_every=0` and `refresh=0`.
         **kwargs: fields of `GlassConfig`, such as `density`, which replace those of `config`. All
             others are passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` from
             `glass_mlx.make_prompt_cache` only the new tokens are read, and the statistics of

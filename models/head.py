@@ -94,7 +94,7 @@ class BackedOffModel(nn.Module):
     """A model whose head computes some of the logits, and whose other logits are backed off.
 
     The other tokens share a fixed probability in fixed proportions, as in Katz's back-off
-    (IEEE Transactions on Acoustics, Speech, and Signal Processing 35(3), 1987).
+    (1987; see docs/method.md).
 
     Args:
         model: the model with a `SlicedHead`, whose logits are (..., k).

@@ -149,7 +149,7 @@ def test_what_the_template_takes_back_no_longer_counts(run_command, make_folder,
     run_command(generate, "--model", folder, "-p", "hi", "-m", 20, *options)
     first = load_prompt_cache(file)
     before = first.tokens[: first.tokens.index(byte_tokenizer(None).vocab["<think>"])]
-    # The warm-up has 12 tokens, the last of which the sliced model reads; tokens 16 and 20 are dense.
+    # The sliced model reads the last of 12 warm-up tokens. Tokens 16 and 20 are dense.
     assert (first.statistics.prompt.tokens, first.statistics.text.tokens) == (len(before) + 2, 13)
     code, out, _ = run_command(
         generate, "--prompt-cache-file", file, "-p", "why?", "-m", 1, *options

@@ -188,7 +188,8 @@ def _cached_curves(
     key = [conditions, None if prior is None else prior.digest]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     file = (
-        cached_priors().with_name("curves") / f"{cache_name('curves', session.fingerprint)}-{digest}.json"
+        cached_priors().with_name("curves")
+        / f"{cache_name('curves', session.fingerprint)}-{digest}.json"
     )
     if (curves := _read_curves(file, conditions)) is not None:
         return curves

@@ -24,6 +24,7 @@ from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.config import (
+    Setting,
     check_density,
     check_max_kl,
     check_seed,
@@ -42,7 +43,6 @@ from glass_mlx.fidelity.methods import (
     METHODS,
     UNFUSED_METHODS,
     Evaluation,
-    Setting,
     choose_methods,
 )
 from glass_mlx.fidelity.plots import plot

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.chat import Messages
-from glass_mlx.fidelity.methods import Evaluation, Setting
+from glass_mlx.config import Setting
+from glass_mlx.fidelity.methods import Evaluation
 from glass_mlx.fidelity.prompts import Continuation, WritingSettings, continue_prompts
 from glass_mlx.fidelity.report import Outcome
 from glass_mlx.fidelity.tasks import Sample

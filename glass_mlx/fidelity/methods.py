@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from glass_mlx.calibration.first_use import make_selector
-from glass_mlx.config import GlassConfig
+from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.fidelity.report import Outcome
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
 from glass_mlx.fidelity.tasks import Sample
@@ -69,14 +69,6 @@ def choose_methods(
         for weight in prior_weights:
             methods[f"{name} λ {weight:g}"] = METHODS[name] | {"prior_weight": weight}
     return methods
-
-
-class Setting(NamedTuple):
-    """How much of a model is kept: a bound on KL, or shares; see `GlassConfig`."""
-
-    max_kl: float | None = None
-    density: float | None = None
-    vocabulary: float | None = None
 
 
 class Evaluation:

@@ -125,8 +125,7 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "--refresh",
         type=int,
         metavar="N",
-        help="Every N tokens, and later at longer intervals, have the dense model read the text "
-        "again and renew the selection; 0 for never "
+        help="Renew the selection every N tokens, and later at longer intervals; 0 for never "
         f"(default: {GlassConfig.refresh}, with --release-dense 0).",
     )
     group.add_argument(
@@ -157,7 +156,7 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "--release-dense",
         action="store_true",
         help="Free the dense feed-forward weights as soon as their slices exist. Decoding then "
-        "takes less memory than the dense model.",
+        "takes less memory than the dense model, and the dense model computes no tokens.",
     )
     group.add_argument(
         "--down-policy",
@@ -352,12 +351,14 @@ def _config(args: argparse.Namespace) -> GlassConfig:
     refresh = args.refresh
     if refresh is None:  # released weights would be loaded again for every renewal
         refresh = 0 if args.release_dense else GlassConfig.refresh
+    dense_every = 0 if args.release_dense else GlassConfig.dense_every
     return GlassConfig(
         max_kl=args.max_kl,
         density=args.density,
         vocabulary=args.vocabulary,
         prior_weight=args.prior_weight,
         warmup=args.warmup,
+        dense_every=dense_every,
         refresh=refresh,
         statistic=args.statistic,
         prior_statistic=args.prior_statistic,

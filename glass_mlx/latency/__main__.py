@@ -2,9 +2,10 @@
 
 There is one row per method, density and prompt length. The methods are mlx-lm itself (dense),
 GRIFFIN (griffin: one selection from the prompt alone), GLASS with one selection (glass), the same
-with the dense weights released (released), and the default, which reads the text again and renews
-the selection (default). The ceiling is the speed-up that the bytes allow: the bytes of weights that
-dense decoding reads per token, divided by those that sliced decoding reads.
+with the dense weights released (released), and the default, in which the dense model computes some
+tokens and the selection is renewed (default). The ceiling is the speed-up that the bytes allow: the
+bytes of weights that dense decoding reads per token, divided by those that a sliced token reads.
+The run's ceiling counts the dense tokens, too.
 """
 
 if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
@@ -18,7 +19,14 @@ from typing import Any
 
 from glass_mlx.arguments import CommandParser, path
 from glass_mlx.checkpoints.loading import advice
-from glass_mlx.config import check_seed
+from glass_mlx.config import (
+    DEFAULT_MAX_KL,
+    Setting,
+    check_density,
+    check_max_kl,
+    check_seed,
+    check_vocabulary,
+)
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
 from glass_mlx.latency.measured_model import (
@@ -59,15 +67,27 @@ def setup_arg_parser() -> CommandParser:
         "--density",
         type=float,
         nargs="+",
-        default=[0.5],
-        help="Shares of the feed-forward neurons to keep (%(default)s).",
+        default=[],
+        help="Shares of the feed-forward neurons to keep, instead of a bound on KL.",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=float,
+        default=1.0,
+        help="Share of the vocabulary to keep with each density (%(default)s).",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        help="Bound on KL, which decides how much is kept. Default without --density: "
+        f"{DEFAULT_MAX_KL}. For random weights, the curves of the built-in model decide.",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=[name for name in METHODS if name != DENSE],
-        default=["griffin", "glass", "default"],
-        help="Methods to compare with dense mlx-lm (%(default)s).",
+        help="Methods to compare with dense mlx-lm (default; with --density, griffin and glass, "
+        "too).",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -105,6 +125,11 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.repetitions < 2 or args.generation_tokens < 4 or min(args.prompt_tokens) < 2:
         raise ValueError("at least 2 repetitions, 4 generated and 2 prompt tokens are needed")
+    for density in args.density:
+        check_density(density)
+    check_vocabulary(args.vocabulary)
+    if args.max_kl is not None:
+        check_max_kl(args.max_kl)
     check_seed(args.seed)
     check_model_arguments(args)
     for file in (args.json, args.markdown, args.plot):
@@ -112,8 +137,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         require_matplotlib()
     settings = Settings(
-        densities=args.density,
-        methods=args.methods,
+        shares=make_shares(args),
+        methods=args.methods or ["griffin", "glass"] * bool(args.density) + ["default"],
         prompt_tokens=args.prompt_tokens,
         generation_tokens=args.generation_tokens,
         repetitions=args.repetitions,
@@ -122,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
     )
     warnings = [busy_warning()]
     model, tokenizer = load_model(args)
-    prior = load_prior(model, args)
+    prior = load_prior(model, tokenizer, args)
+    tokenizer.eos_token_ids = []
     load_peak = mx.get_peak_memory()
     warnings.append(advice(model))
     session = Session.of(model)
@@ -134,9 +160,9 @@ def run(args: argparse.Namespace) -> None:
     ]
     session = Session.of(session)  # released weights have changed the facts
     slicing_times = {
-        density: time_slicing(session, prior, density, args.down_policy)
-        for density in args.density
-        if density < 1
+        kept: time_slicing(session, tokenizer, prior, kept, args.down_policy)
+        for kept in settings.shares
+        if kept.density != 1
     }
     about = made_with() | {
         "model": model_title(args),
@@ -148,6 +174,13 @@ def run(args: argparse.Namespace) -> None:
     }
     rows = summarize(session.weight_bytes, runs, slicing_times)
     report_results(about, rows, args)
+
+
+def make_shares(args: argparse.Namespace) -> list[Setting]:
+    """Return how much is kept in each row: a density each, or what a bound on KL decides."""
+    pairs = [Setting(density=density, vocabulary=args.vocabulary) for density in args.density]
+    bound = [Setting(max_kl=args.max_kl or DEFAULT_MAX_KL)] if args.max_kl or not pairs else []
+    return bound + pairs
 
 
 def report_results(

@@ -3,11 +3,11 @@
 import argparse
 
 from glass_mlx.arguments import add_load_arguments, add_model_argument
+from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.checkpoints.loading import DTYPES, load, model_name
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.lookup import NoPriorError
 from glass_mlx.session import Session
 
 import mlx.nn as nn
@@ -48,7 +48,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
 
 
 def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load the model, with a tokenizer that has no end-of-text token.
+    """Load the model and its tokenizer.
 
     Args:
         args: the values of the flags of `add_model_arguments`.
@@ -59,17 +59,16 @@ def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module,
         group_size, mode = args.group_size or _GROUP_SIZE, args.mode or _MODES[0]
         model = random_model(args.shape, dtype, args.bits, group_size, mode, lazy)
         return model, numbers_tokenizer(SHAPES[args.shape].vocab_size)
-    model, tokenizer = load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize)
-    tokenizer.eos_token_ids = []
-    return model, tokenizer
+    return load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize)
 
 
-def load_prior(model: nn.Module, args: argparse.Namespace) -> GlobalPrior:
-    """Load the model's prior, or build a random one: speed does not depend on the kept neurons."""
-    try:
-        return random_prior(model) if args.shape else Session.of(model).find_prior()
-    except NoPriorError:
-        return random_prior(model)
+def load_prior(
+    model: nn.Module, tokenizer: TokenizerWrapper, args: argparse.Namespace
+) -> GlobalPrior:
+    """Find or measure the model's prior; build a random one for random weights."""
+    if args.shape:
+        return random_prior(model, args.down_policy)
+    return find_or_measure_prior(Session.of(model), tokenizer, model=args.model)
 
 
 def model_title(args: argparse.Namespace) -> str:

@@ -11,7 +11,8 @@ Row = dict[str, Any]
 # Headings and formats by key, in the style of llama-bench.
 _SPEED = {
     "method": ("method", "{}"),
-    "density": ("density", "{:g}"),
+    "density_got": ("density", "{:.3g}"),
+    "vocabulary_got": ("vocabulary", "{:.3g}"),
     "prompt_tokens": ("prompt", "{}"),
     "prefill_tps": ("prefill t/s", "{:.1f}"),
     "prefill_ratio": ("prefill time", "{:.2f}"),
@@ -25,11 +26,14 @@ _SPEED = {
     "speedup": ("speed-up", "{:.3f}"),
     "ceiling": ("ceiling", "{:.3f}"),
     "ceiling_ratio": ("ratio", "{:.3f}"),
+    "run_ceiling": ("run ceiling", "{:.3f}"),
+    "run_ceiling_ratio": ("ratio", "{:.3f}"),
     "break_even": ("pays after", "{}"),
 }
 _COST = {
     "method": ("method", "{}"),
-    "density": ("density", "{:g}"),
+    "density_got": ("density", "{:.3g}"),
+    "vocabulary_got": ("vocabulary", "{:.3g}"),
     "prompt_tokens": ("prompt", "{}"),
     "first_slicing_steps": ("first slices, steps", "{:.2f}"),
     "renewal_steps": ("renewal of 10 %, steps", "{:.2f}"),
@@ -79,8 +83,8 @@ def plot(about: dict[str, Any], rows: list[Row], file: Path) -> None:
     dense = next(row for row in rows if row["method"] == "dense")
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    densities = sorted({row["density"] for row in rows})
-    ceilings = {row["density"]: row["ceiling"] for row in rows}
+    densities = sorted({row["density_got"] for row in rows})
+    ceilings = {row["density_got"]: row["ceiling"] for row in rows}
     axes.plot(
         densities,
         [dense["decode_tps"] * ceilings[density] for density in densities],
@@ -89,7 +93,7 @@ def plot(about: dict[str, Any], rows: list[Row], file: Path) -> None:
     )
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"):
         points = sorted(
-            (row["density"], row["speedup"] * dense["decode_tps"])
+            (row["density_got"], row["speedup"] * dense["decode_tps"])
             for row in rows
             if row["method"] in (method, "dense")
         )

@@ -6,8 +6,9 @@ configurations.
 
 from dataclasses import dataclass
 
+from glass_mlx.config import GlassConfig
 from glass_mlx.models import named_arrays
-from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.file import GlobalPrior, packaged_priors, prior_files
 from glass_mlx.session import Session
 
 import mlx.core as mx
@@ -83,13 +84,21 @@ def random_model(
     return model
 
 
-def random_prior(model: nn.Module) -> GlobalPrior:
-    """Build a prior with random scores."""
+def random_prior(model: nn.Module, down_policy: str) -> GlobalPrior:
+    """Build a prior with random scores, and with the curves of the built-in model.
+
+    What slicing costs is meaningless for random weights, but decides how much is kept.
+    """
     session, generator = Session.of(model), np.random.default_rng(0)
     scores = {
         path: generator.random(width, dtype=np.float32) for path, width in session.widths.items()
     }
-    return GlobalPrior({"griffin": scores}, session.fingerprint, {})
+    (packaged,) = prior_files(packaged_priors())
+    curves = GlobalPrior.load(packaged).about["curves"][0]
+    conditions = session.conditions(GlassConfig(down_policy=down_policy))
+    about = {"curves": [curves | {"conditions": conditions}]}
+    vocabulary = generator.random(session.vocabulary_size, dtype=np.float32)
+    return GlobalPrior({"griffin": scores}, session.fingerprint, about, vocabulary=vocabulary)
 
 
 def numbers_tokenizer(size: int) -> TokenizerWrapper:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
-from glass_mlx.config import GlassConfig
+from glass_mlx.calibration.first_use import make_selector
+from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.generation_report import Report
 from glass_mlx.models.linear import outputs
 from glass_mlx.prior.file import GlobalPrior
@@ -33,7 +34,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "griffin": _SELECT_ONCE | {"prior_weight": 0.0, "prior": False},
     "glass": _SELECT_ONCE,
     "released": _SELECT_ONCE,
-    "default": {"warmup": GlassConfig.warmup, "refresh": GlassConfig.refresh},
+    "default": {},
 }
 
 # The share of the neurons that changes in the renewal whose time is measured.
@@ -48,7 +49,7 @@ class Settings:
     """What to time.
 
     Attributes:
-        densities: the densities of the sliced methods.
+        shares: how much of the model the sliced methods keep.
         methods: the sliced methods, keys of `METHODS`.
         prompt_tokens: lengths of the prompts.
         generation_tokens: number of generated tokens.
@@ -57,7 +58,7 @@ class Settings:
         down_policy: how quantized down projections are sliced.
     """
 
-    densities: list[float]
+    shares: list[Setting]
     methods: list[str]
     prompt_tokens: list[int]
     generation_tokens: int
@@ -91,12 +92,14 @@ class Run:
 
     @property
     def total_tps(self) -> float:
-        """Tokens per second after the first token, with selecting, slicing and reading again."""
+        """Tokens per second after the first token, with selecting and slicing."""
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
 
-# A method, a density and a number of prompt tokens.
-Mode = tuple[str, float, int]
+# A method, how much it keeps, and a number of prompt tokens.
+Mode = tuple[str, Setting, int]
+
+_WHOLE = Setting(density=1.0, vocabulary=1.0)
 
 
 def list_modes(settings: Settings) -> list[Mode]:
@@ -105,12 +108,8 @@ def list_modes(settings: Settings) -> list[Mode]:
         mode
         for length in settings.prompt_tokens
         for mode in [
-            (DENSE, 1.0, length),
-            *(
-                (name, density, length)
-                for density in settings.densities
-                for name in settings.methods
-            ),
+            (DENSE, _WHOLE, length),
+            *((name, kept, length) for kept in settings.shares for name in settings.methods),
         ]
     ]
 
@@ -160,13 +159,13 @@ def measure(
             }
             # Every other round runs backwards, so that no run always follows the same other run.
             order = list(runs.items())[:: -1 if repetition % 2 else 1]
-            for (method, density, length), mode_runs in order:
+            for (method, kept, length), mode_runs in order:
                 common = (tokenizer, prompts[length], settings.generation_tokens)
-                bar.set_description(f"{method} {density:g}")
+                bar.set_description(method)
                 if (changes := METHODS[method]) is None:
                     run = time_run(mlx_lm.stream_generate(session.model, *common))
                 else:
-                    options: dict[str, Any] = {"density": density, "prior": prior} | changes
+                    options: dict[str, Any] = kept._asdict() | {"prior": prior} | changes
                     options["down_policy"] = settings.down_policy
                     options["reload"] = reload if method == "released" else None
                     run = time_run(stream_generate(session, *common, **options))
@@ -178,25 +177,33 @@ def measure(
 
 
 def time_slicing(
-    session: Session, prior: GlobalPrior, density: float, down_policy: str
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior,
+    kept: Setting,
+    down_policy: str,
 ) -> tuple[float, float]:
     """Return the seconds for a first selection and its slices, and for a renewal of a tenth."""
     generator = np.random.default_rng(0)
-    selector = session.selector(GlassConfig(density=density, down_policy=down_policy), prior)
+    config = GlassConfig(**kept._asdict(), down_policy=down_policy)
+    selector = make_selector(session, tokenizer, prior, config)
     local = _random_statistics(session, generator)
     firsts, renewals = [], []
     for _ in range(4):
         sliced, start = session.sliced_model(down_policy), time.perf_counter()
+        shortlister = selector.shortlister(local.vocabulary)
         selection = selector.select(local)
-        sliced.update(selection, mean_compensation(local))
+        shortlist = None if shortlister is None else shortlister.choose([])
+        sliced.update(selection, mean_compensation(local), shortlist)
         firsts.append(time.perf_counter() - start)
 
         start = time.perf_counter()
         selector.select(local)
+        shortlist = None if shortlister is None else shortlister.choose([])
         selecting = time.perf_counter() - start
         changed = _change_neurons(selection, generator)
         start = time.perf_counter()
-        sliced.update(changed, mean_compensation(local))
+        sliced.update(changed, mean_compensation(local), shortlist)
         renewals.append(selecting + time.perf_counter() - start)
     return median(firsts[1:]), median(renewals[1:])
 
@@ -239,22 +246,23 @@ def break_even(dense: list[Run], runs: list[Run]) -> int | None:
 def summarize(
     dense_bytes: int,
     runs: dict[Mode, list[Run]],
-    slicing_times: dict[float, tuple[float, float]],
+    slicing_times: dict[Setting, tuple[float, float]],
 ) -> list[dict[str, Any]]:
     """Average the runs of each mode, and compare them with dense runs on the same prompts.
 
     Args:
         dense_bytes: bytes of weights that the dense model reads per token.
         runs: the runs of each mode.
-        slicing_times: the results of `time_slicing` by density.
+        slicing_times: the results of `time_slicing`.
     """
     rows = []
-    for (method, density, length), mode_runs in runs.items():
-        dense = runs[DENSE, 1.0, length]
+    for (method, kept, length), mode_runs in runs.items():
+        dense = runs[DENSE, _WHOLE, length]
         report = mode_runs[0].report
-        times = slicing_times.get(density, (0.0, 0.0)) if report else (0.0, 0.0)
+        times = slicing_times.get(kept, (0.0, 0.0)) if report else (0.0, 0.0)
         rows.append(
-            {"method": method, "density": density, "prompt_tokens": length}
+            {"method": method, "prompt_tokens": length}
+            | kept._asdict()
             | _speed_figures(mode_runs, dense, length, dense_bytes)
             | _cost_figures(mode_runs, dense, times)
         )
@@ -268,16 +276,21 @@ def _speed_figures(
     read = report.sliced_bytes if report else dense_bytes
     speeds = [run.decode_tps for run in runs]
     total = mean(run.total_tps for run in runs)
-    # With renewals, the speed includes the time for selecting, slicing and reading again.
+    # With renewals, the speed includes the time for selecting and slicing.
     is_renewed = report is not None and report.selections > 1
     speed = total if is_renewed else mean(speeds)
     speedup = speed / mean(run.decode_tps for run in dense)
     ceiling = dense_bytes / read
+    dense_tokens = report.dense_tokens if report else len(runs[0].times)
+    # The first token is computed in prefill.
+    dense_share = (dense_tokens - 1) / (len(runs[0].times) - 1)
+    run_ceiling = 1 / (dense_share + (1 - dense_share) * read / dense_bytes)
     first_token, dense_first_token = (
         median(run.times[0] for run in group) for group in (runs, dense)
     )
     return {
         "density_got": report.density_got if report else 1.0,
+        "vocabulary_got": report.vocabulary_got if report else 1.0,
         "generation_tokens": len(runs[0].times),
         "repetitions": len(runs),
         "first_token_s": first_token,
@@ -290,6 +303,8 @@ def _speed_figures(
         "speedup": speedup,
         "ceiling": ceiling,
         "ceiling_ratio": speedup / ceiling,
+        "run_ceiling": run_ceiling,
+        "run_ceiling_ratio": total / mean(run.total_tps for run in dense) / run_ceiling,
         "bytes_per_token": read,
         "gb_per_second": read * mean(speeds) / 1e9,
     }

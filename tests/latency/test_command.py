@@ -38,7 +38,8 @@ def test_every_method_gets_a_row_next_to_dense_mlx_lm(tmp_path, monkeypatch, cap
             assert row["break_even"] is None
         else:
             assert row["density_got"] == row["density"]
-            assert row["ceiling"] > 1
+            assert row["ceiling"] >= row["run_ceiling"] > 1
+            assert (row["ceiling"] > row["run_ceiling"]) == (row["method"] == "default")
             assert row["first_slicing_steps"] > 0
             assert row["renewal_steps"] > 0
             assert row["slice_s"] > 0
@@ -91,7 +92,7 @@ def test_a_shape_has_the_sizes_of_the_real_model():
     assert weight_bytes(model, find_head(model)) == pytest.approx(
         134.5e6 * 5 / 8, rel=0.01
     )  # 4 bits and scales
-    prior = random_prior(model)
+    prior = random_prior(model, "requantize")
     assert prior.scores["griffin"].keys() == {ffn.path for ffn in find_ffns(model)}
     assert set(SHAPES) >= {"llama-3.2-1b", "llama-3.1-8b", "qwen3-4b", "gemma-3-4b"}
     tokenizer = numbers_tokenizer(50)

@@ -111,8 +111,8 @@ def format_table(parts: dict[str, Parts], times: dict[str, Times]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print a table."""
-    model, _ = load_model(args)
-    session, prior = Session.of(model), load_prior(model, args)
+    model, tokenizer = load_model(args)
+    session, prior = Session.of(model), load_prior(model, tokenizer, args)
     selector = session.selector(GlassConfig(density=args.density, prior_weight=1.0), prior)
     selection = selector.select(session.empty_statistics())
     models = {"dense": model, "sliced": session.slice(selection, args.down_policy)}

@@ -15,8 +15,15 @@ from typing import Any
 
 from fuzzing.cases import FORMATS, GGUF_FILE, Case, make_case, seed_files
 from fuzzing.mutation import Expected
-from fuzzing.seeds import CACHE_FILE, GENERATION, PROMPT, Files, model, tokenizer
-from glass_mlx import GlobalPrior, load, load_prompt_cache, stream_generate
+from fuzzing.seeds import CACHE_FILE, GENERATION, PROMPT, SCHEDULE, Files, model, tokenizer
+from glass_mlx import (
+    GlassConfig,
+    GlobalPrior,
+    Session,
+    load,
+    load_prompt_cache,
+    stream_generate,
+)
 from glass_mlx.chat import encode
 from glass_mlx.conversation import Conversation
 from glass_mlx.prior.file import FILE_NAME
@@ -266,8 +273,8 @@ def _open_prior(folder: Path, seed: str) -> Output:
     prior = GlobalPrior.load(file)
     output = _generate(dense, tokenizer(), PROMPT, prior=file)
     output += _generate(dense, tokenizer(), PROMPT, prior=file, uniform=True)
-    if prior.about.get("curve") is not None:
-        options = {"density": "auto", "max_kl": 0.5}
+    if prior.curves(Session(dense).conditions(GlassConfig(**SCHEDULE))) is not None:
+        options = {"density": None, "vocabulary": None, "max_kl": 0.5}
         output += _generate(dense, tokenizer(), PROMPT, prior=prior, **options)
     return output
 

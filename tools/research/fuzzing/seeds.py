@@ -6,7 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from glass_mlx import GlobalPrior, make_prompt_cache, save_prompt_cache, stream_generate
+from glass_mlx import (
+    GlassConfig,
+    GlobalPrior,
+    Session,
+    make_prompt_cache,
+    save_prompt_cache,
+    stream_generate,
+)
 from glass_mlx.models import find_ffns, fingerprint
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.file import FILE_NAME, packaged_priors, prior_files
@@ -26,7 +33,8 @@ Files = dict[str, bytes]
 
 CACHE_FILE, STATISTICS_FILE = "talk.safetensors", "talk.glass.safetensors"
 PROMPT = [1, 7, 3, 200, 9, 54, 21]
-GENERATION: dict[str, Any] = {"prior": False, "density": 0.5, "warmup": 2, "refresh": 2}
+SCHEDULE: dict[str, Any] = {"warmup": 2, "refresh": 2, "dense_every": 2}
+GENERATION: dict[str, Any] = SCHEDULE | {"prior": False, "density": 0.5, "vocabulary": 0.5}
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -174,6 +182,8 @@ def priors() -> dict[str, Files]:
         for name, measures in about["stability"].items()
     }
     about["whole"] = [find_ffns(dense)[0].path]
+    conditions = Session(dense).conditions(GlassConfig(**SCHEDULE))
+    about["curves"] = [about["curves"][0] | {"conditions": conditions}]
     groups = [{f.path: rng.random(f.width, np.float32) for f in find_ffns(dense)} for _ in range(4)]
     names = ("activation", "griffin")
     prior = GlobalPrior(
@@ -181,6 +191,7 @@ def priors() -> dict[str, Files]:
         fingerprint(dense),
         about,
         dict(zip(names, groups[2:], strict=True)),
+        rng.random(256, np.float32),
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / FILE_NAME
