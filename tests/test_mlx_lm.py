@@ -87,8 +87,28 @@ def test_the_decode_loop_samples_one_more_token_than_it_yields():
     assert len(sampled) == 4
 
 
+def test_the_decode_loop_calls_the_model_once_for_each_token():
+    """`engine.Interleaved` counts the calls to know which model computes a token."""
+    from glass_mlx.models.architectures import tiny_model
+
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, read = tiny_model("llama"), []
+
+    def record(tokens, cache):
+        read.append(tokens.tolist())
+        return model(tokens, cache=cache)
+
+    cache = make_prompt_cache(model)
+    steps = generate_step(mx.array([5]), record, max_tokens=4, prompt_cache=cache)
+    tokens = [int(token) for token, _ in steps]
+    assert read == [[[token]] for token in [5, *tokens]]
+
+
 def test_a_model_asks_its_caches_for_masks_in_the_order_sinks_latest_tokens_new_tokens():
-    """`cache_snapshot` replaces the masks of rotating caches."""
+    """`cache_masks` replaces the masks of rotating caches."""
     import mlx.core as mx
     from mlx_lm.models.base import create_attention_mask
     from mlx_lm.models.cache import RotatingKVCache

@@ -1,8 +1,7 @@
-"""Compare how much text is read again, and how often: KL, and the cost over a whole run.
+"""Compare schedules of dense tokens and renewals: KL, and the bytes that a whole run reads.
 
 Every schedule is scored with the engine's slices on continuations of the development prompts. The
-cost of a run is given in dense steps per token: a sliced token costs its share of the bytes, a
-dense token 1, and reading some tokens again 1 and `--reading-cost` for each token.
+speed-up is what the bytes of all tokens allow, dense tokens included.
 """
 
 import argparse
@@ -13,9 +12,8 @@ from glass_mlx.arguments import add_load_arguments, add_model_argument
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
-from glass_mlx.fidelity.scoring import DenseReading, score
+from glass_mlx.fidelity.scoring import score
 from glass_mlx.reporting.tables import markdown_table
-from glass_mlx.selection import Selector
 
 import continuations
 import numpy as np
@@ -34,19 +32,18 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, nargs="+", default=[16], help="(%(default)s)")
     parser.add_argument("--refresh", type=int, nargs="+", default=[32], help="(%(default)s)")
     parser.add_argument(
-        "--reread", type=int, nargs="+", default=[8, 16, 32, 1024], help="(%(default)s)"
+        "--dense-every", type=int, nargs="+", default=[0, 8, 4, 3], help="(%(default)s)"
     )
-    parser.add_argument("--reading-cost", type=float, default=0.05, help="(%(default)s)")
     parser.add_argument("--prior", type=Path, help="The model's prior.")
     add_load_arguments(parser)
     return parser
 
 
 def compare(args: argparse.Namespace) -> dict[Schedule, np.ndarray]:
-    """Return KL, tokens read again and cost, per token and text (texts, 3), by schedule."""
+    """Return the sums of KL and of bytes over each text, and its tokens, (texts, 3) by schedule."""
     session, tokenizer = continuations.load_session(args)
     prior = find_or_measure_prior(session, tokenizer, args.prior, GlassConfig(density=0.5))
-    schedules = [*product(args.warmup, args.refresh, args.reread)]
+    schedules = [*product(args.warmup, args.refresh, args.dense_every)]
     selectors = {
         schedule: make_selector(
             session,
@@ -57,7 +54,7 @@ def compare(args: argparse.Namespace) -> dict[Schedule, np.ndarray]:
                 vocabulary=args.vocabulary,
                 warmup=schedule[0],
                 refresh=schedule[1],
-                reread=schedule[2],
+                dense_every=schedule[2],
             ),
         )
         for schedule in schedules
@@ -65,15 +62,9 @@ def compare(args: argparse.Namespace) -> dict[Schedule, np.ndarray]:
     results: dict[Schedule, list[list[float]]] = {schedule: [] for schedule in schedules}
     for reading in continuations.read_continuations(session, tokenizer, args, args.warmup):
         for schedule, selector in selectors.items():
-            results[schedule].append(measure(reading, selector, args.reading_cost))
+            scores = score(reading, selector)
+            results[schedule].append([scores.kl.sum(), scores.bytes.sum(), reading.tokens])
     return {schedule: np.array(values) for schedule, values in results.items()}
-
-
-def measure(reading: DenseReading, selector: Selector, reading_cost: float) -> list[float]:
-    """Return the sums of KL, tokens read again and cost over a text, and its number of tokens."""
-    scores = score(reading, selector)
-    cost = scores.bytes.sum() + reading_cost * scores.reread
-    return [scores.kl.sum(), scores.reread, cost, reading.tokens]
 
 
 def main() -> None:
@@ -82,18 +73,17 @@ def main() -> None:
         args = setup_arg_parser().parse_args()
         cells = []
         for schedule, values in compare(args).items():
-            kl, reread, cost, tokens = values.sum(0)
-            error = np.std(values[:, 0] / values[:, 3], ddof=1) / len(values) ** 0.5
+            kl, read, tokens = values.sum(0)
+            error = np.std(values[:, 0] / values[:, 2], ddof=1) / len(values) ** 0.5
             cells.append(
                 [
                     *map(str, schedule),
                     f"{kl / tokens:.4f}",
                     f"{error:.4f}",
-                    f"{reread / tokens:.2f}",
-                    f"{tokens / cost:.3f}",
+                    f"{tokens / read:.3f}",
                 ]
             )
-        columns = ["warm-up", "refresh", "reread", "KL", "± s.e.", "read again", "speed-up"]
+        columns = ["warm-up", "refresh", "dense every", "KL", "± s.e.", "speed-up"]
         print(markdown_table(columns, cells))
 
 
