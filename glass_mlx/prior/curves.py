@@ -42,8 +42,9 @@ class Curve:
         """Return the expected KL at a share.
 
         Between two measured shares, the logarithm of KL is linear in the logarithm of the share
-        that is dropped. From the largest measured share to 1, KL is linear, and below the smallest
-        it is not known: infinite.
+        that is dropped. Above the largest measured share it stays the same up to 1, because
+        quantizing a slice again costs something however little is dropped. Below the smallest
+        measured share it is not known: infinite.
         """
         if share >= 1:
             return 0.0
@@ -54,8 +55,7 @@ class Curve:
             if share <= high:
                 part = math.log((1 - share) / (1 - high)) / math.log((1 - low) / (1 - high))
                 return float(high_kl * (low_kl / high_kl) ** part)
-        last, kl = points[-1]
-        return kl * (1 - share) / (1 - last)
+        return points[-1][1]
 
     def share_for(self, max_kl: float) -> float:
         """Return the smallest share whose expected KL is within a bound, to one part in 10^4."""
