@@ -16,6 +16,7 @@ import numpy as np
 from compare_layer_budgets import budgets
 from cuts import (
     SHRINKAGE_TOKENS,
+    WRITTEN,
     Decoder,
     FFNCut,
     Masked,
@@ -54,6 +55,7 @@ class Heads:
 
     Attributes:
         paths: the path of the attention of each layer.
+        outputs: its output projection.
         heads: the number of query heads H of a layer.
         groups: the number of key-value heads of a layer.
         size: the size D of a head.
@@ -62,12 +64,12 @@ class Heads:
     def __init__(self, model: nn.Module) -> None:
         self.model, args = model, model.args
         self.paths = [f"model.layers.{n}.self_attn" for n in range(len(model.layers))]
-        self._outputs = [layer.self_attn.o_proj for layer in model.layers]
+        self.outputs = [layer.self_attn.o_proj for layer in model.layers]
         self.heads, self.groups = args.num_attention_heads, args.num_key_value_heads
-        self.size = self._outputs[0].weight.shape[1] // self.heads
+        self.size = self.outputs[0].weight.shape[1] // self.heads
         # ||W_h x_h||^2 = x_h' (W_h' W_h) x_h
         self._grams = []
-        for output in self._outputs:
+        for output in self.outputs:
             w = output.weight.T.reshape(self.heads, self.size, -1)
             self._grams.append(w @ w.swapaxes(1, 2))
         mx.eval(self._grams)
@@ -79,7 +81,7 @@ class Heads:
             self.model,
             {
                 path: {"o_proj": _Capture(output, inputs)}
-                for path, output in zip(self.paths, self._outputs, strict=True)
+                for path, output in zip(self.paths, self.outputs, strict=True)
             },
         )
         prompt, written = text.text.prompt, text.text.written
@@ -153,7 +155,7 @@ class HeadCut:
         for n in self._layers:
             kept = np.repeat(~self._heads.dropped(fused[n]), self._heads.size)
             constants = trust * np.array(so_far[n].mean(1)).reshape(-1)
-            output = self._heads._outputs[n]
+            output = self._heads.outputs[n]
             modules[self._heads.paths[n]] = {"o_proj": Masked(output, kept, constants)}
         return with_modules(self._heads.model, self._ffns.modules(generated) | modules)
 
@@ -179,7 +181,7 @@ def main() -> None:
     )
 
     # 1) The prior of the heads: the mean of the statistics over the model's own texts.
-    own = own_texts(session, tokenizer, args.own, files[0])[: args.own]
+    own = own_texts(session, tokenizer, WRITTEN, files[0])[: args.own]
     own_inputs = [heads.observe(text) for text in own]
     all_statistics = [heads.statistics(inputs) for inputs in own_inputs]
     prior = {
@@ -214,7 +216,7 @@ def main() -> None:
     del own, own_inputs, few, by_text
 
     # 3) The cuts, on the development prompts.
-    texts = development_texts(session, tokenizer, args.prompts, files[1])[: args.prompts]
+    texts = development_texts(session, tokenizer, WRITTEN, files[1])[: args.prompts]
     inputs = {id(text): heads.observe(text) for text in texts}
     for number, density in enumerate(args.density):
         budget = counts(selector, widths, density)
@@ -235,7 +237,6 @@ def main() -> None:
             by_count[layers] = sums
             name = f"FFN {sum(smaller.values()) / sum(widths.values()):.4f}"
             print(row(f"{name}, vs FFN {density}", sums, base, tokens), flush=True)
-            choices = [order[:layers]]
             variants: list[dict[str, object]] = [{}]
             if layers == everything // 2 and not number:
                 variants += [
@@ -243,7 +244,7 @@ def main() -> None:
                     {"weight": 1.0}, {"compensated": False},
                 ]  # fmt: skip
             for variant in variants:
-                ours, _ = score(texts, maker(inputs, budget, choices[0], **variant))
+                ours, _ = score(texts, maker(inputs, budget, order[:layers], **variant))
                 name = f"heads of {layers} layers {variant or ''}, vs equal FFN"
                 print(row(name, ours, by_count[layers], tokens), flush=True)
 

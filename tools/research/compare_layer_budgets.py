@@ -9,11 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from cuts import FFNCut, Reference, counts, development_texts, open_model, own_texts, row, score
+from cuts import (
+    WRITTEN,
+    FFNCut,
+    Reference,
+    counts,
+    development_texts,
+    open_model,
+    own_texts,
+    row,
+    score,
+)
 
 _DELTA = 1 / 16
 _LOWEST = 0.2
 _BLOCK = 32
+
+# The sum of KL, and the number of scored tokens, of each text.
+Result = tuple[np.ndarray, np.ndarray]
 
 
 def budgets(widths: Mapping[str, int], shares: Mapping[str, float], total: int) -> dict[str, int]:
@@ -42,6 +55,9 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="+", required=True)
     parser.add_argument("--step", type=float, nargs="+", default=[0.015, 0.03, 0.06])
     parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument(
+        "--last", type=int, nargs="+", help="Instead, keep so many of the last FFNs dense."
+    )
     parser.add_argument("--own", type=int, default=8, help="Texts of the model's own.")
     parser.add_argument("--prompts", type=int, default=12, help="Development prompts.")
     parser.add_argument("--texts", type=Path, help="Folder to keep the texts in.")
@@ -49,24 +65,38 @@ def main() -> None:
 
     session, tokenizer, selector = open_model(args.model)
     files = [args.texts and args.texts / f"{kind}.json" for kind in ("own", "development")]
-    own = own_texts(session, tokenizer, args.own, files[0])[: args.own]
-    development = development_texts(session, tokenizer, args.prompts, files[1])[: args.prompts]
+    own = own_texts(session, tokenizer, WRITTEN, files[0])[: args.own]
+    development = development_texts(session, tokenizer, WRITTEN, files[1])[: args.prompts]
     widths = session.widths
 
-    def run(texts: list[Reference], budget: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    def run(texts: list[Reference], budget: Mapping[str, int]) -> Result:
         return score(texts, lambda text: FFNCut(text, selector, budget))
+
+    def compare(name: str, budget: Mapping[str, int], bases: Mapping[str, Result]) -> None:
+        print(name, "neurons", sum(budget.values()))
+        for kind, texts in {"own": own, "development": development}.items():
+            sums, tokens = run(texts, budget)
+            print(row(f"{name}, {kind}", sums, bases[kind][0], tokens), flush=True)
 
     for density in args.density:
         uniform = counts(selector, widths, density)
         total = sum(uniform.values())
         free = [path for path in widths if uniform[path] < widths[path]]
+        print(f"density {density}: {total} neurons, {len(own)} own texts", flush=True)
+        bases = {"own": run(own, uniform), "development": run(development, uniform)}
+        base_own, own_tokens = bases["own"]
+        for kind, (sums, tokens) in bases.items():
+            print(row(f"uniform, {kind}", sums, None, tokens), flush=True)
+        for last in args.last or ():
+            dense = {*widths} - {*free[: len(free) - last]}
+            others = [path for path in widths if path not in dense]
+            rest = (total - sum(widths[path] for path in dense)) / sum(widths[p] for p in others)
+            shares = dict.fromkeys(dense, 1.0) | dict.fromkeys(others, rest)
+            compare(f"last {last} dense", budgets(widths, shares, total), bases)
+        if args.last:
+            continue
         groups = [[*group] for group in np.array_split(np.array(free), args.groups)]
         shares = {path: uniform[path] / widths[path] for path in widths}
-        base_own, own_tokens = run(own, uniform)
-        base, tokens = run(development, uniform)
-        print(f"density {density}: {total} neurons, {len(own)} own texts", flush=True)
-        print(row("uniform, own", base_own, None, own_tokens))
-        print(row("uniform, development", base, None, tokens), flush=True)
         gains = []
         for group in groups:
             sums = []
@@ -82,12 +112,11 @@ def main() -> None:
             (more, added), (fewer, removed) = sums
             gain = (fewer - more) / (added - removed) * 1e4
             gains.append(gain.sum() / own_tokens.sum())
-            print(
-                group[0], len(group), row("more", more, base_own, own_tokens),
-                row("fewer", fewer, base_own, own_tokens),
-                "nats per 10000 neurons", round(gains[-1], 4), "+-",
-                round(float(np.std(gain / own_tokens) / np.sqrt(len(own))), 4), flush=True,
-            )  # fmt: skip
+            error = np.std(gain / own_tokens) / np.sqrt(len(own))
+            print(f"{len(group)} FFNs from {group[0]}")
+            print(row("more", more, base_own, own_tokens))
+            print(row("fewer", fewer, base_own, own_tokens))
+            print(f"nats per 10000 neurons: {gains[-1]:.3f} +- {error:.3f}", flush=True)
         z = (np.array(gains) - np.mean(gains)) / np.std(gains)
         for step in args.step:
             mean = np.mean([shares[path] for path in free])
@@ -95,15 +124,8 @@ def main() -> None:
             for _ in range(50):
                 values = np.clip(values + mean - values.mean(), _LOWEST, 1)
             budget = budgets(widths, shares | dict(zip(free, values, strict=True)), total)
-            print(
-                step,
-                "neurons",
-                sum(budget.values()),
-                [round(budget[group[0]] / widths[group[0]], 3) for group in groups],
-            )
-            print(row(f"step {step}, own", run(own, budget)[0], base_own, own_tokens))
-            print(row(f"step {step}, development", run(development, budget)[0], base, tokens),
-                  flush=True)  # fmt: skip
+            print([round(budget[group[0]] / widths[group[0]], 3) for group in groups])
+            compare(f"step {step}", budget, bases)
 
 
 if __name__ == "__main__":

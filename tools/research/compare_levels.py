@@ -37,10 +37,10 @@ _LOW_COST = 3.5 / 4.5
 # FFN bytes as a share of the dense model's, and the shares of dropped neurons to try. At 0, the
 # 4-bit and 3-bit neurons share the bytes.
 TRIALS: dict[float, tuple[float, ...]] = {
-    0.889: (0.0, 0.05),
-    0.833: (0.0, 0.1),
-    0.778: (0.0, 0.1),
-    0.736: (0.055, 0.125, 0.2),
+    0.889: (0.0, 0.05, 0.08),
+    0.833: (0.0, 0.1, 0.13),
+    0.778: (0.0, 0.1, 0.16),
+    0.736: (0.055, 0.125, 0.2, 0.23),
     0.6: (0.25, 0.32),
 }
 _CONTROLS_AT = 0.833

@@ -31,6 +31,9 @@ SHRINKAGE_TOKENS = 16
 MIN_OVERLAP = 0.95
 MIN_TOKENS = 32
 
+# How many texts are written at once. A text depends on it.
+WRITTEN = 12
+
 Decoder = Callable[[int], nn.Module]
 
 
@@ -151,7 +154,7 @@ def _stored(file: Path | None, write: Callable[[], list[Continuation]]) -> list[
 
 
 def development_texts(
-    session: Session, tokenizer: TokenizerWrapper, count: int = 12, file: Path | None = None
+    session: Session, tokenizer: TokenizerWrapper, count: int, file: Path | None = None
 ) -> list[Reference]:
     """Have the dense model continue the first development prompts by up to 192 tokens."""
 
