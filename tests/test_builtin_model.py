@@ -1,7 +1,10 @@
 """The built-in model: conversion, slicing and the packaged prior."""
 
 from glass_mlx import GlassConfig, resolve_prior, stream_generate
+from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.config import DEFAULT_MAX_KL
+from glass_mlx.fidelity.prompts import WritingSettings, continue_all
+from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.models import DOWN_POLICIES, find_ffns
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.selection import jaccard, select
@@ -145,5 +148,32 @@ def test_the_packaged_prior_has_curves_for_the_default_settings(fixture, request
         assert curves is not None
         budget = session.spend(config, curves)
         assert budget.max_kl == DEFAULT_MAX_KL
-        assert 0.8 < budget.shares.density < 1
+        assert 0.8 < budget.shares.density <= 1
         assert 0.25 < budget.shares.vocabulary < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "grows"),
+    [
+        ("请用中文介绍一下北京的历史，并列出三个著名景点。", True),
+        ("Расскажи коротко историю Москвы на русском языке.", True),
+        ("Write a C++ template that sorts a std::vector with a comparator:\n```cpp\n", None),
+        ("🎉🐙🦊 Repeat this line with more animals: 🎉🐙🦊🐢🦉🐝", False),
+        ("Count on from 31415926535897932384, with one number a line.", None),
+        ("Why is the sky blue?", False),
+    ],
+    ids=["Chinese", "Russian", "code", "emoji", "numbers", "English"],
+)
+def test_shortlists_stay_within_the_bound_whatever_the_text(default_model, prompt, grows):
+    model, tokenizer = default_model
+    messages = [[{"role": "user", "content": prompt}]]
+    (text,) = continue_all(model, tokenizer, messages, WritingSettings(64, 0.7, 0))
+    reading = DenseReading(model, text, [GlassConfig.warmup])
+    session = reading.session
+    selector = make_selector(session, tokenizer, session.find_prior(), GlassConfig())
+    scores = score(reading, selector)
+    assert scores.kl.mean() < DEFAULT_MAX_KL
+    if grows is not None:
+        asked = selector.config.shares.vocabulary
+        assert (scores.vocabulary[GlassConfig.warmup] > 1.5 * asked) == grows
