@@ -139,7 +139,7 @@ def test_the_answer_at_high_density_stays_close_to_the_dense_answer(default_mode
 @pytest.mark.parametrize("fixture", ["default_model", "quantized_model"])
 def test_the_packaged_prior_has_curves_for_the_default_settings(fixture, request):
     session = Session(request.getfixturevalue(fixture)[0])
-    policies = DOWN_POLICIES if fixture == "quantized_model" else [GlassConfig.down_policy]
+    policies = DOWN_POLICIES if fixture == "quantized_model" else [GlassConfig().down_policy]
     for policy in policies:
         if policy == "scatter":
             continue
