@@ -6,6 +6,7 @@ from glass_mlx import GlassConfig, GlobalPrior, Session, load
 from helpers import made_prior, save_tiny_folder
 
 import add_curves
+import compare_priors
 import compare_schedules
 import compare_shortlists
 import pytest
@@ -32,6 +33,16 @@ def test_schedules_are_compared(folder, tmp_path, monkeypatch, capsys):
     kl, speed = ([float(row.split("|")[n]) for row in (sparse, dense)] for n in (4, 6))
     assert kl[0] > kl[1] > 0
     assert speed[0] > speed[1] > 1
+
+
+def test_priors_are_compared(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 20]
+    prior = folder / "glass_prior.safetensors"
+    run(monkeypatch, compare_priors, *arguments, "--prior", prior, "--density", 0.5)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    kl = {row[2].strip(): float(row[3]) for row in rows}
+    assert 0 < kl["oracle"]
+    assert len(kl) > 3
 
 
 def test_shortlists_are_compared(folder, tmp_path, monkeypatch, capsys):

@@ -28,8 +28,9 @@ import numpy as np
 
 ORACLE = "oracle"
 
-# One selection after the prompt, and exact slices of quantized layers.
-_CONFIG = GlassConfig(warmup=1, refresh=0, down_policy="scatter")
+# One selection after the prompt, and exact slices of quantized layers. The selections are given, so
+# the density does not matter.
+_CONFIG = GlassConfig(density=0.5, warmup=1, dense_every=0, refresh=0, down_policy="scatter")
 
 Scores = Mapping[str, np.ndarray]
 Outcomes = dict[tuple[str, float], list[Outcome]]
