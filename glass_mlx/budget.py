@@ -38,17 +38,11 @@ def spend(max_kl: float, curves: Curves, neuron_bytes: float, head_bytes: float)
         head_bytes: the bytes of the output head.
     """
     candidates = []
-    for vocabulary in np.arange(1, 0, -_STEP):
-        cost = 0.0
-        if vocabulary < 1:
-            if curves.vocabulary is None:
-                break
-            cost = curves.vocabulary.kl_at(float(vocabulary))
+    for vocabulary in [1.0] if curves.vocabulary is None else np.arange(1, 0, -_STEP).tolist():
+        cost = 0.0 if curves.vocabulary is None else curves.vocabulary.kl_at(vocabulary)
         if cost > max_kl:
             break
-        density = curves.density.share_for(max_kl - cost)
-        read = density * neuron_bytes + vocabulary * head_bytes
-        candidates.append((read, Shares(density, float(vocabulary))))
-    _, shares = min(candidates, key=lambda candidate: candidate[0])
+        candidates.append(Shares(curves.density.share_for(max_kl - cost), vocabulary))
+    shares = min(candidates, key=lambda s: s.density * neuron_bytes + s.vocabulary * head_bytes)
     density_kl = curves.density.kl_at(shares.density)
     return Budget(max_kl, shares, density_kl, max_kl - density_kl)

@@ -183,15 +183,10 @@ def _pack(
         vocabularies[_VOCABULARY_BEFORE] = turn.before.vocabulary
         about["turn"] = [turn.start, turn.prompt_end]
     about["dtypes"] = {name: str(part.dtype).split(".")[-1] for name, part in parts.items()}
+    states = {name: part.state() for name, part in parts.items()}
+    states |= {name: part.state() for name, part in vocabularies.items()}
     tensors = {
-        f"{name}.{key}": values
-        for name, part in parts.items()
-        for key, values in part.state().items()
-    }
-    tensors |= {
-        f"{name}.{key}": values
-        for name, part in vocabularies.items()
-        for key, values in part.state().items()
+        f"{name}.{key}": values for name, state in states.items() for key, values in state.items()
     }
     return about, tensors
 

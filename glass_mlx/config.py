@@ -7,8 +7,7 @@ from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.statistics import STATISTICS
 
-# The KL divergence from the dense model that is accepted by default, in nats per token. Rounding
-# all weights to 4 bits costs about as much (docs/results.md).
+# The KL divergence from the dense model that is accepted by default, in nats per token.
 DEFAULT_MAX_KL = 0.1
 
 

@@ -11,9 +11,6 @@ from mlx_lm.generate import generate_step
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
-# How many prompt tokens mlx-lm reads at once by default.
-DEFAULT_PREFILL_STEP_SIZE = 2048
-
 # A token, and its log-probabilities (vocabulary,).
 Sampled = tuple[int, mx.array]
 

@@ -57,7 +57,7 @@ class _Facts:
         self.ffns = find_ffns(model)
         self.head = find_head(model)
         self.weight_bytes = weight_bytes(model, self.head)
-        self.vocabulary_size = vocabulary_size(model)
+        self.vocabulary_size = self.head.size if self.head else vocabulary_size(model)
         self.latest_prior: _FoundPrior | None = None
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
 

@@ -6,6 +6,7 @@ All other tokens share a small probability that is measured on the dense model's
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from glass_mlx.models.head import with_other_logits
@@ -142,6 +143,11 @@ class Shortlist:
         """The share of tokens whose logits are computed."""
         return len(self.rows) / len(self.shares)
 
+    @cached_property
+    def _log_shares(self) -> mx.array:
+        """The logarithms (V,) float32 of the shares; -infinity for the tokens in `rows`."""
+        return mx.log(mx.array(self.shares))
+
     @property
     def log_odds(self) -> mx.array:
         """The log-odds (V,) float32 of every other token against all tokens in `rows` together."""
@@ -163,12 +169,10 @@ class Shortlist:
             The probability outside of the shortlist, (n,), and the KL divergence of all logits from
             those of the shortlist, (n,) nats. Both are float32.
         """
-        logp = log_probabilities(logits)
-        shares = mx.array(self.shares)
-        is_other = shares > 0
+        logp, is_other = log_probabilities(logits), self._log_shares > -mx.inf
         others = mx.where(is_other, mx.exp(logp), 0)
         outside = others.sum(-1)
-        relative = (others * (logp - mx.log(mx.where(is_other, shares, 1)))).sum(-1)
+        relative = mx.where(is_other, others * (logp - self._log_shares), 0).sum(-1)
         inside = mx.maximum(1 - outside, 1e-6)
         kl = inside * mx.log(inside / (1 - self.outside)) + relative
         return outside, kl - outside * float(np.log(self.outside))

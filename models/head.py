@@ -13,6 +13,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding
 from .adapters import is_adapted
 from .linear import check_indices, is_sliceable, outputs, put_outputs, take_outputs
 from .modules import named_arrays, with_modules
+from .vocabulary import vocabulary_size
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
@@ -177,8 +178,7 @@ def find_head(model: nn.Module) -> Head | None:
     Returns:
         The head, or None if the logits are not the outputs of a layer that can be sliced.
     """
-    token = mx.array([[0]], mx.uint32)
-    size = model(token).shape[-1]
+    size = vocabulary_size(model)
     modules = dict(model.named_modules())
     candidates = {
         path: layer
@@ -188,7 +188,9 @@ def find_head(model: nn.Module) -> Head | None:
         and not _has_adapter(modules.get(path.rpartition(".")[0]))
     }
     calls: list[str] = []
-    _replaced(model, {p: _Recorder(layer, p, calls) for p, layer in candidates.items()})(token)
+    _replaced(model, {p: _Recorder(layer, p, calls) for p, layer in candidates.items()})(
+        mx.array([[0]], mx.uint32)
+    )
     return Head(calls[-1], candidates[calls[-1]], size) if calls else None
 
 

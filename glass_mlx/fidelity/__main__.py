@@ -23,13 +23,7 @@ from glass_mlx.arguments import CommandParser, add_load_arguments, add_model_arg
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.loading import model_name
-from glass_mlx.config import (
-    Setting,
-    check_density,
-    check_max_kl,
-    check_seed,
-    check_vocabulary,
-)
+from glass_mlx.config import GlassConfig, Setting, check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.ablations import ABLATIONS, format_ablation
 from glass_mlx.fidelity.evaluation import (
@@ -155,12 +149,8 @@ def setup_arg_parser() -> CommandParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first value that is out of range, before anything is loaded."""
-    for density in args.density:
-        check_density(density)
-    for share in args.vocabulary:
-        check_vocabulary(share)
-    for max_kl in args.max_kl:
-        check_max_kl(max_kl)
+    for setting in make_settings(args):
+        GlassConfig(**setting._asdict())
     if args.max_kl and (names := {*args.methods} & {*UNFUSED_METHODS} - {DENSE}):
         raise ValueError(
             f"a bound on KL decides nothing for {', '.join(sorted(names))}; leave them out of "

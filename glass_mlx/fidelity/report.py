@@ -33,7 +33,7 @@ class Outcome:
         vocabulary: share of the vocabulary in the slices, or None likewise.
         sliced_bytes: bytes of weights that a sliced token reads, over the dense model's, or None
             likewise.
-        run_bytes: the same, averaged over all tokens, with dense tokens and readings.
+        run_bytes: the same, averaged over all tokens, with dense tokens.
         jaccard: agreement with the oracle's selection, one value per FFN. Empty if all tokens are
             computed densely.
     """

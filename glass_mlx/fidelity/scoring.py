@@ -2,8 +2,8 @@
 
 The dense model continues a prompt. The sliced model is scored on this continuation token by token,
 after the dense model has read the prompt and the warm-up, whose tokens count as exact.
-After the warm-up, everything runs on one cache as in the engine: tokens that are not read again
-stay as the sliced model left them, also for the dense model's later readings.
+After the warm-up, everything runs on one cache as in the engine: later dense tokens see what the
+sliced model left there.
 """
 
 import copy
@@ -221,17 +221,18 @@ def score(reading: DenseReading, selector: Selector, select: Select | None = Non
         selection = (select or selector.select)(statistics)
         shortlist = None if shortlister is None else shortlister.choose(reading.read(start))
         sliced.update(selection, mean_compensation(statistics))
+        sliced_model = sliced.model
         scores.selections[start] = sliced.selection
 
         # 2) Run the dense and the sliced model on all tokens of the stretch at once.
         tokens, is_dense = _stretch(config, start, int(stop))
-        model = _interleaved(session, sliced.model, statistics, is_dense)
+        model = _interleaved(session, sliced_model, statistics, is_dense)
         logits = reading.logits(model, cache, tokens)
         mx.eval(logits, statistics.arrays)
 
         # 3) Score.
         logprobs = log_probabilities(logits)
-        read = session.bytes_of(sliced.model)
+        read = session.bytes_of(sliced_model)
         if shortlist is not None:
             scores.vocabulary[start] = shortlist.share
             assert session.head is not None

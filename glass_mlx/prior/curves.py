@@ -9,7 +9,8 @@ measurements, each with the conditions that it holds for.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 from glass_mlx.config import GlassConfig
@@ -50,12 +51,11 @@ class Curve:
             return 0.0
         if share < self.shares[0]:
             return math.inf
-        points = [*zip(self.shares, self._falling(), strict=True)]
-        for (low, low_kl), (high, high_kl) in pairwise(points):
+        for (low, low_kl), (high, high_kl) in pairwise(self._points):
             if share <= high:
                 part = math.log((1 - share) / (1 - high)) / math.log((1 - low) / (1 - high))
                 return float(high_kl * (low_kl / high_kl) ** part)
-        return points[-1][1]
+        return self._points[-1][1]
 
     def share_for(self, max_kl: float) -> float:
         """Return the smallest share whose expected KL is within a bound, to one part in 10^4."""
@@ -67,12 +67,11 @@ class Curve:
             low, high = (low, middle) if self.kl_at(middle) <= max_kl else (middle, high)
         return high
 
-    def _falling(self) -> list[float]:
-        """Return KL without the noise by which a larger share has more of it, and above 0."""
-        falling: list[float] = []
-        for kl in reversed(self.kl):
-            falling.insert(0, max([1e-9, kl, *falling[:1]]))
-        return falling
+    @cached_property
+    def _points(self) -> list[tuple[float, float]]:
+        """Shares and KL, without the noise by which a larger share has more of it, and above 0."""
+        falling = accumulate((max(kl, 1e-9) for kl in reversed(self.kl)), max)
+        return [*zip(reversed(self.shares), falling, strict=True)][::-1]
 
 
 @dataclass(frozen=True)

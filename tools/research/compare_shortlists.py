@@ -19,7 +19,7 @@ from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.scoring import DenseReading
 from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.reporting.tables import markdown_table
-from glass_mlx.vocabulary import Shortlist, always_kept, choose_rows
+from glass_mlx.vocabulary import Shortlist, always_kept, choose_rows, log_probabilities
 from glass_mlx.writing import Writer
 
 import continuations
@@ -76,13 +76,9 @@ def own_predictions(
         frame = chat_frame(tokenizer) if recipe.kind == "chat" else None
         source = make_source(recipe, writer, tokenizer, 128, frame)
         for sequence in source(count // len(recipes), 0):
-            logits = session.model(mx.array([sequence.tokens]))[0].astype(mx.float32)
+            logits = session.model(mx.array([sequence.tokens]))[0]
             counted = mx.array(np.flatnonzero(sequence.mask[: len(sequence.tokens)]))
-            yield _log_softmax(logits[counted])
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            yield log_probabilities(logits[counted])
 
 
 def mean_scores(predictions: Iterator[mx.array]) -> dict[str, np.ndarray]:
