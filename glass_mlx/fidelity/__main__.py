@@ -19,11 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import Session, load
-from glass_mlx.arguments import CommandParser, add_load_arguments, add_model_argument, path
+from glass_mlx.arguments import (
+    CommandParser,
+    add_load_arguments,
+    add_model_argument,
+    add_settings_arguments,
+    make_settings,
+    path,
+)
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.loading import model_name
-from glass_mlx.config import GlassConfig, Setting, check_seed
+from glass_mlx.config import Setting, check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.ablations import ABLATIONS, format_ablation
 from glass_mlx.fidelity.evaluation import (
@@ -54,7 +61,7 @@ from tqdm import tqdm
 
 PROMPTS = Path(__file__).with_name("test_prompts.txt")
 
-_DEFAULT_DENSITY = 0.5
+_DEFAULT = Setting(density=0.5, vocabulary=1.0)
 
 # The number of texts of a task, unless --limit sets it.
 _TASK_TEXTS = 16
@@ -84,28 +91,7 @@ def setup_arg_parser() -> CommandParser:
         "the prior rank neurons for the remainder; margins: how clear the cut between kept and "
         "dropped neurons is; evidence: KL by the numbers of tokens before and after the selection.",
     )
-    parser.add_argument(
-        "--density",
-        type=float,
-        nargs="+",
-        default=[],
-        help=f"Shares of the feed-forward neurons to keep. Default without any share or bound: "
-        f"{_DEFAULT_DENSITY}.",
-    )
-    parser.add_argument(
-        "--vocabulary",
-        type=float,
-        nargs="+",
-        default=[],
-        help="Shares of the vocabulary to keep, each with every density.",
-    )
-    parser.add_argument(
-        "--max-kl",
-        type=float,
-        nargs="+",
-        default=[],
-        help="Bounds on KL, which decide both shares.",
-    )
+    add_settings_arguments(parser, f"a density of {_DEFAULT.density}")
     parser.add_argument(
         "--tokens", type=int, default=256, help="Generated tokens per prompt (%(default)s)."
     )
@@ -149,8 +135,7 @@ def setup_arg_parser() -> CommandParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first value that is out of range, before anything is loaded."""
-    for setting in make_settings(args):
-        GlassConfig(**setting._asdict())
+    make_settings(args, _DEFAULT)
     if args.max_kl and (names := {*args.methods} & {*UNFUSED_METHODS} - {DENSE}):
         raise ValueError(
             f"a bound on KL decides nothing for {', '.join(sorted(names))}; leave them out of "
@@ -189,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
     session = Session.of(model)
     prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
     methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
-    settings = make_settings(args)
+    settings = make_settings(args, _DEFAULT)
     evaluation = Evaluation(session, tokenizer, prior, methods, settings, args.seed)
     samples = make_samples(session, tokenizer, prompts, args)
     if args.ablation:
@@ -222,17 +207,6 @@ def run(args: argparse.Namespace) -> None:
             print(f"Wrote {file}", file=sys.stderr)
     if partial:
         partial.unlink()
-
-
-def make_settings(args: argparse.Namespace) -> list[Setting]:
-    """Return the settings to score: every density with every share, and every bound on KL."""
-    pairs = [
-        Setting(density=density, vocabulary=share)
-        for density in args.density or [1.0] * bool(args.vocabulary)
-        for share in args.vocabulary or [1.0]
-    ]
-    settings = pairs + [Setting(max_kl=bound) for bound in args.max_kl]
-    return settings or [Setting(density=_DEFAULT_DENSITY)]
 
 
 def make_samples(
