@@ -217,6 +217,15 @@ class Shortlister:
         """All sums, for `mx.eval`: prefill does not compute logits."""
         return [self.statistics.sums, self._sums]
 
+    @property
+    def scores(self) -> np.ndarray | None:
+        """The scores (V,) of all tokens, or None if nothing is known of them."""
+        local = self.statistics.sums
+        if local is None:
+            return None if self._prior is None else self._prior.copy()
+        scores: np.ndarray = np.array(local)
+        return scores if self._prior is None else scores + _PRIOR_TOKENS * self._prior
+
     def observe(self, logits: mx.array) -> mx.array:
         """Add predictions (..., V) of the dense model to the statistics, and measure them.
 
@@ -242,7 +251,7 @@ class Shortlister:
             The shortlist, or None if all tokens are kept.
         """
         self._grow()
-        scores = self._scores()
+        scores = self.scores
         if scores is None or self.share >= 1:
             self.shortlist = None
             return None
@@ -278,14 +287,6 @@ class Shortlister:
         if total / (self._measured + _BOUND_TOKENS) > _EXCESS * self._bound:
             self.share = min(1.0, 2 * self.share)
             self._forget()
-
-    def _scores(self) -> np.ndarray | None:
-        """Return the scores (V,) of all tokens, or None if nothing is known of them."""
-        local = self.statistics.sums
-        if local is None:
-            return None if self._prior is None else self._prior.copy()
-        scores: np.ndarray = np.array(local)
-        return scores if self._prior is None else scores + _PRIOR_TOKENS * self._prior
 
 
 def always_kept(tokenizer: TokenizerWrapper) -> frozenset[int]:

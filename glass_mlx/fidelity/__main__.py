@@ -39,6 +39,7 @@ from glass_mlx.fidelity.evaluation import (
     evaluate,
     evaluation_digest,
 )
+from glass_mlx.fidelity.frontier import read_speedups
 from glass_mlx.fidelity.methods import (
     DENSE,
     METHODS,
@@ -48,6 +49,7 @@ from glass_mlx.fidelity.methods import (
 )
 from glass_mlx.fidelity.plots import plot
 from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
+from glass_mlx.fidelity.quantizations import QUANTIZATIONS, REFERENCE
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
 from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
 from glass_mlx.files import check_writable, is_device, locked
@@ -126,9 +128,26 @@ def setup_arg_parser() -> CommandParser:
         default=["glass"],
         help="Methods to score with every λ of --prior-weight, too (%(default)s).",
     )
+    parser.add_argument(
+        "--quantizations",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        metavar="BITS",
+        default=[],
+        help="Score the dense model quantized again, too: at a number of bits, rounded to nearest, "
+        f"or by a recipe of mlx_lm.convert; some of {', '.join(QUANTIZATIONS)}. Their bytes are "
+        f"a share of those at {REFERENCE} bits.",
+    )
     parser.add_argument("--json", type=path, help="Write one JSON line per method and density.")
     parser.add_argument("--markdown", type=path, help="Write the table to this file, too.")
     parser.add_argument("--plots", type=path, help="Draw plots into this folder.")
+    parser.add_argument(
+        "--latency",
+        type=path,
+        metavar="FILE",
+        help="JSON lines of glass-mlx latency for the same model, whose measured speed-ups are "
+        "plotted, too.",
+    )
     add_load_arguments(parser)
     return parser
 
@@ -158,6 +177,8 @@ def check(args: argparse.Namespace) -> None:
     check_writable(args.plots, folder=True)
     if args.plots:
         require_matplotlib()
+    elif args.latency:
+        raise ValueError("--latency is for plots; give --plots, too")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -169,13 +190,16 @@ def run(args: argparse.Namespace) -> None:
     """
     # 1) Load the model and its prior, choose the methods, and make the texts.
     check(args)
+    speedups = read_speedups(args.latency) if args.latency else None
     prompts = [] if args.task else read_prompts(args.prompts)[: args.limit]
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     session = Session.of(model)
     prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
     methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
     settings = make_settings(args, _DEFAULT)
-    evaluation = Evaluation(session, tokenizer, prior, methods, settings, args.seed)
+    evaluation = Evaluation(
+        session, tokenizer, prior, methods, settings, args.seed, args.quantizations
+    )
     samples = make_samples(session, tokenizer, prompts, args)
     if args.ablation:
         texts = (sample.text for sample in tqdm(samples, unit="prompt"))
@@ -203,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
     print(format_table(rows, markdown=False))
     write_results(rows, format_table(rows, markdown=True), args.json, args.markdown)
     if args.plots:
-        for file in plot(rows, args.plots):
+        for file in plot(rows, args.plots, speedups):
             print(f"Wrote {file}", file=sys.stderr)
     if partial:
         partial.unlink()
