@@ -154,18 +154,18 @@ def test_the_packaged_prior_has_curves_for_the_default_settings(fixture, request
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prompt", "grows"),
+    "prompt",
     [
-        ("请用中文介绍一下北京的历史，并列出三个著名景点。", True),
-        ("Расскажи коротко историю Москвы на русском языке.", True),
-        ("Write a C++ template that sorts a std::vector with a comparator:\n```cpp\n", None),
-        ("🎉🐙🦊 Repeat this line with more animals: 🎉🐙🦊🐢🦉🐝", False),
-        ("Count on from 31415926535897932384, with one number a line.", None),
-        ("Why is the sky blue?", False),
+        "请用中文介绍一下北京的历史，并列出三个著名景点。",
+        "Расскажи коротко историю Москвы на русском языке.",
+        "Write a C++ template that sorts a std::vector with a comparator:\n```cpp\n",
+        "🎉🐙🦊 Repeat this line with more animals: 🎉🐙🦊🐢🦉🐝",
+        "Count on from 31415926535897932384, with one number a line.",
+        "Why is the sky blue?",
     ],
     ids=["Chinese", "Russian", "code", "emoji", "numbers", "English"],
 )
-def test_shortlists_stay_within_the_bound_whatever_the_text(default_model, prompt, grows):
+def test_slices_stay_within_the_bound_whatever_the_text(default_model, prompt):
     model, tokenizer = default_model
     messages = [[{"role": "user", "content": prompt}]]
     (text,) = continue_all(model, tokenizer, messages, WritingSettings(64, 0.7, 0))
@@ -173,7 +173,5 @@ def test_shortlists_stay_within_the_bound_whatever_the_text(default_model, promp
     session = reading.session
     selector = make_selector(session, tokenizer, session.find_prior(), GlassConfig())
     scores = score(reading, selector)
-    assert scores.kl.mean() < DEFAULT_MAX_KL
-    if grows is not None:
-        asked = selector.config.shares.vocabulary
-        assert (scores.vocabulary[GlassConfig.warmup] > 1.5 * asked) == grows
+    assert 0 < scores.kl.mean() < DEFAULT_MAX_KL
+    assert scores.vocabulary[GlassConfig.warmup] < 1
