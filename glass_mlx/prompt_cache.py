@@ -30,11 +30,14 @@ class Turn:
         start: the number of tokens in `PromptCache.tokens` before the turn.
         prompt_end: their number after the turn's prompt.
         before: the local statistics before the turn.
+        before_last: the local statistics before the last token of the turn's prompt; None if this
+            is its only token. A prompt that is given again trims the cache to this point.
     """
 
     start: int
     prompt_end: int
     before: LocalStatistics
+    before_last: LocalStatistics | None = None
 
 
 class PromptCache(list[Any]):
@@ -42,8 +45,8 @@ class PromptCache(list[Any]):
 
     If tokens are trimmed from the cache, by whatever function, `tokens` and `statistics` follow.
     Sums over tokens cannot be taken apart, so the statistics go back to the latest point that is
-    known and within the remaining tokens: the end of the prompt or the beginning of one of the
-    latest turns. If there is none, they begin anew.
+    known and within the remaining tokens: the end of the prompt, the token before it, or the
+    beginning of one of the latest turns. If there is none, they begin anew.
 
     Args:
         layers: the entries.
@@ -67,7 +70,9 @@ class PromptCache(list[Any]):
         self._statistics, self._tokens, self.intact = statistics, list(tokens), True
         self.unlisted = (token_count(self) or len(self._tokens)) - len(self._tokens)
         self.turns: list[Turn] = []
-        self._before: LocalStatistics | None = None  # the statistics before the current turn
+        # The statistics before the current turn, and before the last token of its prompt.
+        self._before: LocalStatistics | None = None
+        self._before_last: LocalStatistics | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptCache":
         """Return a copy, such as for one of several questions about the same prompt."""
@@ -106,15 +111,21 @@ class PromptCache(list[Any]):
         if statistics.prompt.widths != widths:
             raise ValueError("the statistics of the prompt cache are of another model")
         self._statistics, self._before = statistics, statistics.copy()
+        self._before_last = None
         self.intact = False
         return statistics
+
+    def follow_prompt(self, tokens_read: int, total: int) -> None:
+        """Note how far the prompt has been read; call it for mlx-lm's reports of progress."""
+        if tokens_read == total - 1 and self._statistics is not None:
+            self._before_last = self._statistics.copy()
 
     def add(self, tokens: Iterable[int], prompt_tokens: int) -> None:
         """Record the tokens that were read into the cache, the first of which are the prompt."""
         start, added = len(self._tokens), [*tokens]
         self._tokens += added
         assert self._before is not None
-        self.turns.append(Turn(start, start + prompt_tokens, self._before))
+        self.turns.append(Turn(start, start + prompt_tokens, self._before, self._before_last))
         del self.turns[:-_MAX_TURNS]
         count = token_count(self)
         if count is not None and count != self.unlisted + len(self._tokens):
@@ -155,6 +166,10 @@ class PromptCache(list[Any]):
             if turn.prompt_end <= remaining:
                 return LocalStatistics(prompt, turn.before.text).copy()
             self.turns.pop()
+            if turn.before_last is not None and turn.prompt_end - 1 == remaining:
+                # What is left of the prompt is a turn without an answer.
+                self.turns.append(Turn(turn.start, remaining, turn.before))
+                return turn.before_last.copy()
             if turn.start <= remaining:
                 return turn.before.copy()
             prompt = turn.before.prompt

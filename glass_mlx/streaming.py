@@ -171,10 +171,8 @@ def _steps(
     **options: Any,
 ) -> Generator[Step, None, None]:
     """Generate tokens, and record them in the prompt cache when the generation ends."""
-    prefill = {
-        "progress": options.pop("prompt_progress_callback", None),
-        "input_embeddings": options.pop("input_embeddings", None),
-    }
+    report_progress = options.pop("prompt_progress_callback", None)
+    input_embeddings = options.pop("input_embeddings", None)
     max_kv_size = options.pop("max_kv_size", None)
     cache = options.pop("prompt_cache", None) or make_prompt_cache(session.model, max_kv_size)
     check_layers(session.model, cache)
@@ -184,8 +182,15 @@ def _steps(
         record = PromptCache((), session.empty_statistics([selector.config.statistic]))
     statistics = record.begin(session.widths)
     decoder = Decoder(session.model, cache, prompt, max_tokens, **options)
+
+    def progress(tokens_read: int, total: int) -> None:
+        record.follow_prompt(tokens_read, total)
+        if report_progress is not None:
+            report_progress(tokens_read, total)
+
+    generation = Generation(session, selector, decoder, statistics, reload)
     try:
-        yield from Generation(session, selector, decoder, statistics, reload).steps(**prefill)
+        yield from generation.steps(progress, input_embeddings)
     except GeneratorExit:  # the caller stopped early
         record.add(decoder.tokens, prompt.size)
         raise

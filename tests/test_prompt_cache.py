@@ -226,11 +226,16 @@ def both(tokens):
 def two_turns(model, tokenizer):
     """Return a cache after two turns of 7 + 13 and 4 + 13 tokens, and states between them."""
     cache, states = make_prompt_cache(model), {}
+
+    def progress(tokens_read, total):
+        if tokens_read == total - 1:
+            states[start + tokens_read] = cache._statistics.copy()
+
     for prompt in (FIRST, SECOND):
-        states[len(cache.tokens)] = cache.statistics.copy()
-        stream = stream_generate(
-            model, tokenizer, prompt, 13, prompt_cache=cache, prior=made_prior(model), **RENEWAL
-        )
+        start = len(cache.tokens)
+        states[start] = cache.statistics.copy()
+        options = {"prior": made_prior(model), "prompt_progress_callback": progress} | RENEWAL
+        stream = stream_generate(model, tokenizer, prompt, 13, prompt_cache=cache, **options)
         next(stream)
         read = cache._statistics.copy()  # the first token is not read yet
         stream_end = [*stream]
@@ -244,20 +249,24 @@ def two_turns(model, tokenizer):
 @pytest.mark.parametrize("how", ["in memory", "from a file", "a copy"])
 @pytest.mark.parametrize(
     ("remaining", "known"),
-    [(37, 37), (36, 24), (24, 24), (23, 20), (20, 20), (19, 7), (7, 7), (6, 0), (1, 0), (0, 0)],
+    [
+        *((37, 37), (36, 24), (24, 24), (23, 23), (22, 20), (20, 20)),
+        *((19, 7), (7, 7), (6, 6), (5, 0), (1, 0), (0, 0)),
+    ],
 )
 def test_tokens_and_statistics_follow_trimming(
     model, tokenizer, tmp_path, trim, how, remaining, known
 ):
     cache, states = two_turns(model, tokenizer)
-    assert [*states] == [0, 7, 20, 24, 37]
+    assert [*states] == [0, 6, 7, 20, 23, 24, 37]
     tokens = [*cache.tokens]
     if how == "a copy":
         original, cache = cache, copy.deepcopy(cache)
     elif how == "from a file":
         save_prompt_cache(tmp_path / "talk.safetensors", cache)
         cache = load_prompt_cache(tmp_path / "talk.safetensors")
-        known = 0 if known == 7 else known  # a file has the beginning of the last turn alone
+        # A file has the beginning of the last turn alone.
+        known = {23: 20, 7: 0, 6: 0}.get(known, known)
     trim(cache, 37 - remaining)
     assert cache.tokens == tokens[:remaining]
     assert {layer.offset for layer in cache} == {remaining}
@@ -269,7 +278,8 @@ def test_tokens_and_statistics_follow_trimming(
 
 def test_trimming_step_by_step_gives_the_same_statistics(model, tokenizer):
     cache, states = two_turns(model, tokenizer)
-    for count, known in ((1, 24), (11, 24), (2, 20), (4, 7), (11, 7), (3, 0)):
+    steps = [(1, 24), (11, 24), (2, 23), (2, 20), (2, 7), (11, 7), (1, 7), (1, 6), (1, 0)]
+    for count, known in steps:
         trim_prompt_cache(cache, count)
         assert equal(cache.statistics, states[known])
     assert len(cache.tokens) == 5
@@ -292,6 +302,20 @@ def test_a_trimmed_cache_continues_as_if_it_had_never_had_the_tokens(model, toke
     assert [r.token for r in one] == [r.token for r in two]
     assert trimmed.tokens == untouched.tokens
     assert equal(trimmed.statistics, untouched.statistics)
+
+
+def test_a_prompt_that_is_given_again_gets_the_same_answer(model, tokenizer):
+    """A server finds the prompt in a longer cache and trims all but its last token."""
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, SECOND, cache)
+    start = len(cache.tokens)
+    answer = turn(model, tokenizer, FIRST, cache)
+    trim_prompt_cache(cache, len(cache.tokens) - start - len(FIRST) + 1)
+    again = turn(model, tokenizer, FIRST[-1:], cache)
+    assert again[0].prompt_tokens == 1
+    assert [r.token for r in again] == [r.token for r in answer]
+    kept, kept_again = answer[-1].glass.selection.indices, again[-1].glass.selection.indices
+    assert all(np.array_equal(kept[path], kept_again[path]) for path in kept)
 
 
 def test_a_cache_that_cannot_be_trimmed_stays_as_it_is(tokenizer):
