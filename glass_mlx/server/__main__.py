@@ -32,6 +32,7 @@ from glass_mlx.server.listener import Listener
 from glass_mlx.server.provider import GlassModelProvider
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
+import mlx_lm.server
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import get_system_fingerprint
@@ -197,6 +198,8 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
     Raises:
         ValueError: for the first value that is out of range.
     """
+    if not hasattr(mlx_lm.server, "TextStateMachine"):
+        raise ValueError("the server needs mlx-lm 0.32 or newer, which needs Python 3.11 or newer")
     for name, reason in _REFUSED.items():
         if getattr(args, name):
             raise ValueError(reason)
