@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import time
 
 
 def request_bytes(body, path="/v1/chat/completions", method="POST", length=None, headers=""):
@@ -54,3 +55,12 @@ def reset(connection):
     """Close a connection at once, as a client that crashes does."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
+
+
+def wait_until(condition):
+    """Wait for a condition for at most ten seconds; return whether it came true."""
+    for _ in range(1000):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from glass_mlx.config import DEFAULT_MAX_KL
 from glass_mlx.errors import one_line
 from glass_mlx.server.body import check_body, parse_body
 from glass_mlx.server.connection import DeadlineReader, drain, is_closed
@@ -288,8 +289,19 @@ class GlassAPIHandler(APIHandler):
     # Models and the page
 
     def _model(self) -> dict[str, Any]:
-        name = self._provider.name
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "glass-mlx"}
+        provider, config = self._provider, self._provider.config
+        settings = {
+            "max_kl": (config.max_kl or DEFAULT_MAX_KL) if config.has_budget else None,
+            "dense": provider.cli_args.dense,
+            "dense_tokens_per_second": round(provider.dense_speed, 2),
+        }
+        return {
+            "id": provider.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "glass-mlx",
+            "glass": settings | config.shares._asdict(),
+        }
 
     def _send_model(self, name: str) -> None:
         if self._provider.is_default(name):

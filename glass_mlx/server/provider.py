@@ -2,8 +2,11 @@
 
 import argparse
 import gc
+import statistics
 import sys
 import threading
+import time
+from itertools import pairwise
 from typing import Any
 
 from glass_mlx.calibration.first_use import find_or_measure_budget, find_or_measure_prior
@@ -18,9 +21,13 @@ from glass_mlx.session import Session
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.server import ModelProvider
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# The tokens on which the speed of the dense model is measured.
+_SPEED_TOKENS = 12
 
 # The name that mlx-lm gives to the model of --model.
 DEFAULT = "default_model"
@@ -38,6 +45,7 @@ class GlassModelProvider(ModelProvider):
         config: how answers are sliced.
         session: the loaded model's session.
         prior: its prior, or None without one.
+        dense_speed: how many tokens per second the dense model generated when it was loaded.
         ready: set once the model is loaded, or once that has failed.
         failure: why the model could not be loaded, or None.
     """
@@ -51,6 +59,7 @@ class GlassModelProvider(ModelProvider):
         self.name, self.config = model_name(cli_args.model), config
         self.session: Session | None = None
         self.prior: GlobalPrior | None = None
+        self.dense_speed = 0.0
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         self._names = {DEFAULT, self.name, cli_args.model}
@@ -145,11 +154,18 @@ class GlassModelProvider(ModelProvider):
             )
         if not args.dense and self.config.has_budget:
             find_or_measure_budget(session, tokenizer, self.prior, self.config)
-        self.session = session
+        self.session, self.dense_speed = session, dense_speed(model)
 
 
 def _report_place(line: str) -> None:
     print(f"prior: {line}", file=sys.stderr)
+
+
+def dense_speed(model: nn.Module) -> float:
+    """Return how many tokens per second a model generates, from the median over some tokens."""
+    steps = generate_step(mx.array([0]), model, max_tokens=_SPEED_TOKENS)
+    times = [time.perf_counter() for _ in steps]
+    return 1 / statistics.median(b - a for a, b in pairwise(times))
 
 
 def check_quantized_cache(model: nn.Module, bits: int, group_size: int) -> None:

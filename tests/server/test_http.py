@@ -6,7 +6,16 @@ import threading
 import time
 
 from glass_mlx.server import generation, handler
-from raw_http import connect, error_of, exchange, parse, receive, request_bytes, reset
+from raw_http import (
+    connect,
+    error_of,
+    exchange,
+    parse,
+    receive,
+    request_bytes,
+    reset,
+    wait_until,
+)
 
 import pytest
 
@@ -149,14 +158,6 @@ def generated(monkeypatch):
 
     monkeypatch.setattr(generation, "stream_generate", slow)
     return numbers
-
-
-def wait_until(condition):
-    for _ in range(1000):
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
