@@ -16,7 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+# A cache with a maximum size always keeps this many tokens of the beginning, as in mlx-lm.
+_SINKS = 4
 
 # The statistics at the beginning of this many turns are kept, for trimming.
 _MAX_TURNS = 4
@@ -226,12 +229,35 @@ def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None
 
     In every turn, pass the cache to `stream_generate` as `prompt_cache`, with the new tokens only.
 
+    Args:
+        model: the model, or a session of it.
+        max_kv_size: the maximum number of tokens in a layer; see `make_layers`.
+
     Raises:
         ValueError: if the model cannot be sliced.
     """
     session = Session.of(model)
-    layers = mlx_lm_cache.make_prompt_cache(session.model, max_kv_size)
-    return PromptCache(layers, session.empty_statistics())
+    return PromptCache(make_layers(session.model, max_kv_size), session.empty_statistics())
+
+
+def make_layers(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+    """Make the empty entries of a prompt cache.
+
+    mlx-lm bounds only the caches of models that do not make their own, which leaves out most
+    models. Here, every cache that would grow without end is bounded.
+
+    Args:
+        model: the model.
+        max_kv_size: the maximum number of tokens in an entry: the first ones and the latest.
+    """
+    layers = mlx_lm_cache.make_prompt_cache(model)
+    if max_kv_size is None:
+        return layers
+    sinks = min(_SINKS, max_kv_size // 2)
+    return [
+        RotatingKVCache(max_kv_size, keep=sinks) if type(layer) is KVCache else layer
+        for layer in layers
+    ]
 
 
 def make_empty_copy(model: nn.Module | Session, cache: PromptCache) -> PromptCache:

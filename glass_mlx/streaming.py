@@ -14,7 +14,7 @@ from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step
 from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prompt_cache import PromptCache, check_layers
+from glass_mlx.prompt_cache import PromptCache, check_layers, make_layers
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.statistics import MIN_GENERATED_TOKENS
@@ -23,7 +23,6 @@ from glass_mlx.vocabulary import biased_tokens
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
@@ -174,7 +173,7 @@ def _steps(
     report_progress = options.pop("prompt_progress_callback", None)
     input_embeddings = options.pop("input_embeddings", None)
     max_kv_size = options.pop("max_kv_size", None)
-    cache = options.pop("prompt_cache", None) or make_prompt_cache(session.model, max_kv_size)
+    cache = options.pop("prompt_cache", None) or make_layers(session.model, max_kv_size)
     check_layers(session.model, cache)
     if isinstance(cache, PromptCache):
         record = cache

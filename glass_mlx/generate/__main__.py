@@ -36,7 +36,7 @@ from glass_mlx.generation_report import summary
 from glass_mlx.models import check_tokens, vocabulary_size
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import locate
-from glass_mlx.prompt_cache import make_prompt_cache
+from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.streaming import check_max_tokens, collect, stream_generate
@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> None:
     options = _generation_options(args, tokenizer) | {"prompt_cache": conversation.cache}
     response = None
     if args.dense:
+        if conversation.cache is None:
+            options["prompt_cache"] = make_layers(model, args.max_kv_size)
         text = mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
     else:
         session = Session.of(model)

@@ -11,6 +11,7 @@ from functools import partial
 
 from glass_mlx import load, stream_generate
 from glass_mlx.models.architectures import configuration, tiny_model
+from glass_mlx.server import generation
 from glass_mlx.server.__main__ import main, setup_arg_parser
 from helpers import letter_tokenizer, prior_with_curves, save_tiny_folder
 from raw_http import exchange, request_bytes
@@ -108,13 +109,21 @@ def test_the_flags_decide_what_is_kept(run_server, folder):
         assert ask(server)["usage"]["glass"]["bytes_share"] == 1
 
 
-def test_the_cache_can_have_a_maximum_size(run_server, folder):
+def test_the_cache_can_have_a_maximum_size(run_server, folder, monkeypatch):
+    caches = []
+
+    def record(*args, **options):
+        caches.append(options["prompt_cache"])
+        return stream_generate(*args, **options)
+
+    monkeypatch.setattr(generation, "stream_generate", record)
     model = load(str(folder))
     with run_server(folder, "--max-kv-size", 16) as server:
         tokens = model[1].encode(PROMPT["prompt"])
         expected = "".join(r.text for r in stream_generate(*model, tokens, 40, max_kv_size=16))
         for _ in range(2):
             assert ask(server)["choices"][0]["text"] == expected
+    assert {layer.max_size for cache in caches for layer in cache} == {16}
 
 
 def test_the_cache_can_be_quantized(run_server, tmp_path):

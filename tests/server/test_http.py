@@ -182,8 +182,30 @@ def test_a_client_that_leaves_the_queue_is_not_served(server, generated):
         assert wait_until(lambda: server.generator.requests.qsize() == 1)
         second.close()
         assert wait_until(lambda: server.generator.requests.qsize() == 0)
+        assert generated[-1] < 60
         assert parse(receive(first))[0] == 200
     assert max(generated) == 60
+
+
+def test_a_client_that_leaves_before_the_prompt_is_read_is_not_served(
+    server, generated, monkeypatch
+):
+    begun, gone = threading.Event(), threading.Event()
+    original = server.generator._encode
+
+    def wait(*args):
+        begun.set()
+        gone.wait(10)
+        time.sleep(0.5)  # until the handler has noticed
+        return original(*args)
+
+    monkeypatch.setattr(server.generator, "_encode", wait)
+    with connect(server.address) as connection:
+        connection.sendall(request_bytes(CHAT | {"max_tokens": 1000}))
+        assert begun.wait(10)
+    gone.set()
+    assert exchange(server.address, request_bytes(CHAT | {"max_tokens": 1}))[0] == 200
+    assert generated == [1]
 
 
 def test_too_many_waiting_requests_are_told_to_come_back(run_server, folder, generated):
