@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.cache_file import cache_metadata, load_prompt_cache, save_prompt_cache
-from glass_mlx.chat import Messages, encode, encode_rest, is_message
+from glass_mlx.chat_templates import Messages, encode, encode_rest, is_message
 from glass_mlx.prompt_cache import PromptCache, make_empty_copy, trim_prompt_cache
 
 import mlx.nn as nn

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
-from glass_mlx.chat import encode_text
+from glass_mlx.chat_templates import encode_text
 from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step

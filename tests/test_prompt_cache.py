@@ -16,7 +16,7 @@ from glass_mlx import (
     trim_prompt_cache,
 )
 from glass_mlx.cache_prompt import main as cache_prompt
-from glass_mlx.chat import encode, encode_beginning, encode_rest
+from glass_mlx.chat_templates import encode, encode_beginning, encode_rest
 from glass_mlx.conversation import Conversation
 from glass_mlx.decoding import Decoder
 from glass_mlx.generate.__main__ import main as generate

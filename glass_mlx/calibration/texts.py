@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import Messages
+from glass_mlx.chat_templates import Messages
 from glass_mlx.documents import is_jsonl, read_content, read_lines, read_messages, read_records
 from glass_mlx.errors import one_line
 from glass_mlx.files import expand_user, sha256

@@ -21,7 +21,7 @@ from typing import Any
 from glass_mlx import Session, load
 from glass_mlx.arguments import CommandParser, add_load_arguments, add_model_argument, path
 from glass_mlx.calibration.first_use import find_or_measure_prior
-from glass_mlx.chat import Messages
+from glass_mlx.chat_templates import Messages
 from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.config import GlassConfig, Setting, check_seed
 from glass_mlx.errors import exit_on_error

@@ -26,7 +26,7 @@ from glass_mlx.arguments import (
 )
 from glass_mlx.cache_file import check_name
 from glass_mlx.calibration.first_use import find_or_measure_prior
-from glass_mlx.chat import RESERVED_OPTIONS, Messages
+from glass_mlx.chat_templates import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load
 from glass_mlx.config import GlassConfig, check_seed

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from glass_mlx.chat import RESERVED_OPTIONS
+from glass_mlx.chat_templates import RESERVED_OPTIONS
 from glass_mlx.config import check_seed
 from glass_mlx.errors import check_text
 from glass_mlx.server.errors import bad_request

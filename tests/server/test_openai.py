@@ -5,7 +5,7 @@ import json
 from functools import partial
 
 from glass_mlx import load, stream_generate
-from glass_mlx.chat import encode
+from glass_mlx.chat_templates import encode
 from glass_mlx.server import generation
 from helpers import chat_tokenizer
 
