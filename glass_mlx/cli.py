@@ -10,6 +10,7 @@ from glass_mlx.errors import INTERRUPTED, exit_on_error
 
 COMMANDS = {
     "generate": ("glass_mlx.generate.__main__", "answer a prompt"),
+    "chat": ("glass_mlx.chat", "chat with a model in the terminal"),
     "server": ("glass_mlx.server.__main__", "serve a model over HTTP"),
     "cache_prompt": ("glass_mlx.cache_prompt", "read a prompt once for many questions"),
     "calibrate": ("glass_mlx.calibrate", "measure a model's prior, show one or publish one"),

@@ -25,6 +25,7 @@ USED = [
     ("mlx_lm.generate", "generation_stream", []),
     ("mlx_lm.generate", "setup_arg_parser", []),
     ("mlx_lm.cache_prompt", "setup_arg_parser", []),
+    ("mlx_lm.chat", "setup_arg_parser", []),
     (
         "mlx_lm.generate",
         "BatchGenerator",
