@@ -9,8 +9,8 @@ import sys
 import time
 from functools import partial
 
-from glass_mlx import load, make_prompt_cache, stream_generate
 from glass_mlx import chat as chat_command
+from glass_mlx import load, make_prompt_cache, stream_generate
 from glass_mlx.chat import HELP, main, setup_arg_parser
 from glass_mlx.chat_templates import encode
 from glass_mlx.models.architectures import tiny_model
