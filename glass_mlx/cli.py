@@ -20,6 +20,8 @@ COMMANDS = {
         "measure how close sliced models stay to the dense model",
     ),
     "latency": ("glass_mlx.latency.__main__", "measure how fast a model decodes"),
+    "benchmark": ("glass_mlx.benchmark", "time generations, with the flags of mlx_lm.benchmark"),
+    "perplexity": ("glass_mlx.perplexity", "measure perplexity, dense and sliced"),
     "models": ("glass_mlx.models.__main__", "list the architectures that can be sliced"),
 }
 

@@ -26,6 +26,8 @@ USED = [
     ("mlx_lm.generate", "setup_arg_parser", []),
     ("mlx_lm.cache_prompt", "setup_arg_parser", []),
     ("mlx_lm.chat", "setup_arg_parser", []),
+    ("mlx_lm.benchmark", "setup_arg_parser", []),
+    ("mlx_lm.perplexity", "load_data", ["data_path", "num_samples", "sequence_length"]),
     (
         "mlx_lm.generate",
         "BatchGenerator",
