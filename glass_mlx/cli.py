@@ -22,6 +22,7 @@ COMMANDS = {
     "latency": ("glass_mlx.latency.__main__", "measure how fast a model decodes"),
     "benchmark": ("glass_mlx.benchmark", "time generations, with the flags of mlx_lm.benchmark"),
     "perplexity": ("glass_mlx.perplexity", "measure perplexity, dense and sliced"),
+    "evaluate": ("glass_mlx.evaluate", "run tasks of lm-evaluation-harness"),
     "models": ("glass_mlx.models.__main__", "list the architectures that can be sliced"),
 }
 

@@ -27,6 +27,10 @@ USED = [
     ("mlx_lm.cache_prompt", "setup_arg_parser", []),
     ("mlx_lm.chat", "setup_arg_parser", []),
     ("mlx_lm.benchmark", "setup_arg_parser", []),
+    ("mlx_lm.evaluate", "MLXLM", ["path_or_hf_repo"]),
+    ("mlx_lm.evaluate", "DEFAULT_MAX_TOKENS", []),
+    ("mlx_lm.evaluate", "_lstrip", ["s", "pattern"]),
+    ("mlx_lm.evaluate", "chat_template_fn", ["extra_kwargs"]),
     ("mlx_lm.perplexity", "load_data", ["data_path", "num_samples", "sequence_length"]),
     (
         "mlx_lm.generate",
@@ -127,6 +131,8 @@ if hasattr(mlx_lm.server, "TextStateMachine"):
 
 @pytest.mark.parametrize(("module", "name", "parameters"), USED, ids=lambda value: str(value))
 def test_mlx_lm_still_has(module, name, parameters):
+    if module == "mlx_lm.evaluate":
+        pytest.importorskip("lm_eval")
     used = attrgetter(name)(importlib.import_module(module))
     if parameters:
         assert {*parameters} <= {*inspect.signature(used).parameters}
