@@ -6,6 +6,7 @@ The functions have the names of mlx-lm's functions and can replace them.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 from glass_mlx.cache_masks import cache_parts
@@ -201,6 +202,27 @@ def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
         The number of tokens that were trimmed; 0 if the cache of a layer cannot be trimmed.
     """
     return cast(int, mlx_lm_cache.trim_prompt_cache(cache, num_tokens))
+
+
+def trim_to_shared(cache: PromptCache, tokens: list[int]) -> int | None:
+    """Trim a prompt cache to the tokens that it shares with a prompt.
+
+    At least the last token of the prompt is left to read.
+
+    Args:
+        cache: the cache.
+        tokens: the token ids of the whole prompt.
+
+    Returns:
+        How many tokens of the prompt are in the cache; None if the cache cannot be trimmed, because
+        it has lost earlier contents.
+    """
+    held = cache.tokens
+    pairs = zip(held, tokens[:-1], strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if shared < len(held):
+        trim_prompt_cache(cache, len(held) - shared)
+    return shared if shared == len(cache.tokens) else None
 
 
 def check_layers(model: nn.Module, cache: list[Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 
 from glass_mlx import (
     PromptCache,
@@ -316,6 +317,48 @@ def test_a_prompt_that_is_given_again_gets_the_same_answer(model, tokenizer):
     assert [r.token for r in again] == [r.token for r in answer]
     kept, kept_again = answer[-1].glass.selection.indices, again[-1].glass.selection.indices
     assert all(np.array_equal(kept[path], kept_again[path]) for path in kept)
+
+
+def test_messages_read_only_what_is_new(model):
+    tokenizer, cache = chat_tokenizer(), make_prompt_cache(model)
+    options = {"density": 1.0, "prior": False, "prompt_cache": cache}
+    messages = [{"role": "user", "content": "丁七"}]
+    expected = encode(tokenizer, messages)
+    first = [*stream_generate(model, tokenizer, None, 8, messages=messages, **options)]
+    assert first[0].prompt_tokens == len(expected)
+    assert cache.tokens[: len(expected)] == expected
+    answer = "".join(response.text for response in first)
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "丂"}]
+    text = sliced_generate(model, tokenizer, max_tokens=8, messages=messages, **options)
+    expected = encode(tokenizer, messages)
+    assert cache.tokens[: len(expected)] == expected
+    whole = sliced_generate(model, tokenizer, expected, max_tokens=8, density=1.0, prior=False)
+    assert text == whole
+
+    # Another continuation trims the cache.
+    messages[-1] = {"role": "user", "content": "丄"}
+    (response,) = stream_generate(model, tokenizer, None, 1, messages=messages, **options)
+    assert response.prompt_tokens == 3
+    assert cache.tokens[: len(expected)] == encode(tokenizer, messages)
+
+
+def test_messages_are_checked(model):
+    tokenizer, messages = chat_tokenizer(), [{"role": "user", "content": "丁七"}]
+    generate = partial(stream_generate, model, tokenizer, prior=False)
+    with pytest.raises(ValueError, match="give either a prompt or messages"):
+        generate("丁七", messages=messages)
+    with pytest.raises(ValueError, match="give either a prompt or messages"):
+        generate()
+    for bad in ([], ["丁"], [{"role": "user"}]):
+        with pytest.raises(ValueError, match="must be a list of roles and contents"):
+            generate(messages=bad)
+    with pytest.raises(ValueError, match="make the prompt cache with glass_mlx"):
+        generate(messages=messages, prompt_cache=mlx_lm_cache.make_prompt_cache(model))
+    rotating = PromptCache([RotatingKVCache(8) for _ in model.layers], None)
+    for _ in generate([5] * 20, 3, prompt_cache=rotating):
+        pass
+    with pytest.raises(ValueError, match="that cannot be trimmed; make a new one"):
+        generate(messages=messages, prompt_cache=rotating)
 
 
 def test_a_cache_that_cannot_be_trimmed_stays_as_it_is(tokenizer):
