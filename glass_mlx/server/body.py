@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 from typing import Any
 
 from glass_mlx.chat_templates import RESERVED_OPTIONS
@@ -14,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 # Objects and lists may be nested this deeply. JSON schemas of tools need about a dozen levels.
 _MAX_DEPTH = 64
+
+# Numbers are below this. Seeds have 64 bits, and no other field needs more.
+_MAX_NUMBER = 2**128
 
 _MAX_STOP_WORDS, _MAX_STOP_LENGTH = 16, 256
 
@@ -28,8 +30,11 @@ _NUMBERS = (
     *("xtc_probability", "xtc_threshold", "num_draft_tokens", "n", "best_of"),
 )
 
-# Fields that mlx-lm wants as floats, although JSON has no difference between 0 and 0.0.
-_FLOATS = ("xtc_probability", "xtc_threshold")
+# Fields that become floats, as which mlx-lm and MLX take every value.
+_FLOATS = (
+    *("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 # Fields of OpenAI's API that change the answer, with the values that do what happens anyway.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -90,7 +95,7 @@ def _check_values(body: dict[str, Any]) -> None:
                 check_text(value, "text in the request's body")
             except ValueError as error:
                 raise bad_request(str(error)) from error
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif isinstance(value, int | float) and not abs(value) < _MAX_NUMBER:
             raise bad_request("a number in the request's body is too large")
 
 

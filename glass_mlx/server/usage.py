@@ -52,10 +52,18 @@ def kept_shares(report: Report) -> dict[str, Any]:
     return {"layers": layers, "vocabulary": vocabulary}
 
 
-def _digits(kept: np.ndarray, size: int) -> str:
-    """Return the share that is kept of each bin of `size` units, a digit each."""
+def _digits(kept: np.ndarray, width: int) -> str:
+    """Return the share that is kept of each bin of units, a digit each.
+
+    Args:
+        kept: (..., k) indices of units below `width`, one expert after the other.
+        width: the number of units, of each expert.
+    """
+    experts = kept.reshape(-1, kept.shape[-1]).astype(np.int64)
+    units = experts + width * np.arange(len(experts))[:, None]
+    size = width * len(experts)
     bins = min(BINS, size)
     totals = np.bincount(np.arange(size) * bins // size, minlength=bins)
-    counts = np.bincount(kept.astype(np.int64) * bins // size, minlength=bins)
+    counts = np.bincount(units.ravel() * bins // size, minlength=bins)
     levels = np.rint(counts / totals * (len(_DIGITS) - 1)).astype(int)
     return "".join(_DIGITS[level] for level in levels)

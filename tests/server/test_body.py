@@ -28,6 +28,7 @@ def nested(depth):
         (b'{"a": NaN}', "is not JSON: NaN is not a number"),
         (b'{"a": -Infinity}', "is not a number"),
         (b'{"a": 1e999}', "too large"),
+        (b'{"a": ' + b"1" * 400 + b"}", "too large"),
         (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON"),
         (b'{"a": ' + nested(100) + b"}", "nested too deeply"),
         (b'{"a": ' + nested(100_000) + b"}", "nested too deeply"),
