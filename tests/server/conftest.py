@@ -29,8 +29,10 @@ def folder(tmp_path_factory):
 
 @contextmanager
 def running(folder, *flags):
-    """Run a server on any free port."""
-    arguments = ["--model", str(folder), "--port", "0", *map(str, flags)]
+    """Run a server on any free port, with the built-in model if there is no folder."""
+    arguments = ["--port", "0", *map(str, flags)]
+    if folder is not None:
+        arguments += ["--model", str(folder)]
     listener, generator = start(setup_arg_parser().parse_args(arguments))
     thread = threading.Thread(target=listener.serve_forever, args=(0.02,))
     thread.start()
