@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 # Flags with text, which may be empty.
-_MAY_BE_EMPTY = ("prompt", "system_prompt", "prefill_response")
+_MAY_BE_EMPTY = ("prompt", "system_prompt", "prefill_response", "chat_template")
 
 
 class CommandParser(argparse.ArgumentParser):

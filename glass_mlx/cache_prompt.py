@@ -20,7 +20,7 @@ from glass_mlx.arguments import (
     load_options,
 )
 from glass_mlx.cache_file import check_name
-from glass_mlx.chat import encode_beginning
+from glass_mlx.chat_templates import encode_beginning
 from glass_mlx.checkpoints.loading import load
 from glass_mlx.conversation import Conversation
 from glass_mlx.errors import exit_on_error, read_standard_input

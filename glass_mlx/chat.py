@@ -1,164 +1,352 @@
-"""Encode messages into token ids, with the model's chat template if it has one."""
+"""Chat with a model in the terminal.
 
+Accepts the flags of `mlx_lm.chat` and some more.
+"""
+
+if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
+    from glass_mlx.cli import run_command
+
+    run_command("chat")
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
-from glass_mlx.errors import check_text, is_library_error, library_reason, one_line
+from glass_mlx.arguments import (
+    CommandParser,
+    add_load_arguments,
+    add_model_argument,
+    check_cache_flags,
+    check_sampling_flags,
+    load_options,
+)
+from glass_mlx.calibration.first_use import find_or_measure_prior
+from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.checkpoints.loading import advice, load
+from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
+from glass_mlx.conversation import Conversation, full_history, with_answer
+from glass_mlx.errors import check_text, exit_on_error, one_line
+from glass_mlx.generation_report import GenerationResponse, summary
+from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.hub import locate
+from glass_mlx.prompt_cache import make_prompt_cache
+from glass_mlx.session import Session
+from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
+from glass_mlx.streaming import check_max_tokens, stream_generate
 
-from jinja2 import TemplateError
+import mlx.core as mx
+from mlx_lm.chat import setup_arg_parser as mlx_lm_arg_parser
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Replaces the user's message, to find the position of the message in the template's text.
-_PLACEHOLDER = "<query>"
-
-# Options of a chat template that this module sets.
-RESERVED_OPTIONS = frozenset(
-    ("add_generation_prompt", "continue_final_message", "conversation", "messages", "tokenize")
-)
-
-# Each message has a role and its content.
-Messages = list[dict[str, str]]
+HELP = """\
+q           end the chat (also Ctrl-D)
+r           forget the conversation
+h           show this help
+/budget X   bound KL divergence from the dense model by X nats per token
+/stats      show the figures of the last answer
+Ctrl-C      stop an answer
+All other lines are messages to the model."""
 
 
-def is_message(value: Any) -> bool:
-    """Return whether a value from outside is a message: a role and its content."""
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str)
+def setup_arg_parser() -> CommandParser:
+    """Set up and return the argument parser, with mlx-lm's flags and those of glass-mlx."""
+    parser = CommandParser(
+        prog="glass-mlx",
+        usage="glass-mlx chat [flags]",
+        description=__doc__,
+        parents=[mlx_lm_arg_parser()],
+        conflict_handler="resolve",
     )
+    add_model_argument(parser)
+    parser.add_argument("--pipeline", action="store_true", help=argparse.SUPPRESS)
+    add_load_arguments(parser)
+    add_slicing_arguments(parser.add_argument_group("slicing"))
+    return parser
 
 
-def encode(
-    tokenizer: TokenizerWrapper,
-    messages: Messages,
-    ignore_template: bool = False,
-    /,  # an option may have any name
-    **options: Any,
-) -> list[int]:
-    """Encode messages so that the model continues with its answer.
+class _StoppedError(Exception):
+    """The user does not want to wait until the prompt has been read."""
 
-    Args:
-        tokenizer: the model's tokenizer.
-        messages: a list of {"role", "content"}. If the last message is the assistant's, the model
-            continues it.
-        ignore_template: whether to ignore the chat template. Without a template the user's
-            messages are joined by line breaks.
-        **options: options of the chat template.
 
-    Returns:
-        Token ids.
+class Interrupts:
+    """Counts Ctrl-C during an answer, which ends between two tokens and leaves the cache intact.
 
-    Raises:
-        ValueError: if the template rejects the messages.
+    Attributes:
+        came: whether there was one.
     """
-    if ignore_template or not tokenizer.has_chat_template:
-        text = "\n".join(m["content"] for m in messages if m["role"] == "user")
-        return encode_text(tokenizer, text, add_special_tokens=True)
-    return encode_text(tokenizer, _apply_template(tokenizer, messages, options))
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, *_: object) -> None:
+        """Handle the signal. A second one ends the command."""
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
 
 
-def encode_rest(
-    tokenizer: TokenizerWrapper,
-    messages: Messages,
-    ignore_template: bool = False,
-    /,  # an option may have any name
-    **options: Any,
-) -> list[int]:
-    """Encode the last user message and what follows it, for a model with a prompt cache.
-
-    mlx-lm does the same: the cached prompt ends within the user message, so the template's text
-    before that message is cut off.
-
-    Args:
-        tokenizer: see `encode`.
-        messages: see `encode`.
-        ignore_template: see `encode`.
-        **options: options of the chat template.
-
-    Returns:
-        Token ids.
-
-    Raises:
-        ValueError: if the template rejects the messages or leaves out the user's message.
-    """
-    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    if ignore_template or not tokenizer.has_chat_template:
-        return encode_text(tokenizer, messages[last]["content"])
-    marked_messages = [dict(message) for message in messages]
-    marked_messages[last]["content"] = _PLACEHOLDER
-    marked_text = _apply_template(tokenizer, marked_messages, options)
-    start = marked_text.find(_PLACEHOLDER)
-    if start < 0:
-        raise ValueError("the model's chat template does not show the user's message")
-    return encode_text(tokenizer, _apply_template(tokenizer, messages, options)[start:])
-
-
-def encode_beginning(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
-    """Encode the beginning of a user's message, which `encode_rest` continues.
-
-    Raises:
-        ValueError: if the model's chat template rejects the message.
-    """
-    if not tokenizer.has_chat_template:
-        return encode_text(tokenizer, prompt, add_special_tokens=True)
-    messages = [{"role": "user", "content": prompt}]
-    return encode_text(tokenizer, _apply_template(tokenizer, messages, {}, is_unfinished=True))
-
-
-def encode_text(
-    tokenizer: TokenizerWrapper, text: str, add_special_tokens: bool = False
-) -> list[int]:
-    """Encode text.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        text: the text. What a chat template returns already has its special tokens.
-        add_special_tokens: whether to add the tokens that begin a text.
-
-    Raises:
-        ValueError: if the text has half a character, or the tokenizer's files are damaged.
-    """
-    check_text(text, "the text")
+@contextmanager
+def noticed_interrupts() -> Iterator[Interrupts]:
+    """Let Ctrl-C be noticed, instead of raising an error at whatever happens then."""
+    interrupts = Interrupts()
+    handler = signal.signal(signal.SIGINT, interrupts)
     try:
-        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-    except BaseException as error:  # transformers and tokenizers raise errors of any type
-        if not is_library_error(error):
-            raise
-        raise ValueError(
-            f"the tokenizer cannot encode the text: {library_reason(error)}"
-        ) from error
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-def _apply_template(
-    tokenizer: TokenizerWrapper,
-    messages: Messages,
-    options: dict[str, Any],
-    is_unfinished: bool | None = None,
-) -> str:
-    """Return the template's text up to the position where more text follows.
+class Chat:
+    """A conversation, and how its answers are generated.
 
     Args:
-        tokenizer: the model's tokenizer.
-        messages: see `encode`.
-        options: options of the chat template.
-        is_unfinished: whether the model continues the last message instead of answering it.
-            Default: whether the message is the assistant's.
+        session: the model's session.
+        tokenizer: its tokenizer.
+        config: how answers are sliced.
+        prior: the model's prior, or None to go without one.
+        system_prompt: the system prompt, or None.
+        max_kv_size: the maximum size of the cache, or None.
+        **options: further arguments of `stream_generate`.
+
+    Attributes:
+        config: how the next answer is sliced.
+        last: the last response, or None.
+        conversation: the messages so far, and their prompt cache.
     """
-    if is_unfinished is None:
-        is_unfinished = messages[-1]["role"] == "assistant"
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                continue_final_message=is_unfinished,
-                add_generation_prompt=not is_unfinished,
-                **options,
-            )
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: TokenizerWrapper,
+        config: GlassConfig,
+        prior: GlobalPrior | None,
+        system_prompt: str | None = None,
+        max_kv_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.config, self.last = config, None
+        self._session, self._tokenizer, self._prior = session, tokenizer, prior
+        self._system_prompt, self._max_kv_size = system_prompt, max_kv_size
+        self._options = options
+        self.reset()
+
+    last: GenerationResponse | None
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.conversation = Conversation()
+
+    def set_budget(self, max_kl: float) -> None:
+        """Bound the KL divergence of the next answers.
+
+        Raises:
+            ValueError: if the bound is not positive.
+        """
+        self.config = replace(self.config, max_kl=max_kl, density=None, vocabulary=None)
+
+    def answer(self, text: str, show: Callable[[str], object]) -> str:
+        """Answer a message, until Ctrl-C at the latest.
+
+        Args:
+            text: the message.
+            show: called with each part of the answer.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ValueError: if there can be no answer.
+        """
+        messages = [{"role": "user", "content": check_text(text, "the message")}]
+        if self._system_prompt is not None and not self.conversation.history:
+            messages.insert(0, {"role": "system", "content": self._system_prompt})
+        conversation = self.conversation
+        unread = conversation.unread_tokens(
+            self._session.model, self._tokenizer, messages, False, True, {}
         )
-    except Exception as error:  # templates raise exceptions of any type
-        is_from_template = isinstance(error, TemplateError)
-        reason = one_line(error) if is_from_template else library_reason(error)
-        raise ValueError(
-            f"the model's chat template does not accept these messages ({reason})"
-        ) from error
+        if conversation.cache is None:
+            conversation.cache = make_prompt_cache(self._session, self._max_kv_size)
+        answer = ""
+        try:
+            with (
+                noticed_interrupts() as interrupts,
+                closing(self._responses(unread, interrupts)) as responses,
+            ):
+                for self.last in responses:
+                    answer += self.last.text
+                    show(self.last.text)
+                    if interrupts.came:
+                        break
+        except _StoppedError:
+            self._read_again()
+            return ""
+        except Exception:
+            self._read_again()
+            raise
+        history = full_history(conversation.history, messages)
+        conversation.history = with_answer(history, answer)
+        return answer
+
+    def _read_again(self) -> None:
+        """Let the next turn read the conversation again: what the cache holds is not known."""
+        conversation = self.conversation
+        conversation.cache = None
+        if conversation.history:
+            conversation.cache = make_prompt_cache(self._session, self._max_kv_size)
+
+    def _responses(self, unread: list[int], interrupts: Interrupts) -> Any:
+        def progress(*_: int) -> None:
+            if interrupts.came:
+                raise _StoppedError
+
+        return stream_generate(
+            self._session,
+            self._tokenizer,
+            unread,
+            config=self.config,
+            prior=self._prior or False,
+            prompt_cache=self.conversation.cache,
+            prompt_progress_callback=progress,
+            **self._options,
+        )
+
+
+def command(chat: Chat, line: str) -> bool:
+    """Carry out a command.
+
+    Args:
+        chat: the chat.
+        line: what the user entered.
+
+    Returns:
+        Whether the line was a command.
+    """
+    name, _, value = line.partition(" ")
+    if line == "r":
+        chat.reset()
+        print("The conversation is forgotten.")
+    elif line in ("h", "/help"):
+        print(HELP)
+    elif name == "/budget":
+        _set_budget(chat, value.strip())
+    elif line == "/stats":
+        print("There is no answer yet." if chat.last is None else summary(chat.last))
+    elif line.startswith("/"):
+        print(f"{name} is not a command; h lists the commands.")
+    else:
+        return False
+    return True
+
+
+def _set_budget(chat: Chat, value: str) -> None:
+    if value:
+        try:
+            chat.set_budget(float(value))
+        except ValueError:
+            print("The budget is a positive number, as in /budget 0.1")
+            return
+    config = chat.config
+    if config.has_budget:
+        bound = config.max_kl or DEFAULT_MAX_KL
+        print(f"KL is bounded by {bound:g} nats per token.")
+    else:
+        shares = config.shares
+        print(f"There is no bound: density {shares.density:g}, vocabulary {shares.vocabulary:g}.")
+
+
+def converse(chat: Chat) -> None:
+    """Read lines and answer them until the end of the input."""
+    with suppress(ImportError):  # gives `input` line editing and a history
+        import readline  # noqa: F401
+    while True:
+        try:
+            line = input("› ").strip()
+        except EOFError:
+            print()
+            return
+        except UnicodeDecodeError:
+            print("This is not valid UTF-8 text.")
+            continue
+        except KeyboardInterrupt:
+            print("\nq ends the chat.")
+            continue
+        if line == "q":
+            return
+        if not line or command(chat, line):
+            continue
+        try:
+            chat.answer(line, lambda text: print(text, end="", flush=True))
+        except ValueError as error:
+            print(f"error: {one_line(error)}", end="")
+        print("\n")
+
+
+def check_flags(args: argparse.Namespace) -> GlassConfig:
+    """Check the flags, and return how answers are sliced.
+
+    Raises:
+        ValueError: for the first value that is out of range.
+    """
+    if args.pipeline:
+        raise ValueError("--pipeline cannot be combined with slicing; use mlx_lm.chat")
+    check_max_tokens(args.max_tokens)
+    args.min_p, args.top_k, args.min_tokens_to_keep = 0.0, 0, 1
+    check_sampling_flags(args)
+    args.kv_bits, args.kv_group_size, args.quantized_kv_start = None, 64, 0
+    check_cache_flags(args)
+    check_seed(args.seed)
+    if args.prefill_step_size < 1:
+        raise ValueError(f"--prefill-step-size must be at least 1, not {args.prefill_step_size}")
+    config = config_from(args)
+    return replace(config, max_kl=None, density=1.0, vocabulary=1.0) if args.dense else config
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model, and chat.
+
+    Raises:
+        FileNotFoundError: if the model or the prior does not exist.
+        ValueError: for a bad value, a model that cannot be used or a prior that does not fit.
+    """
+    config = check_flags(args)
+    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    mx.random.seed(args.seed)
+    model, tokenizer = load(args.model, **load_options(args))
+    if hint := advice(model):
+        print(hint, file=sys.stderr)
+    session, prior = Session.of(model), None
+    if not (args.dense or args.no_prior):
+        prior = find_or_measure_prior(session, tokenizer, given, config, args.model)
+    chat = Chat(
+        session,
+        tokenizer,
+        config,
+        prior,
+        args.system_prompt,
+        args.max_kv_size,
+        max_tokens=args.max_tokens,
+        prefill_step_size=args.prefill_step_size,
+        sampler=make_sampler(
+            args.temp,
+            args.top_p,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+        ),
+        reload=(lambda: load(args.model, lazy=True, **load_options(args))[0])
+        if args.release_dense
+        else None,
+    )
+    print(f"{args.model or DEFAULT_MODEL}. h lists the commands, q ends the chat.")
+    converse(chat)
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence and exit code 2."""
+    with exit_on_error("glass-mlx"):
+        run(setup_arg_parser().parse())

@@ -10,6 +10,8 @@ from glass_mlx.errors import INTERRUPTED, exit_on_error
 
 COMMANDS = {
     "generate": ("glass_mlx.generate.__main__", "answer a prompt"),
+    "chat": ("glass_mlx.chat", "chat with a model in the terminal"),
+    "server": ("glass_mlx.server.__main__", "serve a model over HTTP"),
     "cache_prompt": ("glass_mlx.cache_prompt", "read a prompt once for many questions"),
     "calibrate": ("glass_mlx.calibrate", "measure a model's prior, show one or publish one"),
     "export": ("glass_mlx.export", "save a sliced model as a checkpoint for stock mlx-lm"),
@@ -18,6 +20,9 @@ COMMANDS = {
         "measure how close sliced models stay to the dense model",
     ),
     "latency": ("glass_mlx.latency.__main__", "measure how fast a model decodes"),
+    "benchmark": ("glass_mlx.benchmark", "time generations, with the flags of mlx_lm.benchmark"),
+    "perplexity": ("glass_mlx.perplexity", "measure perplexity, dense and sliced"),
+    "evaluate": ("glass_mlx.evaluate", "run tasks of lm-evaluation-harness"),
     "models": ("glass_mlx.models.__main__", "list the architectures that can be sliced"),
 }
 

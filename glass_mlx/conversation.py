@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.cache_file import cache_metadata, load_prompt_cache, save_prompt_cache
-from glass_mlx.chat import Messages, encode, encode_rest, is_message
-from glass_mlx.prompt_cache import PromptCache, make_empty_copy, trim_prompt_cache
+from glass_mlx.chat_templates import Messages, encode, encode_rest, is_message
+from glass_mlx.prompt_cache import PromptCache, make_empty_copy, trim_to_shared
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -95,11 +94,8 @@ class Conversation:
         if any(message["role"] == "system" for message in messages):
             raise ValueError("--system-prompt is for the beginning of a conversation")
         tokens = encode(tokenizer, full_history(self.history, messages), **template_options)
-        pairs = zip(self.cache.tokens, tokens[:-1], strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if shared < len(self.cache.tokens):
-            trim_prompt_cache(self.cache, len(self.cache.tokens) - shared)
-        if shared != len(self.cache.tokens):
+        shared = trim_to_shared(self.cache, tokens)
+        if shared is None:
             self.cache = make_empty_copy(model, self.cache)
             return tokens
         return tokens[shared:]

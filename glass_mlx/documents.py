@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import Messages
+from glass_mlx.chat_templates import Messages
 from glass_mlx.errors import check_text, one_line, parse_json
 
 

@@ -22,7 +22,7 @@ from glass_mlx.arguments import (
     path,
 )
 from glass_mlx.calibration.first_use import find_or_measure_prior
-from glass_mlx.chat import Messages
+from glass_mlx.chat_templates import Messages
 from glass_mlx.checkpoints.loading import load, model_name
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error

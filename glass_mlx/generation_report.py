@@ -41,6 +41,7 @@ class Report:
         held_bytes: bytes of arrays in this process after the latest slicing: dense weights unless
             they were released, slices and cache.
         selection: the kept neurons of each FFN, or None before they are selected.
+        shortlist: the kept tokens of the vocabulary, or None if all are kept.
     """
 
     dense: bool
@@ -63,6 +64,7 @@ class Report:
     sliced_bytes: int
     held_bytes: int
     selection: Selection | None
+    shortlist: Shortlist | None = None
 
 
 @dataclass
@@ -134,6 +136,7 @@ class Reporter:
             sliced_bytes=sliced_bytes,
             held_bytes=mx.get_active_memory(),
             selection=selection,
+            shortlist=shortlist,
         )
 
     @contextmanager

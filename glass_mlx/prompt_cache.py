@@ -6,6 +6,7 @@ The functions have the names of mlx-lm's functions and can replace them.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 from glass_mlx.cache_masks import cache_parts
@@ -16,7 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+# A cache with a maximum size always keeps this many tokens of the beginning, as in mlx-lm.
+_SINKS = 4
 
 # The statistics at the beginning of this many turns are kept, for trimming.
 _MAX_TURNS = 4
@@ -30,11 +34,14 @@ class Turn:
         start: the number of tokens in `PromptCache.tokens` before the turn.
         prompt_end: their number after the turn's prompt.
         before: the local statistics before the turn.
+        before_last: the local statistics before the last token of the turn's prompt; None if this
+            is its only token. A prompt that is given again trims the cache to this point.
     """
 
     start: int
     prompt_end: int
     before: LocalStatistics
+    before_last: LocalStatistics | None = None
 
 
 class PromptCache(list[Any]):
@@ -42,8 +49,8 @@ class PromptCache(list[Any]):
 
     If tokens are trimmed from the cache, by whatever function, `tokens` and `statistics` follow.
     Sums over tokens cannot be taken apart, so the statistics go back to the latest point that is
-    known and within the remaining tokens: the end of the prompt or the beginning of one of the
-    latest turns. If there is none, they begin anew.
+    known and within the remaining tokens: the end of the prompt, the token before it, or the
+    beginning of one of the latest turns. If there is none, they begin anew.
 
     Args:
         layers: the entries.
@@ -67,7 +74,9 @@ class PromptCache(list[Any]):
         self._statistics, self._tokens, self.intact = statistics, list(tokens), True
         self.unlisted = (token_count(self) or len(self._tokens)) - len(self._tokens)
         self.turns: list[Turn] = []
-        self._before: LocalStatistics | None = None  # the statistics before the current turn
+        # The statistics before the current turn, and before the last token of its prompt.
+        self._before: LocalStatistics | None = None
+        self._before_last: LocalStatistics | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptCache":
         """Return a copy, such as for one of several questions about the same prompt."""
@@ -106,15 +115,21 @@ class PromptCache(list[Any]):
         if statistics.prompt.widths != widths:
             raise ValueError("the statistics of the prompt cache are of another model")
         self._statistics, self._before = statistics, statistics.copy()
+        self._before_last = None
         self.intact = False
         return statistics
+
+    def follow_prompt(self, tokens_read: int, total: int) -> None:
+        """Note how far the prompt has been read; call it for mlx-lm's reports of progress."""
+        if tokens_read == total - 1 and self._statistics is not None:
+            self._before_last = self._statistics.copy()
 
     def add(self, tokens: Iterable[int], prompt_tokens: int) -> None:
         """Record the tokens that were read into the cache, the first of which are the prompt."""
         start, added = len(self._tokens), [*tokens]
         self._tokens += added
         assert self._before is not None
-        self.turns.append(Turn(start, start + prompt_tokens, self._before))
+        self.turns.append(Turn(start, start + prompt_tokens, self._before, self._before_last))
         del self.turns[:-_MAX_TURNS]
         count = token_count(self)
         if count is not None and count != self.unlisted + len(self._tokens):
@@ -155,6 +170,10 @@ class PromptCache(list[Any]):
             if turn.prompt_end <= remaining:
                 return LocalStatistics(prompt, turn.before.text).copy()
             self.turns.pop()
+            if turn.before_last is not None and turn.prompt_end - 1 == remaining:
+                # What is left of the prompt is a turn without an answer.
+                self.turns.append(Turn(turn.start, remaining, turn.before))
+                return turn.before_last.copy()
             if turn.start <= remaining:
                 return turn.before.copy()
             prompt = turn.before.prompt
@@ -185,6 +204,27 @@ def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
     return cast(int, mlx_lm_cache.trim_prompt_cache(cache, num_tokens))
 
 
+def trim_to_shared(cache: PromptCache, tokens: list[int]) -> int | None:
+    """Trim a prompt cache to the tokens that it shares with a prompt.
+
+    At least the last token of the prompt is left to read.
+
+    Args:
+        cache: the cache.
+        tokens: the token ids of the whole prompt.
+
+    Returns:
+        How many tokens of the prompt are in the cache; None if the cache cannot be trimmed, because
+        it has lost earlier contents.
+    """
+    held = cache.tokens
+    pairs = zip(held, tokens[:-1], strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if shared < len(held):
+        trim_prompt_cache(cache, len(held) - shared)
+    return shared if shared == len(cache.tokens) else None
+
+
 def check_layers(model: nn.Module, cache: list[Any]) -> None:
     """Raise ValueError if a prompt cache does not have the layers that a model needs."""
     own = mlx_lm_cache.make_prompt_cache(model)
@@ -211,12 +251,35 @@ def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None
 
     In every turn, pass the cache to `stream_generate` as `prompt_cache`, with the new tokens only.
 
+    Args:
+        model: the model, or a session of it.
+        max_kv_size: the maximum number of tokens in a layer; see `make_layers`.
+
     Raises:
         ValueError: if the model cannot be sliced.
     """
     session = Session.of(model)
-    layers = mlx_lm_cache.make_prompt_cache(session.model, max_kv_size)
-    return PromptCache(layers, session.empty_statistics())
+    return PromptCache(make_layers(session.model, max_kv_size), session.empty_statistics())
+
+
+def make_layers(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+    """Make the empty entries of a prompt cache.
+
+    mlx-lm bounds only the caches of models that do not make their own, which leaves out most
+    models. Here, every cache that would grow without end is bounded.
+
+    Args:
+        model: the model.
+        max_kv_size: the maximum number of tokens in an entry: the first ones and the latest.
+    """
+    layers = mlx_lm_cache.make_prompt_cache(model)
+    if max_kv_size is None:
+        return layers
+    sinks = min(_SINKS, max_kv_size // 2)
+    return [
+        RotatingKVCache(max_kv_size, keep=sinks) if type(layer) is KVCache else layer
+        for layer in layers
+    ]
 
 
 def make_empty_copy(model: nn.Module | Session, cache: PromptCache) -> PromptCache:

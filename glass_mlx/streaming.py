@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
-from glass_mlx.chat import encode_text
+from glass_mlx.chat_templates import Messages, encode, encode_text, is_message
 from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step
 from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prompt_cache import PromptCache, check_layers
+from glass_mlx.prompt_cache import PromptCache, check_layers, make_layers, trim_to_shared
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.statistics import MIN_GENERATED_TOKENS
@@ -23,7 +23,6 @@ from glass_mlx.vocabulary import biased_tokens
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
@@ -38,10 +37,11 @@ Tokenizer = TokenizerWrapper | PreTrainedTokenizerBase
 def stream_generate(
     model: nn.Module | Session,
     tokenizer: Tokenizer,
-    prompt: str | mx.array | list[int],
+    prompt: str | mx.array | list[int] | None = None,
     max_tokens: int = 256,
     draft_model: nn.Module | None = None,
     *,
+    messages: Messages | None = None,
     config: GlassConfig | None = None,
     prior: GlobalPrior | str | Path | Literal[False] | None = None,
     reload: Callable[[], nn.Module] | None = None,
@@ -57,6 +57,10 @@ def stream_generate(
         model: a model from `load` or from `mlx_lm.load`, or a `Session` of one.
         tokenizer: its tokenizer.
         prompt: text, or token ids.
+        messages: instead of a prompt, all messages of a conversation, as a list of {"role",
+            "content"}, which go through the chat template. With a `prompt_cache` from
+            `glass_mlx.make_prompt_cache`, only the part that is not in the cache is read, and what
+            the cache holds beyond the messages is trimmed from it.
         max_tokens: the maximum number of tokens to generate; -1 for no limit.
         draft_model: must be None; speculative decoding cannot be combined with slicing.
         config: how to slice. Default: `GlassConfig()`.
@@ -86,7 +90,7 @@ def stream_generate(
     check_max_tokens(max_tokens)
     if draft_model is not None:
         raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
-    tokens = _encode(tokenizer, prompt)
+    tokens = _encode(tokenizer, prompt, messages, kwargs.get("prompt_cache"))
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
     if prior is False:
@@ -151,8 +155,18 @@ def new_detokenizer(tokenizer: TokenizerWrapper) -> StreamingDetokenizer:
     return detokenizer
 
 
-def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
-    """Return the token ids (T,) of a prompt. Text that starts with BOS gets no second BOS."""
+def _encode(
+    tokenizer: TokenizerWrapper,
+    prompt: str | mx.array | list[int] | None,
+    messages: Messages | None = None,
+    cache: list[Any] | None = None,
+) -> mx.array:
+    """Return the token ids (T,) to read. Text that starts with BOS gets no second BOS."""
+    if (prompt is None) == (messages is None):
+        raise ValueError("give either a prompt or messages")
+    if prompt is None:
+        assert messages is not None
+        return mx.array(_unread(tokenizer, messages, cache), mx.uint32)
     if isinstance(prompt, mx.array):
         return prompt
     if isinstance(prompt, str):
@@ -160,6 +174,25 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> 
         add_special_tokens = bos is None or not prompt.startswith(bos)
         return mx.array(encode_text(tokenizer, prompt, add_special_tokens), mx.uint32)
     return mx.array(prompt, mx.uint32)
+
+
+def _unread(tokenizer: TokenizerWrapper, messages: Messages, cache: list[Any] | None) -> list[int]:
+    """Return the token ids of messages that are not in a prompt cache, which is trimmed to them."""
+    if not messages or not all(map(is_message, messages)):
+        raise ValueError("messages must be a list of roles and contents, and not empty")
+    tokens = encode(tokenizer, messages)
+    if cache is None:
+        return tokens
+    if not isinstance(cache, PromptCache):
+        raise ValueError("with messages, make the prompt cache with glass_mlx.make_prompt_cache")
+    cache.check("begin a new one")
+    shared = trim_to_shared(cache, tokens)
+    if shared is None:
+        raise ValueError(
+            "the prompt cache has tokens that the messages do not have, and that cannot be "
+            "trimmed; make a new one"
+        )
+    return tokens[shared:]
 
 
 def _steps(
@@ -171,12 +204,10 @@ def _steps(
     **options: Any,
 ) -> Generator[Step, None, None]:
     """Generate tokens, and record them in the prompt cache when the generation ends."""
-    prefill = {
-        "progress": options.pop("prompt_progress_callback", None),
-        "input_embeddings": options.pop("input_embeddings", None),
-    }
+    report_progress = options.pop("prompt_progress_callback", None)
+    input_embeddings = options.pop("input_embeddings", None)
     max_kv_size = options.pop("max_kv_size", None)
-    cache = options.pop("prompt_cache", None) or make_prompt_cache(session.model, max_kv_size)
+    cache = options.pop("prompt_cache", None) or make_layers(session.model, max_kv_size)
     check_layers(session.model, cache)
     if isinstance(cache, PromptCache):
         record = cache
@@ -184,8 +215,15 @@ def _steps(
         record = PromptCache((), session.empty_statistics([selector.config.statistic]))
     statistics = record.begin(session.widths)
     decoder = Decoder(session.model, cache, prompt, max_tokens, **options)
+
+    def progress(tokens_read: int, total: int) -> None:
+        record.follow_prompt(tokens_read, total)
+        if report_progress is not None:
+            report_progress(tokens_read, total)
+
+    generation = Generation(session, selector, decoder, statistics, reload)
     try:
-        yield from Generation(session, selector, decoder, statistics, reload).steps(**prefill)
+        yield from generation.steps(progress, input_embeddings)
     except GeneratorExit:  # the caller stopped early
         record.add(decoder.tokens, prompt.size)
         raise
@@ -239,7 +277,7 @@ def _responses(
 def generate(
     model: nn.Module | Session,
     tokenizer: Tokenizer,
-    prompt: str | list[int],
+    prompt: str | list[int] | None = None,
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:

@@ -445,14 +445,26 @@ def test_negative_max_tokens_means_no_limit(model, tokenizer):
     assert [next(stream).finish_reason for _ in range(300)] == [None] * 300
 
 
-@pytest.mark.parametrize(
-    "options", [{"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 4}, {"max_kv_size": 8}]
-)
-def test_cache_options_are_passed_on(tokenizer, options):
+def test_cache_options_are_passed_on(tokenizer):
     model = tiny_model("llama", head_dim=32)
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 4}
     dense = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=12, **options)
     responses = run(model, tokenizer, density=1.0, **options)
     assert [r.token for r in responses] == [r.token for r in dense]
+
+
+def test_caches_that_a_model_makes_itself_have_a_maximum_size_too(tokenizer):
+    """mlx-lm ignores `max_kv_size` for such models."""
+    model = tiny_model("llama")
+    assert hasattr(model, "make_cache")
+    cache = [RotatingKVCache(8, keep=4) for _ in model.layers]
+    dense = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=12, prompt_cache=cache)
+    responses = run(model, tokenizer, density=1.0, max_kv_size=8)
+    assert [r.token for r in responses] == [r.token for r in dense]
+    unbounded = run(model, tokenizer, density=1.0)
+    assert not mx.allclose(responses[-1].logprobs, unbounded[-1].logprobs)
+    for size in (1, 2, 3):
+        assert len(run(model, tokenizer, density=0.5, max_kv_size=size)) == 12
 
 
 def test_generation_continues_from_a_prompt_cache(model, tokenizer):

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from operator import attrgetter
 
+import mlx_lm.server
 import pytest
 
 # Module, name, and the parameters that are passed.
@@ -24,6 +25,13 @@ USED = [
     ("mlx_lm.generate", "generation_stream", []),
     ("mlx_lm.generate", "setup_arg_parser", []),
     ("mlx_lm.cache_prompt", "setup_arg_parser", []),
+    ("mlx_lm.chat", "setup_arg_parser", []),
+    ("mlx_lm.benchmark", "setup_arg_parser", []),
+    ("mlx_lm.evaluate", "MLXLM", ["path_or_hf_repo"]),
+    ("mlx_lm.evaluate", "DEFAULT_MAX_TOKENS", []),
+    ("mlx_lm.evaluate", "_lstrip", ["s", "pattern"]),
+    ("mlx_lm.evaluate", "chat_template_fn", ["extra_kwargs"]),
+    ("mlx_lm.perplexity", "load_data", ["data_path", "num_samples", "sequence_length"]),
     (
         "mlx_lm.generate",
         "BatchGenerator",
@@ -57,13 +65,74 @@ USED = [
         ["dst_path", "src_path_or_repo", "model", "tokenizer", "config", "donate_model"],
     ),
     ("mlx_lm.utils", "load_model", ["model_path", "lazy"]),
+    ("mlx_lm.utils", "_parse_size", ["x"]),
     ("mlx_lm.tuner.lora", "LoRALinear", ["input_dims", "output_dims", "r", "scale"]),
     ("mlx_lm.tuner.dora", "DoRALinear", ["input_dims", "output_dims", "r", "scale"]),
 ]
 
+# What the server uses. mlx-lm 0.31 has another server, which glass-mlx refuses.
+SERVER = [
+    ("TextStateMachine", []),
+    ("ModelProvider", ["cli_args"]),
+    ("ModelProvider.load", ["model_path", "adapter_path", "draft_model_path"]),
+    ("ModelProvider._load", ["model_path", "adapter_path", "draft_model_path"]),
+    ("ModelProvider.load_default", []),
+    ("ModelProvider.reset", []),
+    ("ResponseGenerator", ["model_provider", "prompt_cache"]),
+    ("ResponseGenerator._generate", []),
+    ("ResponseGenerator._serve_single", ["request", "stream"]),
+    ("ResponseGenerator._is_batchable", ["args"]),
+    ("ResponseGenerator._tokenize", ["tokenizer", "request", "args"]),
+    ("ResponseGenerator._make_state_machine", ["model_key", "tokenizer", "stop_words"]),
+    ("ResponseGenerator.generate", ["request", "generation_args", "progress_callback"]),
+    ("ResponseGenerator.generation_available", []),
+    ("ResponseGenerator.stop_and_join", []),
+    ("APIHandler", ["response_generator", "system_fingerprint"]),
+    ("APIHandler.do_POST", []),
+    ("APIHandler.validate_model_parameters", []),
+    ("APIHandler.handle_chat_completions", []),
+    ("APIHandler.handle_text_completions", []),
+    (
+        "APIHandler.generate_response",
+        [
+            *("text", "finish_reason", "prompt_token_count", "completion_token_count"),
+            *("token_logprobs", "top_tokens", "tokens"),
+        ],
+    ),
+    (
+        "APIHandler.completion_usage_response",
+        ["prompt_token_count", "completion_token_count", "prompt_cache_count"],
+    ),
+    ("APIHandler._set_completion_headers", ["status_code"]),
+    ("APIHandler._set_stream_headers", ["status_code"]),
+    ("CompletionRequest", ["request_type", "prompt", "messages", "tools", "role_mapping"]),
+    ("Response", ["text", "token", "logprob", "finish_reason", "top_tokens"]),
+    (
+        "GenerationContext",
+        [
+            *("has_tool_calling", "has_thinking", "tool_parser", "text_sm", "initial_state"),
+            *("prompt", "prompt_cache_count", "_should_stop"),
+        ],
+    ),
+    (
+        "GenerationArguments",
+        ["sampling", "logits", "stop_words", "max_tokens", "logprobs", "top_logprobs", "seed"],
+    ),
+    ("_make_sampler", ["args", "tokenizer"]),
+    ("_make_logits_processors", ["args"]),
+    ("get_system_fingerprint", []),
+    ("LRUPromptCache", ["max_size", "max_bytes"]),
+    ("LRUPromptCache.fetch_nearest_cache", ["model", "tokens"]),
+    ("LRUPromptCache.insert_cache", ["model", "tokens", "prompt_cache"]),
+]
+if hasattr(mlx_lm.server, "TextStateMachine"):
+    USED += [("mlx_lm.server", name, parameters) for name, parameters in SERVER]
+
 
 @pytest.mark.parametrize(("module", "name", "parameters"), USED, ids=lambda value: str(value))
 def test_mlx_lm_still_has(module, name, parameters):
+    if module == "mlx_lm.evaluate":
+        pytest.importorskip("lm_eval")
     used = attrgetter(name)(importlib.import_module(module))
     if parameters:
         assert {*parameters} <= {*inspect.signature(used).parameters}

@@ -17,6 +17,7 @@ EXPECTED = {
     "glass_mlx/fidelity/test_prompts.txt",
     "glass_mlx/models/__init__.py",
     "glass_mlx/models/ffn.py",
+    "glass_mlx/server/page.html",
     "glass_mlx/priors/SmolLM2-135M-Instruct.safetensors",
 }
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 
 from glass_mlx import (
     PromptCache,
@@ -16,7 +17,7 @@ from glass_mlx import (
     trim_prompt_cache,
 )
 from glass_mlx.cache_prompt import main as cache_prompt
-from glass_mlx.chat import encode, encode_beginning, encode_rest
+from glass_mlx.chat_templates import encode, encode_beginning, encode_rest
 from glass_mlx.conversation import Conversation
 from glass_mlx.decoding import Decoder
 from glass_mlx.generate.__main__ import main as generate
@@ -226,11 +227,16 @@ def both(tokens):
 def two_turns(model, tokenizer):
     """Return a cache after two turns of 7 + 13 and 4 + 13 tokens, and states between them."""
     cache, states = make_prompt_cache(model), {}
+
+    def progress(tokens_read, total):
+        if tokens_read == total - 1:
+            states[start + tokens_read] = cache._statistics.copy()
+
     for prompt in (FIRST, SECOND):
-        states[len(cache.tokens)] = cache.statistics.copy()
-        stream = stream_generate(
-            model, tokenizer, prompt, 13, prompt_cache=cache, prior=made_prior(model), **RENEWAL
-        )
+        start = len(cache.tokens)
+        states[start] = cache.statistics.copy()
+        options = {"prior": made_prior(model), "prompt_progress_callback": progress} | RENEWAL
+        stream = stream_generate(model, tokenizer, prompt, 13, prompt_cache=cache, **options)
         next(stream)
         read = cache._statistics.copy()  # the first token is not read yet
         stream_end = [*stream]
@@ -244,20 +250,24 @@ def two_turns(model, tokenizer):
 @pytest.mark.parametrize("how", ["in memory", "from a file", "a copy"])
 @pytest.mark.parametrize(
     ("remaining", "known"),
-    [(37, 37), (36, 24), (24, 24), (23, 20), (20, 20), (19, 7), (7, 7), (6, 0), (1, 0), (0, 0)],
+    [
+        *((37, 37), (36, 24), (24, 24), (23, 23), (22, 20), (20, 20)),
+        *((19, 7), (7, 7), (6, 6), (5, 0), (1, 0), (0, 0)),
+    ],
 )
 def test_tokens_and_statistics_follow_trimming(
     model, tokenizer, tmp_path, trim, how, remaining, known
 ):
     cache, states = two_turns(model, tokenizer)
-    assert [*states] == [0, 7, 20, 24, 37]
+    assert [*states] == [0, 6, 7, 20, 23, 24, 37]
     tokens = [*cache.tokens]
     if how == "a copy":
         original, cache = cache, copy.deepcopy(cache)
     elif how == "from a file":
         save_prompt_cache(tmp_path / "talk.safetensors", cache)
         cache = load_prompt_cache(tmp_path / "talk.safetensors")
-        known = 0 if known == 7 else known  # a file has the beginning of the last turn alone
+        # A file has the beginning of the last turn alone.
+        known = {23: 20, 7: 0, 6: 0}.get(known, known)
     trim(cache, 37 - remaining)
     assert cache.tokens == tokens[:remaining]
     assert {layer.offset for layer in cache} == {remaining}
@@ -269,7 +279,8 @@ def test_tokens_and_statistics_follow_trimming(
 
 def test_trimming_step_by_step_gives_the_same_statistics(model, tokenizer):
     cache, states = two_turns(model, tokenizer)
-    for count, known in ((1, 24), (11, 24), (2, 20), (4, 7), (11, 7), (3, 0)):
+    steps = [(1, 24), (11, 24), (2, 23), (2, 20), (2, 7), (11, 7), (1, 7), (1, 6), (1, 0)]
+    for count, known in steps:
         trim_prompt_cache(cache, count)
         assert equal(cache.statistics, states[known])
     assert len(cache.tokens) == 5
@@ -292,6 +303,62 @@ def test_a_trimmed_cache_continues_as_if_it_had_never_had_the_tokens(model, toke
     assert [r.token for r in one] == [r.token for r in two]
     assert trimmed.tokens == untouched.tokens
     assert equal(trimmed.statistics, untouched.statistics)
+
+
+def test_a_prompt_that_is_given_again_gets_the_same_answer(model, tokenizer):
+    """A server finds the prompt in a longer cache and trims all but its last token."""
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, SECOND, cache)
+    start = len(cache.tokens)
+    answer = turn(model, tokenizer, FIRST, cache)
+    trim_prompt_cache(cache, len(cache.tokens) - start - len(FIRST) + 1)
+    again = turn(model, tokenizer, FIRST[-1:], cache)
+    assert again[0].prompt_tokens == 1
+    assert [r.token for r in again] == [r.token for r in answer]
+    kept, kept_again = answer[-1].glass.selection.indices, again[-1].glass.selection.indices
+    assert all(np.array_equal(kept[path], kept_again[path]) for path in kept)
+
+
+def test_messages_read_only_what_is_new(model):
+    tokenizer, cache = chat_tokenizer(), make_prompt_cache(model)
+    options = {"density": 1.0, "prior": False, "prompt_cache": cache}
+    messages = [{"role": "user", "content": "丁七"}]
+    expected = encode(tokenizer, messages)
+    first = [*stream_generate(model, tokenizer, None, 8, messages=messages, **options)]
+    assert first[0].prompt_tokens == len(expected)
+    assert cache.tokens[: len(expected)] == expected
+    answer = "".join(response.text for response in first)
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "丂"}]
+    text = sliced_generate(model, tokenizer, max_tokens=8, messages=messages, **options)
+    expected = encode(tokenizer, messages)
+    assert cache.tokens[: len(expected)] == expected
+    whole = sliced_generate(model, tokenizer, expected, max_tokens=8, density=1.0, prior=False)
+    assert text == whole
+
+    # Another continuation trims the cache.
+    messages[-1] = {"role": "user", "content": "丄"}
+    (response,) = stream_generate(model, tokenizer, None, 1, messages=messages, **options)
+    assert response.prompt_tokens == 3
+    assert cache.tokens[: len(expected)] == encode(tokenizer, messages)
+
+
+def test_messages_are_checked(model):
+    tokenizer, messages = chat_tokenizer(), [{"role": "user", "content": "丁七"}]
+    generate = partial(stream_generate, model, tokenizer, prior=False)
+    with pytest.raises(ValueError, match="give either a prompt or messages"):
+        generate("丁七", messages=messages)
+    with pytest.raises(ValueError, match="give either a prompt or messages"):
+        generate()
+    for bad in ([], ["丁"], [{"role": "user"}]):
+        with pytest.raises(ValueError, match="must be a list of roles and contents"):
+            generate(messages=bad)
+    with pytest.raises(ValueError, match="make the prompt cache with glass_mlx"):
+        generate(messages=messages, prompt_cache=mlx_lm_cache.make_prompt_cache(model))
+    rotating = PromptCache([RotatingKVCache(8) for _ in model.layers], None)
+    for _ in generate([5] * 20, 3, prompt_cache=rotating):
+        pass
+    with pytest.raises(ValueError, match="that cannot be trimmed; make a new one"):
+        generate(messages=messages, prompt_cache=rotating)
 
 
 def test_a_cache_that_cannot_be_trimmed_stays_as_it_is(tokenizer):

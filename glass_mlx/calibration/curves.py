@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.calibration.texts import TEMPLATE_OPTIONS
-from glass_mlx.chat import Messages, encode
+from glass_mlx.chat_templates import Messages, encode
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation, read_prompts
 from glass_mlx.fidelity.scoring import DenseReading, score, score_shortlists

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import Messages
+from glass_mlx.chat_templates import Messages
 from glass_mlx.documents import is_jsonl, read_content, read_lines, read_messages, read_records
 from glass_mlx.errors import one_line
 from glass_mlx.files import expand_user, sha256
@@ -198,7 +198,7 @@ def _write_chats(
     return [sequence for sequence in sequences if any(sequence.mask)]
 
 
-def _read_documents(file: Path, field: str) -> Iterator[str | Messages]:
+def read_documents(file: Path, field: str = "text") -> Iterator[str | Messages]:
     """Yield the documents of a corpus: texts, or conversations with an answer.
 
     A text file is read in blocks of lines, and a JSONL file has one document per line.
@@ -253,7 +253,7 @@ def _read_corpus(
 ) -> Iterator[Sequence]:
     """Yield the texts of a corpus, cut into windows that each start like a new text."""
     start = null_token(tokenizer)
-    for document in _read_documents(file, field):
+    for document in read_documents(file, field):
         if isinstance(document, list):
             try:
                 tokens, mask = _encode_conversation(document, tokenizer)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import Messages
+from glass_mlx.chat_templates import Messages
 from glass_mlx.config import Setting
 from glass_mlx.fidelity.methods import Evaluation
 from glass_mlx.fidelity.prompts import Continuation, WritingSettings, continue_prompts

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.chat import Messages, encode
+from glass_mlx.chat_templates import Messages, encode
 from glass_mlx.config import check_seed
 from glass_mlx.documents import is_jsonl, parse_record, read_lines, read_messages
 from glass_mlx.writing import Writer, stop_sequences

@@ -26,24 +26,19 @@ from glass_mlx.arguments import (
 )
 from glass_mlx.cache_file import check_name
 from glass_mlx.calibration.first_use import find_or_measure_prior
-from glass_mlx.chat import RESERVED_OPTIONS, Messages
+from glass_mlx.chat_templates import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
+from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
-from glass_mlx.models import (
-    DOWN_POLICIES,
-    check_tokens,
-    default_down_policy,
-    vocabulary_size,
-)
+from glass_mlx.models import check_tokens, vocabulary_size
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import locate
-from glass_mlx.prompt_cache import make_prompt_cache
+from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
-from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
+from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.streaming import check_max_tokens, collect, stream_generate
 
 import mlx.core as mx
@@ -84,89 +79,8 @@ def setup_arg_parser() -> CommandParser:
         "Nothing is saved if the answer is interrupted, also by a pipe whose reader leaves.",
     )
     add_load_arguments(parser)
-    _add_slicing_arguments(parser.add_argument_group("slicing"))
+    add_slicing_arguments(parser.add_argument_group("slicing"))
     return parser
-
-
-def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-kl",
-        type=float,
-        metavar="X",
-        help="Keep as few bytes as possible while KL divergence from the dense model is expected "
-        f"to stay within X nats per token (default: {DEFAULT_MAX_KL}).",
-    )
-    group.add_argument(
-        "--density",
-        type=float,
-        help="Share of the feed-forward neurons to keep, instead of --max-kl.",
-    )
-    group.add_argument(
-        "--vocabulary",
-        type=float,
-        metavar="SHARE",
-        help="Share of the output head's rows to keep, instead of --max-kl.",
-    )
-    group.add_argument(
-        "--prior-weight",
-        type=float,
-        default=GlassConfig.prior_weight,
-        metavar="λ",
-        help="Weight of the prior's ranks against the local ranks (default: %(default)s).",
-    )
-    group.add_argument(
-        "--warmup",
-        type=int,
-        default=GlassConfig.warmup,
-        metavar="N",
-        help="Generate N tokens densely before neurons are selected (default: %(default)s).",
-    )
-    group.add_argument(
-        "--refresh",
-        type=int,
-        metavar="N",
-        help="Renew the selection every N tokens, and later at longer intervals; 0 for never "
-        f"(default: {GlassConfig.refresh}, with --release-dense 0).",
-    )
-    group.add_argument(
-        "--statistic",
-        choices=STATISTICS,
-        default=GlassConfig.statistic,
-        help="Statistic that ranks neurons locally (default: %(default)s).",
-    )
-    group.add_argument(
-        "--prior-statistic",
-        choices=PRIOR_STATISTICS,
-        default=GlassConfig.prior_statistic,
-        help="Statistic that ranks neurons in the prior (default: %(default)s).",
-    )
-    source = group.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prior",
-        metavar="FILE",
-        help="The model's global prior: a file, or hub:user/repo to download. Default: "
-        "glass_prior.safetensors in the model's folder, then the user's cache, then the priors in "
-        "this package; if there is none, measure a small one and keep it in the cache.",
-    )
-    source.add_argument(
-        "--no-prior", action="store_true", help="Select from the local statistics alone."
-    )
-    source.add_argument("--dense", action="store_true", help="Do not slice, for comparison.")
-    group.add_argument(
-        "--release-dense",
-        action="store_true",
-        help="Free the dense feed-forward weights as soon as their slices exist. Decoding then "
-        "takes less memory than the dense model, and the dense model computes no tokens.",
-    )
-    group.add_argument(
-        "--down-policy",
-        choices=DOWN_POLICIES,
-        default=default_down_policy(),
-        help="How to slice quantized down projections: quantize the kept columns again "
-        "(requantize) or take rows of a transposed copy (neuron-major), both with a small error, "
-        "or keep the whole layer and set the other inputs to zero (scatter), which is exact but "
-        "slower (default: neuron-major on a CPU, requantize on Metal).",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -180,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     _check_flags(args)
     messages, template_options = _messages(args), _template_options(args)
     conversation = _open_conversation(args)
-    config = _config(args)
+    config = config_from(args)
     prior = GlobalPrior.load(locate(args.prior)) if args.prior else None
 
     # 2) Load the model.
@@ -211,6 +125,8 @@ def run(args: argparse.Namespace) -> None:
     options = _generation_options(args, tokenizer) | {"prompt_cache": conversation.cache}
     response = None
     if args.dense:
+        if conversation.cache is None:
+            options["prompt_cache"] = make_layers(model, args.max_kv_size)
         text = mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
     else:
         session = Session.of(model)
@@ -345,25 +261,6 @@ def _open_conversation(args: argparse.Namespace) -> Conversation:
             file=sys.stderr,
         )
     return conversation
-
-
-def _config(args: argparse.Namespace) -> GlassConfig:
-    refresh = args.refresh
-    if refresh is None:  # released weights would be loaded again for every renewal
-        refresh = 0 if args.release_dense else GlassConfig.refresh
-    dense_every = 0 if args.release_dense else GlassConfig.dense_every
-    return GlassConfig(
-        max_kl=args.max_kl,
-        density=args.density,
-        vocabulary=args.vocabulary,
-        prior_weight=args.prior_weight,
-        warmup=args.warmup,
-        dense_every=dense_every,
-        refresh=refresh,
-        statistic=args.statistic,
-        prior_statistic=args.prior_statistic,
-        down_policy=args.down_policy,
-    )
 
 
 def _generation_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from glass_mlx import GlassConfig, Session
 from glass_mlx.arguments import add_load_arguments
-from glass_mlx.chat import encode
+from glass_mlx.chat_templates import encode
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.prompts import Continuation, Messages, continue_all, read_prompts

@@ -24,7 +24,7 @@ from glass_mlx import (
     load_prompt_cache,
     stream_generate,
 )
-from glass_mlx.chat import encode
+from glass_mlx.chat_templates import encode
 from glass_mlx.conversation import Conversation
 from glass_mlx.prior.file import FILE_NAME
 from glass_mlx.streaming import new_detokenizer
