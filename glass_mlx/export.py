@@ -32,7 +32,7 @@ from glass_mlx.fidelity.prompts import (
     continue_all,
     read_prompts,
 )
-from glass_mlx.models import check_finite, with_taps
+from glass_mlx.models import Routing, check_finite, with_taps
 from glass_mlx.models.precision import fuse_adapters
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.selection import Selection, Selector, select
@@ -47,6 +47,7 @@ from glass_mlx.statistics import LocalStatistics
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
@@ -108,10 +109,18 @@ def observe_answers(session: Session, texts: list[Continuation]) -> LocalStatist
         answer_mask = np.zeros(tokens.shape, np.float32)
         answer_mask[0, len(text.prompt) :] = 1
 
-        def observe(path: str, hidden: mx.array, mask: np.ndarray = answer_mask) -> mx.array:
-            return statistics.text.update(path, hidden, mask)
+        def observe(
+            path: str,
+            hidden: mx.array,
+            *,
+            routing: Routing | None = None,
+            mask: np.ndarray = answer_mask,
+        ) -> mx.array:
+            return statistics.text.update(path, hidden, mask, routing)
 
-        with_taps(session.model, observe, ffns=session.ffns)(tokens)
+        # Some models share keys and values between layers by their caches.
+        cache = make_prompt_cache(session.model)
+        with_taps(session.model, observe, ffns=session.ffns)(tokens, cache=cache)
         mx.eval(statistics.text.sums)
     if texts and not statistics.has_enough_text:
         raise ValueError("the model's answers to the prompts are too short to select neurons from")

@@ -137,6 +137,11 @@ class Session:
         return self._facts.vocabulary_size
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape (m,) or (experts, m) of arrays over each FFN's neurons, by its path."""
+        return {ffn.path: ffn.shape for ffn in self.ffns}
+
+    @property
     def widths(self) -> dict[str, int]:
         """The number of neurons of each FFN, by its path."""
         return {ffn.path: ffn.width for ffn in self.ffns}
@@ -217,7 +222,7 @@ class Session:
             lines.append(line)
             report(line)
 
-        match = find_prior(self.widths, self.fingerprint, prior, folder, name, record)
+        match = find_prior(self.shapes, self.fingerprint, prior, folder, name, record)
         states = _states(prior, folder, match)
         self._facts.latest_prior = _FoundPrior(match, prior, folder, states, tuple(lines))
         return match
@@ -241,7 +246,7 @@ class Session:
 
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
         """Return local statistics without any tokens; see `LocalStatistics.empty`."""
-        return LocalStatistics.empty(self.widths, names)
+        return LocalStatistics.empty(self.shapes, names)
 
     def observed_on_prompt(self, local: LocalStatistics) -> nn.Module:
         """Return the model with its FFNs observed for the statistics of the prompt."""

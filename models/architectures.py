@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_unflatten
 
-from . import find_ffns, has_experts, named_arrays
+from . import find_ffns, named_arrays
 
 _LAYERS = 4
 _ROPE = {"type": "default", "rope_type": "default", "rope_theta": 10000.0}
@@ -391,7 +391,7 @@ class Architecture:
 
     Attributes:
         architecture: the name of mlx-lm's module.
-        ffn: the form of its FFNs, and whether it has routed experts.
+        ffn: the forms of its FFNs.
         sites: the number of FFNs that can be sliced in its tiny model with four layers.
         supported: whether it can be sliced.
         reason: the reason why not, or "".
@@ -469,10 +469,9 @@ def survey() -> Iterator[Architecture]:
             reason = " ".join(str(error).split())
             yield Architecture(name, "", 0, False, f"no tiny model of it can be made: {reason}")
             continue
-        experts = ["routed experts"] if has_experts(model) else []
         try:
             ffns, reason = find_ffns(model), ""
         except ValueError as error:
             ffns, reason = [], str(error).partition(": ")[2]
         kinds = dict.fromkeys(ffn.kind for ffn in ffns)
-        yield Architecture(name, ", ".join([*kinds, *experts]), len(ffns), not reason, reason)
+        yield Architecture(name, ", ".join(kinds), len(ffns), not reason, reason)

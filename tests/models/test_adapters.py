@@ -5,20 +5,18 @@ from glass_mlx.models import (
     find_ffns,
     find_head,
     fingerprint,
-    tap,
+    tapped,
     weight_bytes,
 )
 from glass_mlx.models.adapters import AdaptedLinear, bias_of
 from glass_mlx.models.architectures import tiny_model
+from glass_mlx.models.down import add_mean_compensation, put_inputs, take_inputs
 from glass_mlx.models.linear import (
-    add_mean_compensation,
     dense_weight,
     inputs,
     leading_columns,
     outputs,
-    put_inputs,
     put_outputs,
-    take_inputs,
     take_outputs,
 )
 from glass_mlx.slicing import SlicedModel
@@ -163,8 +161,11 @@ def test_outputs_with_a_bias_below_an_adapter_are_not_observed():
     add_adapters(model, "lora")
     (ffn, *_) = find_ffns(model)
     assert bias_of(ffn.contract[1]) is not None
-    (observed,) = tap(ffn, lambda path, x: x, lambda path, y: pytest.fail("observed")).values()
-    observed(mx.zeros((1, 1, ffn.width)))
+    observed = tapped(
+        model, {ffn.path: ffn}, lambda path, x: x, lambda path, y: pytest.fail("observed")
+    )
+    down = dict(observed.named_modules())[f"{ffn.path}.{ffn.contract[0]}"]
+    down(mx.zeros((1, 1, ffn.width)))
 
 
 def test_bytes_count_adapters_and_fingerprints_see_them():
