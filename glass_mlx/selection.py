@@ -98,13 +98,28 @@ def select(
         The selection. Among equal scores the first neuron is kept.
     """
     sizes = {path: values.size for path, values in scores.items()}
-    widths = {path: values.shape[-1] for path, values in scores.items()}
+    counts = {
+        path: neurons_to_keep(scores[path].shape[-1], share, multiples[path])
+        for path, share in densities(sizes, density, kept_dense).items()
+    }
+    return select_counts(scores, counts)
+
+
+def select_counts(scores: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Selection:
+    """Keep the neurons with the largest scores.
+
+    Args:
+        scores: (..., m) importance of each neuron, by FFN.
+        counts: the number of neurons to keep in each FFN, or in each expert of a stack.
+
+    Returns:
+        The selection. Among equal scores the first neuron is kept.
+    """
     indices = {}
-    for path, share in densities(sizes, density, kept_dense).items():
-        kept = neurons_to_keep(widths[path], share, multiples[path])
-        order = np.argsort(-scores[path], axis=-1, kind="stable")
-        indices[path] = np.sort(order[..., :kept], axis=-1).astype(np.int32)
-    return Selection(indices, widths)
+    for path, values in scores.items():
+        order = np.argsort(-values, axis=-1, kind="stable")
+        indices[path] = np.sort(order[..., : counts[path]], axis=-1).astype(np.int32)
+    return Selection(indices, {path: values.shape[-1] for path, values in scores.items()})
 
 
 def jaccard(a: Selection, b: Selection) -> dict[str, float]:

@@ -19,6 +19,7 @@ from glass_mlx.models import (
     find_ffns,
     find_head,
     named_arrays,
+    read_shares,
     sample_weights,
     vocabulary_size,
     weight_bytes,
@@ -48,6 +49,7 @@ class _Facts:
     Attributes:
         ffns: its FFNs in the order of the layers.
         head: its head, or None if it cannot be sliced.
+        read_shares: the share of its experts that a token reads, by stack.
         weight_bytes: the bytes of weights that it reads per token.
         vocabulary_size: the number of tokens that it knows.
         latest_prior: the result of the latest search for a prior.
@@ -56,7 +58,8 @@ class _Facts:
     def __init__(self, model: nn.Module) -> None:
         self.ffns = find_ffns(model)
         self.head = find_head(model)
-        self.weight_bytes = weight_bytes(model, self.head)
+        self.read_shares = read_shares(model, self.ffns)
+        self.weight_bytes = weight_bytes(model, self.head, self.read_shares)
         self.vocabulary_size = self.head.size if self.head else vocabulary_size(model)
         self.latest_prior: _FoundPrior | None = None
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
@@ -163,7 +166,12 @@ class Session:
 
     def bytes_of(self, model: nn.Module) -> int:
         """Return the bytes of weights that a sliced model reads per token."""
-        return weight_bytes(model, self.head)
+        return weight_bytes(model, self.head, self._facts.read_shares)
+
+    @property
+    def read_shares(self) -> dict[str, float]:
+        """The share of its experts that a token reads, by the path of each stack of experts."""
+        return self._facts.read_shares
 
     @property
     def weight_format(self) -> str:
@@ -240,7 +248,10 @@ class Session:
 
     def spend(self, config: GlassConfig, curves: Curves) -> Budget:
         """Return the shares that read the fewest bytes within a configuration's bound on KL."""
-        neuron_bytes = sum(ffn.neuron_bytes(config.down_policy) for ffn in self.ffns)
+        neuron_bytes = sum(
+            ffn.neuron_bytes(config.down_policy) * self.read_shares.get(ffn.path, 1.0)
+            for ffn in self.ffns
+        )
         head_bytes = self.head.bytes if self.head else 0
         return spend(config.max_kl or DEFAULT_MAX_KL, curves, neuron_bytes, head_bytes)
 

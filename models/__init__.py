@@ -9,7 +9,7 @@ from .head import BackedOffModel, Head, ObservedLogits, SlicedHead, find_head, w
 from .modules import layer_order, named_arrays, with_call, with_modules, with_replacements
 from .taps import Observer, OutputObserver, Routing, tapped, with_taps
 from .vocabulary import check_tokens, vocabulary_size
-from .weights import check_finite, weight_bytes
+from .weights import check_finite, read_shares, weight_bytes
 
 __all__ = [
     "DOWN_POLICIES",
@@ -35,6 +35,7 @@ __all__ = [
     "layer_order",
     "membership",
     "named_arrays",
+    "read_shares",
     "sample_weights",
     "tapped",
     "vocabulary_size",

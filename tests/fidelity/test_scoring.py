@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "deepseek_v3", "olmoe"])
 @pytest.mark.parametrize(
     "changes",
     [
