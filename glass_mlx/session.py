@@ -2,13 +2,14 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.budget import Budget, spend
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig
+from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
+from glass_mlx.memory import check_room_for_slices
 from glass_mlx.models import (
     FFN,
     Fingerprint,
@@ -183,12 +184,28 @@ class Session:
         }
         return " and ".join(sorted(formats))
 
+    @property
+    def refresh(self) -> int:
+        """The number of tokens after which the selection is first renewed by default.
+
+        A renewal may change all neurons, but a token reads only a few experts, and says something
+        about those alone. So both what a renewal costs in tokens, and the tokens after which as
+        much is known about a neuron, are by that factor higher than in other models.
+        """
+        sizes = {ffn.path: sum(_bytes(layer) for layer in ffn.layers.values()) for ffn in self.ffns}
+        read = sum(size * self.read_shares.get(path, 1.0) for path, size in sizes.items())
+        return DEFAULT_REFRESH * round(sum(sizes.values()) / read)
+
+    def resolved(self, config: GlassConfig) -> GlassConfig:
+        """Return a configuration with the values that depend on the model."""
+        return replace(config, refresh=self.refresh) if config.refresh is None else config
+
     def conditions(self, config: GlassConfig) -> dict[str, Any]:
         """Return the conditions on which KL depends in addition to shares; see `conditions`."""
         weights = self.weight_format
         if "bit" in weights:
             weights += f", {self.sliced_model(config.down_policy).down_policy}"
-        return conditions(config, weights)
+        return conditions(self.resolved(config), weights)
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
         """Raise ValueError for the first token id that the model does not know."""
@@ -244,7 +261,7 @@ class Session:
     ) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""
         size = self.head.size if self.head else 0
-        return Selector(config, self.multiples, size, prior, budget, always)
+        return Selector(self.resolved(config), self.multiples, size, prior, budget, always)
 
     def spend(self, config: GlassConfig, curves: Curves) -> Budget:
         """Return the shares that read the fewest bytes within a configuration's bound on KL."""
@@ -276,6 +293,16 @@ class Session:
         model = with_taps(self.model, text.update, text.update_outputs, ffns=self.ffns)
         return model if shortlister is None else ObservedLogits(model, shortlister.observe)
 
+    def check_room_for_slices(self, config: GlassConfig) -> None:
+        """Raise ValueError if the slices of a generation do not fit into memory.
+
+        Args:
+            config: its configuration, with shares.
+        """
+        model_bytes = _bytes(self.model)
+        density, policy = config.shares.density, config.down_policy
+        check_room_for_slices(model_bytes, self.ffns, density, policy)
+
     def sliced_model(
         self, down_policy: str, reload: Callable[[], nn.Module] | None = None
     ) -> SlicedModel:
@@ -285,6 +312,10 @@ class Session:
     def slice(self, selection: Selection, down_policy: str) -> nn.Module:
         """Return a model that computes only the selected neurons."""
         return slice_model(self.model, selection, down_policy, self.ffns)
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(array.nbytes for _, array in named_arrays(layer))
 
 
 Request = GlobalPrior | str | Path | None

@@ -112,6 +112,13 @@ class FFN:
         )
         return sum(array.nbytes for layer in layers for _, array in named_arrays(layer))
 
+    def copied_bytes(self, policy: str) -> int:
+        """Return the bytes of the transposed copy of down that slices are taken from, or 0."""
+        _, down = self.contract
+        if self.down_policy(policy) != NEURON_MAJOR or not is_quantized(down):
+            return 0
+        return sum(array.nbytes for _, array in named_arrays(base_layer(down)))
+
     def transposed_down(self) -> NeuronMajor:
         """Return the transposed copy of a quantized down projection.
 

@@ -29,7 +29,7 @@ from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import advice, load
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
+from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
@@ -126,7 +126,7 @@ def _add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="Renew the selection every N tokens, and later at longer intervals; 0 for never "
-        f"(default: {GlassConfig.refresh}, with --release-dense 0).",
+        f"(default: {DEFAULT_REFRESH}, more for mixtures of experts, with --release-dense 0).",
     )
     group.add_argument(
         "--statistic",
@@ -349,8 +349,8 @@ def _open_conversation(args: argparse.Namespace) -> Conversation:
 
 def _config(args: argparse.Namespace) -> GlassConfig:
     refresh = args.refresh
-    if refresh is None:  # released weights would be loaded again for every renewal
-        refresh = 0 if args.release_dense else GlassConfig.refresh
+    if refresh is None and args.release_dense:
+        refresh = 0  # released weights would be loaded again for every renewal
     dense_every = 0 if args.release_dense else GlassConfig.dense_every
     return GlassConfig(
         max_kl=args.max_kl,
