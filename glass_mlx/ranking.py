@@ -59,23 +59,27 @@ def fuse(local: np.ndarray, prior: np.ndarray, prior_weight: float | np.ndarray)
 
 
 def expert_prior_weights(
-    prior_weight: float, tokens: np.ndarray, prior_tokens: np.ndarray | None = None
+    prior_weight: float,
+    tokens: np.ndarray,
+    prior_tokens: np.ndarray | None = None,
+    typical: int = TYPICAL_TOKENS,
 ) -> np.ndarray:
     """Return the prior's weight λ_e for each expert of a stack (docs/method.md derives it).
 
-        λ_e = 1 / (1 + n_e (1 / c + 1 / N_e)),  c = n λ / (1 - λ),  n = `TYPICAL_TOKENS`
+        λ_e = 1 / (1 + n_e (1 / c + 1 / N_e)),  c = n λ / (1 - λ)
 
     Args:
-        prior_weight: λ in [0, 1], the weight for an expert that has read `TYPICAL_TOKENS` tokens,
-            if its prior is certain.
+        prior_weight: λ in [0, 1], the weight for an expert that has read n tokens, if its prior is
+            certain.
         tokens: (experts,) n_e, the tokens that the local ranking of each expert rests on.
         prior_tokens: (experts,) N_e, the tokens that the prior rests on. Default: no end of them.
+        typical: n.
 
     Returns:
         (experts,) float64. It is 1 for an expert without local tokens, and 0 for one that has some
         and no prior.
     """
-    certainty = prior_weight * TYPICAL_TOKENS
+    certainty = prior_weight * typical
     if prior_tokens is None:
         prior_tokens = np.full(tokens.shape, np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -146,6 +146,7 @@ class Selector:
         config: the configuration, with shares.
         prior: the model's prior, or None.
         budget: how a bound on KL is spent, or None.
+        multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
 
     Raises:
         ValueError: if the prior lacks the statistic that the configuration names.
@@ -172,7 +173,7 @@ class Selector:
         vocabulary = shares.vocabulary if vocabulary_size else 1.0
         self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
         self.prior = prior
-        self._multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
+        self.multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
     def shortlister(self, statistics: VocabularyStatistics) -> Shortlister | None:
@@ -218,5 +219,5 @@ class Selector:
     def select(self, local: LocalStatistics) -> Selection:
         """Choose the neurons to keep."""
         return select(
-            self.fuse(local), self.config.shares.density, self._multiples, self._kept_dense
+            self.fuse(local), self.config.shares.density, self.multiples, self._kept_dense
         )

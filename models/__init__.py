@@ -3,6 +3,7 @@
 from .adapters import base_layer
 from .discovery import QUANTIZED_ACTIVATIONS, find_ffns, has_experts
 from .down import DOWN_POLICIES, MeanCompensation, default_down_policy
+from .expert_list import ExpertList
 from .ffn import FFN, membership
 from .fingerprints import Fingerprint, fingerprint, sample_weights
 from .head import BackedOffModel, Head, ObservedLogits, SlicedHead, find_head, with_head
@@ -16,6 +17,7 @@ __all__ = [
     "FFN",
     "QUANTIZED_ACTIVATIONS",
     "BackedOffModel",
+    "ExpertList",
     "Fingerprint",
     "Head",
     "MeanCompensation",

@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import pkgutil
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +19,7 @@ from mlx.utils import tree_unflatten
 from . import find_ffns, named_arrays
 
 _LAYERS = 4
+_OLMO_TOKENIZER = "hf_olmo"
 _ROPE = {"type": "default", "rope_type": "default", "rope_theta": 10000.0}
 _YARN = {
     "type": "yarn",
@@ -321,6 +325,13 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 16,
         "mamba_proj_bias": False,
     },
+    "olmo": {
+        "d_model": 64,
+        "n_layers": _LAYERS,
+        "mlp_hidden_size": 256,
+        "n_heads": 4,
+        "embedding_size": 256,
+    },
     "olmo3": {"layer_types": _SLIDING},
     "olmo_hybrid": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -419,7 +430,13 @@ def _defines_model(name: str) -> bool:
 
 
 def _module(name: str) -> Any:
-    """Import mlx-lm's module of an architecture; raise ImportError if a package is missing."""
+    """Import mlx-lm's module of an architecture; raise ImportError if a package is missing.
+
+    The module of olmo ends the process without a package that its tokenizer needs. A tiny model has
+    no tokenizer, so an empty module takes the package's place.
+    """
+    if _OLMO_TOKENIZER not in sys.modules and importlib.util.find_spec(_OLMO_TOKENIZER) is None:
+        sys.modules[_OLMO_TOKENIZER] = types.ModuleType(_OLMO_TOKENIZER)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as output:
             return importlib.import_module(f"mlx_lm.models.{name}")

@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .adapters import bias_of
+from .expert_list import ExpertList, experts_per_token
 from .ffn import FFN, LAYOUTS
 from .linear import experts, inputs, is_sliceable, outputs
 from .modules import layer_order
@@ -46,7 +47,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """Find the FFNs of a model that can be sliced.
 
     In a mixture of experts these are dense layers and shared experts, which every token passes
-    through, and stacks of routed experts.
+    through, and stacks and lists of routed experts.
 
     Returns:
         The FFNs in the order of the layers.
@@ -67,9 +68,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         if not _EXPERT.search(path)
     )
     ffns = [ffn for ffn in matches if ffn is not None]
+    for path, module in modules.items():
+        ffns += _find_lists(path, module, tested)
     if not ffns:
         reason = (
-            "its routed experts are no stacks of plain layers"
+            "its routed experts are no stacks or lists of plain layers that treat their neurons "
+            "one by one"
             if has_experts(model)
             else "no feed-forward network was found in it that treats its neurons one by one"
         )
@@ -105,6 +109,23 @@ def _find_ffn(path: str, module: nn.Module, tested: dict[Any, bool]) -> FFN | No
         if tested[key]:
             return ffn
     return None
+
+
+def _find_lists(path: str, module: nn.Module, tested: dict[Any, bool]) -> Iterator[ExpertList]:
+    """Yield the lists of routed experts among a module's members; see `_find_ffn`."""
+    for name, members in module.children().items():
+        if not isinstance(members, list) or not _EXPERT.search(f"{path}.{name}.0"):
+            continue
+        list_path = f"{path}.{name}"
+        found = [_find_ffn(f"{list_path}.{n}", m, tested) for n, m in enumerate(members)]
+        ffns = [ffn for ffn in found if ffn is not None]
+        if len(ffns) < len(members) or len({(ffn.width, ffn.layout) for ffn in ffns}) != 1:
+            continue
+        hidden_size = inputs(next(iter(ffns[0].expand.values())))
+        x = mx.random.normal((1, 3, hidden_size), key=mx.random.key(0))
+        per_token = experts_per_token(module, name, ffns, x)
+        if per_token is not None:
+            yield ExpertList.of(list_path, ffns, members, per_token)
 
 
 def _identity(module: nn.Module) -> Any:

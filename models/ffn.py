@@ -28,7 +28,15 @@ from .down import (
     transposed_copy,
     working_policy,
 )
-from .linear import check_indices, experts, inputs, is_quantized, put_outputs, take_outputs
+from .linear import (
+    check_indices,
+    experts,
+    inputs,
+    is_quantized,
+    outputs,
+    put_outputs,
+    take_outputs,
+)
 from .modules import named_arrays
 
 # The rows of neurons in an expanding projection with m neurons. Each neuron has one row, or two if
@@ -76,9 +84,24 @@ class FFN:
         return inputs(self.contract[1])
 
     @property
+    def outputs(self) -> int:
+        """The number of outputs."""
+        return outputs(self.contract[1])
+
+    @property
     def experts(self) -> int | None:
         """The number of experts of a stack, or None for a single FFN."""
         return experts(self.contract[1])
+
+    @property
+    def members(self) -> list["FFN"]:
+        """The FFNs whose arrays are those of this one; this one alone, unless it is a list."""
+        return [self]
+
+    @property
+    def block_path(self) -> str:
+        """The path of the module that computes the FFN of its tokens."""
+        return self.path
 
     @property
     def shape(self) -> tuple[int, ...]:

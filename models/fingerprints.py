@@ -71,14 +71,15 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 def sample_weights(ffns: list[FFN]) -> Fingerprint:
     """Sample the weights of each FFN; see `Fingerprint`."""
     sums = {}
-    layers = {ffn.path: next(iter(ffn.expand.values())) for ffn in ffns}
-    for path, layer in layers.items():
-        columns = leading_columns(layer, _COLUMNS).astype(mx.float32)
-        columns = columns.reshape(-1, columns.shape[-1])
+    layers = {ffn.path: [next(iter(m.expand.values())) for m in ffn.members] for ffn in ffns}
+    for path, members in layers.items():
+        parts = [leading_columns(layer, _COLUMNS).astype(mx.float32) for layer in members]
+        columns = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
         sums[path] = mx.array(_signs(len(columns))) @ columns
         mx.eval(sums[path])  # one at a time, to hold few weights of a lazily loaded model
     samples = {path: np.array(values) for path, values in sums.items()}
-    return Fingerprint(samples, max(rounding_error(layer) for layer in layers.values()))
+    rounding = max(rounding_error(layer) for members in layers.values() for layer in members)
+    return Fingerprint(samples, rounding)
 
 
 def _signs(neurons: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from .adapters import bias_of
 from .discovery import find_ffns
+from .expert_list import ExpertCalls, ExpertList
 from .ffn import FFN
 from .modules import with_call, with_modules, with_replacements
 
@@ -97,6 +98,20 @@ class StackTap(nn.Module):
         return self.layer(shown.reshape(x.shape), experts, sorted_indices=sorted_indices)
 
 
+class ListTap(nn.Module):
+    """A projection of an expert in a list, which records its input."""
+
+    def __init__(self, layer: nn.Module, expert: int, calls: ExpertCalls) -> None:
+        super().__init__()
+        self.layer = layer
+        self._expert, self._calls = expert, calls
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Record a hidden vector (m,), and project it."""
+        self._calls.add(self._expert, x)
+        return self.layer(x)
+
+
 def tapped(
     root: nn.Module,
     ffns: Mapping[str, FFN],
@@ -112,19 +127,44 @@ def tapped(
         observe_output: shown the outputs of single FFNs without an output bias.
     """
     parts: dict[str, dict[str, nn.Module]] = {}
+    calls: dict[str, tuple[ExpertList, ExpertCalls]] = {}
     for path, ffn in ffns.items():
         name, down = ffn.contract
-        if ffn.experts is not None:
-            tap: nn.Module = StackTap(down, ffn.path, observe)
+        if isinstance(ffn, ExpertList):
+            own = ExpertCalls(ffn.per_token)
+            for n, member in enumerate(ffn.members):
+                parts[f"{path}.{n}"] = {name: ListTap(member.contract[1], n, own)}
+            calls[path.rpartition(".")[0]] = ffn, own
+        elif ffn.experts is not None:
+            parts[path] = {name: StackTap(down, ffn.path, observe)}
         else:
             outputs = observe_output if bias_of(down) is None else None
-            tap = Tap(down, ffn.path, observe, outputs)
-        parts[path] = {name: tap}
+            parts[path] = {name: Tap(down, ffn.path, observe, outputs)}
     root = with_modules(root, parts)
-    stacks = {path: ffn.contract[0] for path, ffn in ffns.items() if ffn.experts is not None}
     modules = dict(root.named_modules())
-    routed = {path: _routed(modules[path], name) for path, name in stacks.items()}
-    return with_replacements(root, routed)
+    routed = {
+        path: _routed(modules[path], ffn.contract[0])
+        for path, ffn in ffns.items()
+        if ffn.experts is not None and not isinstance(ffn, ExpertList)
+    }
+    listed = {path: _listed(modules[path], *own, observe) for path, own in calls.items()}
+    return with_replacements(root, routed | listed)
+
+
+def _listed(block: nn.Module, ffn: ExpertList, calls: ExpertCalls, observe: Observer) -> nn.Module:
+    """Return a block that shows the hidden vectors of the experts in its list.
+
+    What the observer returns is not what the experts continue with.
+    """
+    block._training = False  # a copy; in training, blocks call experts with several tokens
+
+    def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        calls.begin(x)
+        y = block(x, *args, **kwargs)
+        hidden, experts, tokens, count = calls.end()
+        return mx.depends(y, observe(ffn.path, hidden, routing=Routing(experts, tokens, count)))
+
+    return with_call(block, call)
 
 
 def _routed(stack: nn.Module, name: str) -> nn.Module:
@@ -187,6 +227,6 @@ def with_taps(
     sampled = {
         ffn.path: _sampled(ffn, dense_modules[ffn.path], tapped_modules[ffn.path], max_samples)
         for ffn in ffns
-        if last in f".{ffn.path}."
+        if last in f".{ffn.path}." and not isinstance(ffn, ExpertList)
     }
     return with_replacements(observed, sampled)

@@ -52,10 +52,14 @@ def weight_bytes(
     """
     if isinstance(model, BackedOffModel):
         model = model.model
-    modules = dict(model.named_modules())
-    total = sum(array.nbytes for _, array in named_arrays(model))
-    unread = sum((1 - share) * _bytes(modules[path]) for path, share in (shares or {}).items())
-    return total - round(unread) - sum(map(_looked_up_bytes, _looked_up([*modules.values()], head)))
+    arrays = named_arrays(model)
+    unread = sum(
+        (1 - share) * sum(array.nbytes for name, array in arrays if name.startswith(f"{path}."))
+        for path, share in (shares or {}).items()
+    )
+    layers = [module for _, module in model.named_modules()]
+    looked_up = sum(map(_looked_up_bytes, _looked_up(layers, head)))
+    return sum(array.nbytes for _, array in arrays) - round(unread) - looked_up
 
 
 def _bytes(module: nn.Module) -> int:

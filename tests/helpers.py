@@ -366,8 +366,12 @@ def masked_model(
     """Return the dense model with dropped neurons masked: the reference for slicing."""
     masks = {}
     for ffn in find_ffns(model):
-        (name, down), values = ffn.contract, (constants or {}).get(ffn.path)
-        masks[ffn.path] = {name: Masked(down, selection.indices[ffn.path], ffn.width, values)}
+        kept, values = selection.indices[ffn.path], (constants or {}).get(ffn.path)
+        for n, member in enumerate(ffn.members):
+            own = kept if member is ffn else kept[n]
+            own_values = values if member is ffn or values is None else values[n]
+            name, down = member.contract
+            masks[member.path] = {name: Masked(down, own, member.width, own_values)}
     return with_modules(model, masks)
 
 
@@ -454,7 +458,11 @@ def check_statistics(model: nn.Module, tokens: mx.array, chunks: Sequence[int] =
 
     generator = np.random.default_rng(1)
     orders = {f.path: generator.permuted(all_neurons(f), axis=-1) for f in find_ffns(model)}
-    modules = {f.path: permuted_projections(f, orders[f.path]) for f in find_ffns(model)}
+    modules = {}
+    for ffn in find_ffns(model):
+        for n, member in enumerate(ffn.members):
+            order = orders[ffn.path] if member is ffn else orders[ffn.path][n]
+            modules[member.path] = permuted_projections(member, order)
     permuted_model = with_modules(model, modules)
     permuted_scores = statistics_of(permuted_model, [tokens], cached=True)
     expected = {

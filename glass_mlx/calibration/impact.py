@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
-from glass_mlx.models import FFN, Observer, Routing, tapped, with_replacements, with_taps
+from glass_mlx.models import (
+    FFN,
+    ExpertList,
+    Observer,
+    Routing,
+    tapped,
+    with_replacements,
+    with_taps,
+)
 from glass_mlx.segments import Segments
 from glass_mlx.session import Session
 
@@ -159,9 +167,14 @@ def measure_impact(
     Returns:
         (m,) float32 scores of each FFN, evaluated; (experts, m) for a stack, whose experts' means
         are over their own tokens.
+
+    Raises:
+        ValueError: if the model has its experts in lists, whose gradients are not seen.
     """
     session = Session.of(model)
     dense, ffns = session.model, session.ffns
+    if any(isinstance(ffn, ExpertList) for ffn in ffns):
+        raise ValueError("the statistic impact cannot be measured on experts in a list")
     mask = [*mask[:-1], 0]
     ids, token_weights = mx.array(tokens)[None], mx.array(mask, mx.float32)
 

@@ -166,7 +166,11 @@ def weight_magnitudes(ffns: Iterable[FFN]) -> dict[str, np.ndarray]:
     """Return the product of the norms of each neuron's weights, (..., m) float32 by FFN path."""
     scores = {}
     for ffn in ffns:
-        norms = [mx.linalg.norm(dense_weight(layer), axis=-1) for layer in ffn.expand.values()]
-        norms.append(mx.linalg.norm(dense_weight(ffn.contract[1]), axis=-2))
-        scores[ffn.path] = np.array(mx.stack(norms).astype(mx.float32).prod(axis=0))
+        parts = []
+        for member in ffn.members:
+            expand = [dense_weight(layer) for layer in member.expand.values()]
+            norms = [mx.linalg.norm(weight, axis=-1) for weight in expand]
+            norms.append(mx.linalg.norm(dense_weight(member.contract[1]), axis=-2))
+            parts.append(np.array(mx.stack(norms).astype(mx.float32).prod(axis=0)))
+        scores[ffn.path] = np.stack(parts).reshape(ffn.shape)
     return scores

@@ -263,9 +263,11 @@ def _interleaved_ffn(
     """
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        outputs = [module(x, *args, **kwargs) for module in (dense, sliced)]
+        # Where an FFN is no module of its own, the module reads a cache. Both write the same to it.
+        copies = [copy.copy(a) if hasattr(a, "update_and_fetch") else a for a in args]
+        outputs = [dense(x, *copies, **kwargs), sliced(x, *args, **kwargs)]
         # A stack is called with the experts of each token, and has an output for each of them.
-        tokens = x.shape[:-1] if ffn.experts is None else args[0].shape[:-1]
+        tokens = args[0].shape[:-1] if args and ffn.experts is not None else x.shape[:-1]
         mask = mx.array(is_dense).reshape(*tokens, *[1] * (outputs[0].ndim - len(tokens)))
         return mx.where(mask, *outputs)
 
@@ -293,8 +295,8 @@ def _interleaved(
     observed = with_taps(session.model, observe, observe_output, ffns=session.ffns)
     dense_ffns, sliced_ffns = (dict(model.named_modules()) for model in (observed, sliced))
     modules = {
-        ffn.path: _interleaved_ffn(ffn, dense_ffns[ffn.path], sliced_ffns[ffn.path], is_dense)
-        for ffn in session.ffns
+        path: _interleaved_ffn(ffn, dense_ffns[path], sliced_ffns[path], is_dense)
+        for path, ffn in ((ffn.block_path, ffn) for ffn in session.ffns)
     }
     return with_replacements(session.model, modules)
 

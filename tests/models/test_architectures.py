@@ -29,9 +29,13 @@ TOKENS = mx.array([[1, 7, 3, 200, 9, 54, 21], [5, 4, 3, 2, 1, 0, 255]])
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 # mlx-lm 0.31, the last version for Python 3.10, has bugs of its own in some architectures.
-pytestmark = pytest.mark.skipif(
-    version("mlx-lm").startswith("0.31."), reason="the architectures are tested from mlx-lm 0.32 on"
-)
+pytestmark = [
+    pytest.mark.usefixtures("working_olmo"),
+    pytest.mark.skipif(
+        version("mlx-lm").startswith("0.31."),
+        reason="the architectures are tested from mlx-lm 0.32 on",
+    ),
+]
 
 ARCHITECTURES = {a.architecture: a for a in survey()}
 SUPPORTED = [a.architecture for a in ARCHITECTURES.values() if a.supported]
