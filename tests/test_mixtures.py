@@ -96,7 +96,7 @@ def test_the_rule_is_the_precision_weighted_mean_of_two_noisy_rankings():
 
 
 def test_experts_are_ranked_by_their_own_evidence(model):
-    """An expert with few of the text's tokens counts the prompt's, and one without has its prior."""
+    """Few of the text's tokens: the prompt's count, too. None at all: the prior alone."""
     statistics, prior = local_statistics(model, 12, 9), made_prior(model)
     session = Session(model)
     path = session.ffns[0].path
@@ -107,9 +107,8 @@ def test_experts_are_ranked_by_their_own_evidence(model):
     scores = statistics.scores("griffin")[path]
     tokens = statistics.routed(path)
     assert np.array_equal(tokens, np.where(few, text + prompt, text))
-    sums = [
-        np.array(part.sums[path]["griffin"])[0] for part in (statistics.text, statistics.prompt)
-    ]
+    parts = statistics.text, statistics.prompt
+    sums = [np.array(part.sums[path]["griffin"])[0] for part in parts]
     total = np.where(few[:, None], sums[0] + sums[1], sums[0])
     assert np.allclose(scores, np.sqrt(total / tokens[:, None]), rtol=1e-5)
     selector = session.selector(GlassConfig(density=0.5), prior)
@@ -177,6 +176,11 @@ def test_a_saved_conversation_keeps_the_statistics_of_experts(model, tokenizer, 
 # --- Bytes, memory and schedule -------------------------------------------------------------------
 
 
+def bytes_of(ffns):
+    layers = [layer for ffn in ffns for layer in ffn.layers.values()]
+    return sum(array.nbytes for layer in layers for _, array in named_arrays(layer))
+
+
 @pytest.mark.parametrize(
     ("architecture", "share"), [("qwen3_moe", 1 / 2), ("llama4", 1 / 4), ("dbrx", 1 / 2)]
 )
@@ -185,9 +189,7 @@ def test_bytes_per_token_count_the_experts_that_a_token_reads(architecture, shar
     session = Session(model)
     stacks = [ffn for ffn in session.ffns if ffn.experts]
     assert session.read_shares == {ffn.path: share for ffn in stacks}
-    size = sum(
-        a.nbytes for f in stacks for layer in f.layers.values() for _, a in named_arrays(layer)
-    )
+    size = bytes_of(stacks)
     whole = weight_bytes(model, find_head(model))
     assert session.weight_bytes == whole - round((1 - share) * size)
     selection = random_selection(model)
@@ -201,12 +203,7 @@ def test_bytes_per_token_count_the_experts_that_a_token_reads(architecture, shar
 def test_the_report_counts_bytes_per_token(model, tokenizer):
     report = run(model, tokenizer)[-1].glass
     session = Session(model)
-    size = sum(
-        a.nbytes
-        for f in session.ffns
-        for layer in f.layers.values()
-        for _, a in named_arrays(layer)
-    )
+    size = bytes_of(session.ffns)
     assert report.dense_bytes == session.weight_bytes
     # Half of the neurons of the half of the experts that a token reads, and the bias of the rest.
     saved = report.dense_bytes - report.sliced_bytes
@@ -233,7 +230,7 @@ def test_slices_that_do_not_fit_into_memory_are_refused_with_what_to_do(
     monkeypatch.setattr(memory, "usable_memory", lambda: size + slices)
     check_room_for_slices(size, session.ffns, 0.5, "requantize")
     monkeypatch.setattr(memory, "usable_memory", lambda: size + slices - 1)
-    with pytest.raises(ValueError, match="--release-dense.*glass-mlx export"):
+    with pytest.raises(ValueError, match=r"--release-dense.*glass-mlx export"):
         run(model, tokenizer)
     run(model, tokenizer, reload=lambda: tiny_model("qwen3_moe"), refresh=0, dense_every=0)
 
@@ -241,6 +238,7 @@ def test_slices_that_do_not_fit_into_memory_are_refused_with_what_to_do(
 def test_the_estimate_of_held_bytes_is_what_slices_take():
     model = tiny_model("qwen3_moe", hidden_size=128, head_dim=32, moe_intermediate_size=256)
     nn.quantize(model, 32, 4)
+    mx.eval(model.parameters())
     ffns = find_ffns(model)
     before = mx.get_active_memory()
     sliced = Session(model).sliced_model("neuron-major")
@@ -324,7 +322,7 @@ def test_priors_with_damaged_experts_are_refused(model, tmp_path, change):
     if change == "missing":
         prior.routed.pop(path)
     elif change == "shape":
-        prior.scores["griffin"][path] = prior.scores["griffin"][path][:, :5]
+        prior.scores["griffin"][path] = prior.scores["griffin"][path][:, :5].copy()
     elif change == "experts":
         prior.routed[path] = prior.routed[path][:2]
     else:
