@@ -36,6 +36,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 from upcycling import KINDS, upcycle
 
+_POOLED = "default, pooled"
 _STATIC = {"warmup": 1, "refresh": 0, "dense_every": 0}
 
 
@@ -116,7 +117,7 @@ WAYS = {
     "default, constant λ": Way(scores=_constant),
     "default, n = 8": Way(scores=_typical(8)),
     "default, n = 128": Way(scores=_typical(128)),
-    "default, pooled": Way(scores=_pooled),
+    _POOLED: Way(scores=_pooled),
 }
 
 
@@ -206,6 +207,8 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     for text in tqdm([text for text in written if len(text.written) > 40], unit="text"):
         reading = DenseReading(session, text, [1, GlassConfig.warmup])
         for name in args.ways:
+            if name == _POOLED and args.kind != "copies":
+                continue
             way = WAYS[name]
             for density in args.density:
                 config = GlassConfig(density=density, uniform=True, **way.options)
