@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .adapters import AdaptedLinear, base_layer, bias_of, is_adapted, without_bias
+from .adapters import AdaptedLinear, AdaptedStack, base_layer, bias_of, is_adapted, without_bias
 from .linear import (
     adapter_magnitude,
     check_indices,
@@ -231,6 +231,9 @@ def take_inputs(
         sliced = DOWN_POLICIES[policy](base, indices)
     if not is_adapted(layer):
         return sliced
+    if experts(layer) is not None:
+        lora_a = _columns(layer.lora_a, indices)
+        return AdaptedStack(sliced, lora_a, layer.lora_b, layer.scale)
     lora_a = layer.lora_a[mx.array(indices)]
     return AdaptedLinear(sliced, lora_a, layer.lora_b, layer.scale, adapter_magnitude(layer))
 
@@ -280,17 +283,22 @@ def put_inputs(
         smaller.weight = mx.put_along_axis(smaller.weight, where, columns, axis=1)
     else:
         smaller.update(without_bias(_requantized(base, kept)).parameters())
+    bias = bias_of(layer)
+    if count is not None:
+        changed = _changed(places, kept)
+        if is_adapted(layer):
+            columns = _columns(layer.lora_a[mx.array(changed)], kept[changed])
+            sliced.lora_a = overwritten(sliced.lora_a, changed, columns)
+        if "bias" in sliced:
+            rows = mx.zeros_like(sliced.bias[:1]) if bias is None else bias[mx.array(changed)]
+            sliced.bias = overwritten(sliced.bias, changed, rows)
+        return
     if is_adapted(layer):
         rows = layer.lora_a[mx.array(indices)]
         sliced.lora_a = overwritten(sliced.lora_a, places, rows)
-    if count is None:
-        sliced.pop("bias", None)
-        if (bias := bias_of(layer)) is not None:
-            sliced.bias = bias
-    elif "bias" in sliced:
-        changed = _changed(places, kept)
-        rows = layer.bias[mx.array(changed)] if "bias" in layer else mx.zeros_like(sliced.bias[:1])
-        sliced.bias = overwritten(sliced.bias, changed, rows)
+    sliced.pop("bias", None)
+    if bias is not None:
+        sliced.bias = bias
 
 
 def _changed(places: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -15,11 +15,15 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .adapters import (
+    Adapted,
     AdaptedLinear,
+    AdaptedStack,
     base_layer,
+    bias_of,
     is_adapted,
     low_rank_weight,
     magnitude,
+    without_bias,
 )
 
 _FLOAT_ROUNDING = 0.003  # bfloat16
@@ -196,7 +200,7 @@ def take_outputs(layer: nn.Module, indices: np.ndarray) -> nn.Module:
         indices: (..., k) outputs to keep, checked by `check_indices`.
 
     Returns:
-        A layer of the same kind with weights (..., k, in), or an `AdaptedLinear`.
+        A layer of the same kind with weights (..., k, in), or a slice with an adapter.
     """
     count = experts(layer)
     check_indices(indices, outputs(layer), count)
@@ -207,6 +211,9 @@ def take_outputs(layer: nn.Module, indices: np.ndarray) -> nn.Module:
     sliced = with_arrays(base, **arrays)
     if not is_adapted(layer):
         return sliced
+    if count is not None:
+        lora_b = _rows(layer.lora_b, count)[rows]
+        return AdaptedStack(sliced, layer.lora_a, lora_b, layer.scale)
     factor = magnitude(layer, dense_weight(sliced), rows)
     return AdaptedLinear(sliced, layer.lora_a, layer.lora_b[:, rows], layer.scale, factor)
 
@@ -222,6 +229,9 @@ def put_outputs(
         places: (n,) outputs of the slice to overwrite, numbered through all experts of a stack.
         indices: (n,) outputs of the layer to copy there, numbered in the same way.
     """
+    if isinstance(sliced, AdaptedStack):
+        _put_adapted_outputs(layer, sliced, places, indices)
+        return
     if isinstance(sliced, AdaptedLinear):
         added = take_outputs(layer, indices)
         put_outputs(added.base, sliced.base, places, np.arange(len(indices)))
@@ -237,6 +247,18 @@ def put_outputs(
         moved = array.view(wide)
         moved[destinations] = _rows(layer[name], count).view(wide)[sources]
         sliced[name] = moved.view(array.dtype).reshape(sliced[name].shape)
+
+
+def _put_adapted_outputs(
+    layer: nn.Module, sliced: Adapted, places: np.ndarray, indices: np.ndarray
+) -> None:
+    """Overwrite some outputs of a slice of an adapted stack; see `put_outputs`."""
+    put_outputs(without_bias(layer.linear), sliced.base, places, indices)
+    for name, source in (("lora_b", layer.lora_b), ("bias", bias_of(layer))):
+        if source is not None:
+            rows = source.flatten(0, 1)[mx.array(indices)]
+            changed = overwritten(sliced[name].flatten(0, 1), places, rows)
+            sliced[name] = changed.reshape(sliced[name].shape)
 
 
 def _rows(array: mx.array, experts: int | None) -> mx.array:

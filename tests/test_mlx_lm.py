@@ -64,6 +64,7 @@ USED = [
     ),
     ("mlx_lm.utils", "load_model", ["model_path", "lazy"]),
     ("mlx_lm.tuner.lora", "LoRALinear", ["input_dims", "output_dims", "r", "scale"]),
+    ("mlx_lm.tuner.lora", "LoRASwitchLinear.__call__", ["x", "indices", "sorted_indices"]),
     ("mlx_lm.tuner.dora", "DoRALinear", ["input_dims", "output_dims", "r", "scale"]),
 ]
 

@@ -115,7 +115,8 @@ WAYS = {
     "default, refresh 32": Way({"refresh": 32}),
     "default, no prior": Way(has_prior=False),
     "default, constant λ": Way(scores=_constant),
-    "default, n = 8": Way(scores=_typical(8)),
+    "default, n = 2": Way(scores=_typical(2)),
+    "default, n = 32": Way(scores=_typical(32)),
     "default, n = 128": Way(scores=_typical(128)),
     _POOLED: Way(scores=_pooled),
 }
