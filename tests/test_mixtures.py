@@ -277,6 +277,9 @@ def test_a_prior_measures_every_expert_on_its_own_tokens(model, tokenizer, tmp_p
     assert loaded.fitted(Session(model).shapes, Session(model).fingerprint) is loaded
     few = sum(int((counts < MIN_EXPERT_TOKENS).sum()) for counts in prior.routed.values())
     assert f"{few} with fewer than {MIN_EXPERT_TOKENS}" in describe(prior)
+    path = next(iter(prior.routed))
+    thin = replace(prior, routed=prior.routed | {path: np.array([3, 99, 0, 50], np.float32)})
+    assert f"too few in {path} 2" in describe(thin)
     draw(prior, tmp_path / "prior.png")
 
 

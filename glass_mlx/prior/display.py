@@ -15,6 +15,9 @@ Stability = dict[str, dict[str, float]]
 # With fewer tokens, an expert's prior says little.
 MIN_EXPERT_TOKENS = 32
 
+# So many layers with such experts are named.
+_MAX_PLACES = 4
+
 # The number of samples per layer in a picture, and the smallest ratio on its color scale.
 _COLUMNS = 512
 _MIN_RATIO = 1e-3
@@ -42,22 +45,33 @@ def describe(prior: GlobalPrior) -> str:
         lines += _curve_lines(record)
     if prior.kept_dense:
         lines.append(f"kept dense  {', '.join(prior.kept_dense)}")
-    lines += _expert_lines(prior)
+    lines += expert_lines(prior)
     for statistic, measures in about.get("stability", {}).items():
         lines += ["", f"stability of {statistic}", *_stability_table(prior, measures)]
     return "\n".join(lines)
 
 
-def _expert_lines(prior: GlobalPrior) -> list[str]:
-    """Say how many tokens the experts of a mixture were measured on; nothing without experts."""
+def expert_lines(prior: GlobalPrior) -> list[str]:
+    """Say how many tokens the experts of a mixture were measured on, and which have too few.
+
+    Returns:
+        One line; two if there are experts with few tokens, and none without experts.
+    """
     if not prior.routed:
         return []
     counts = np.concatenate([*prior.routed.values()])
-    few = int((counts < MIN_EXPERT_TOKENS).sum())
-    return [
-        f"experts     {len(counts)} in {len(prior.routed)} layers, {np.median(counts):.0f} tokens "
-        f"each (median), {few} with fewer than {MIN_EXPERT_TOKENS}"
+    few = {path: int((own < MIN_EXPERT_TOKENS).sum()) for path, own in prior.routed.items()}
+    lines = [
+        f"experts     {len(counts)} in {len(few)} layers, {np.median(counts):.0f} tokens each "
+        f"(median), {sum(few.values())} with fewer than {MIN_EXPERT_TOKENS}"
     ]
+    if any(few.values()):
+        places = [f"{path} {n}" for path, n in few.items() if n]
+        shown = ", ".join(places[:_MAX_PLACES]) + (", ..." if len(places) > _MAX_PLACES else "")
+        lines.append(
+            f"            too few in {shown}; measure more --tokens, or more kinds of text"
+        )
+    return lines
 
 
 def _describe_recipe(recipe: dict[str, Any]) -> str:
