@@ -6,8 +6,8 @@ The neurons of each expert of a stack are ranked among themselves: along the las
 import numpy as np
 
 # At this number of tokens an expert's prior weighs as much as that of an FFN that every token
-# passes, whose ranking by the text is used from this number on (`statistics.MIN_GENERATED_TOKENS`).
-TYPICAL_TOKENS = 8
+# passes. The weight of that one was chosen for selections after a warm-up of so many tokens.
+TYPICAL_TOKENS = 16
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:

@@ -116,6 +116,7 @@ WAYS = {
     "default, no prior": Way(has_prior=False),
     "default, constant λ": Way(scores=_constant),
     "default, n = 2": Way(scores=_typical(2)),
+    "default, n = 8": Way(scores=_typical(8)),
     "default, n = 32": Way(scores=_typical(32)),
     "default, n = 128": Way(scores=_typical(128)),
     _POOLED: Way(scores=_pooled),
@@ -187,7 +188,10 @@ def _select(way: Way, selector: Selector) -> Callable[[LocalStatistics], Selecti
 
 
 def compare(args: argparse.Namespace) -> list[list[str]]:
-    """Return the rows of the table: way, density, KL with its error, and bytes."""
+    """Return the rows of the table: way, density, KL, its error, bytes, and log KL with its error.
+
+    The logarithm of KL is taken against that of the first way on the same text.
+    """
     dense, tokenizer = continuations.load_session(args)
     prompts = read_prompts(args.prompts)[: args.limit]
     written = continue_all(dense.model, tokenizer, prompts, continuations.writing_settings(args))
@@ -221,18 +225,25 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     rows = []
     for (name, density), pairs in results.items():
         kl, read = np.array(pairs).T
-        error = kl.std(ddof=1) / len(kl) ** 0.5 if len(kl) > 1 else float("nan")
+        reference = np.array(results[args.ways[0], density])[:, 0]
+        ratio = np.log(kl / reference)
+        cells = [f"{kl.mean():.4f}", f"{_standard_error(kl):.4f}", f"{read.mean():.3f}"]
         rows.append(
-            [name, f"{density:g}", f"{kl.mean():.4f}", f"{error:.4f}", f"{read.mean():.3f}"]
+            [name, f"{density:g}", *cells, f"{ratio.mean():+.3f}", f"{_standard_error(ratio):.3f}"]
         )
     return rows
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def main() -> None:
     """Run the command; bad input ends with one sentence and exit code 2."""
     with exit_on_error("compare_expert_evidence"):
         rows = compare(setup_arg_parser().parse_args())
-        print(markdown_table(["way", "density", "KL", "± s.e.", "bytes"], rows, left=("way",)))
+        columns = ["way", "density", "KL", "± s.e.", "bytes", "log KL against first", "± s.e."]
+        print(markdown_table(columns, rows, left=("way",)))
 
 
 if __name__ == "__main__":
