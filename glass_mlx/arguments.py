@@ -1,4 +1,4 @@
-"""Command-line flags that several commands share, all for loading the model."""
+"""Command-line flags that several commands share, and their values."""
 
 import argparse
 import math
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import DTYPES
+from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.files import expand_user
 
 if TYPE_CHECKING:
@@ -141,3 +142,57 @@ def load_options(
         "dtype": args.dtype,
         "dequantize": args.dequantize,
     }
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the flags that list how much of the model is kept; see `make_settings`.
+
+    Args:
+        parser: the parser.
+        default: what is kept without these flags, for the help.
+    """
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help=f"Bounds on KL, which decide both shares. Without bounds and shares: {default}.",
+    )
+    parser.add_argument(
+        "--density",
+        type=float,
+        nargs="+",
+        default=[],
+        help="Shares of the feed-forward neurons to keep, instead of bounds.",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="Shares of the vocabulary to keep, each with every density.",
+    )
+
+
+def make_settings(args: argparse.Namespace, default: Setting) -> list[Setting]:
+    """Return the settings to measure: every bound on KL, and every density with every share.
+
+    Args:
+        args: the values of the flags of `add_settings_arguments`.
+        default: the setting without these flags.
+
+    Raises:
+        ValueError: for the first value that is out of range.
+    """
+    bounds = [Setting(max_kl=bound) for bound in args.max_kl]
+    pairs = [
+        Setting(density=density, vocabulary=share)
+        for density in args.density or [1.0] * bool(args.vocabulary)
+        for share in args.vocabulary or [1.0]
+    ]
+    settings = bounds + pairs or [default]
+    for setting in settings:
+        GlassConfig(**setting._asdict())
+    return settings

@@ -112,9 +112,7 @@ class Generation:
             reader, prompt, until=1, progress=progress, input_embeddings=input_embeddings
         )
 
-        # 2) Warm-up. The dense model writes the first tokens, which are observed separately. A
-        #    first shortlist is only measured on them.
-        self._choose_shortlist()
+        # 2) Warm-up. The dense model writes the first tokens, which are observed separately.
         writer = self._session.observed_on_text(statistics, self._shortlister)
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)

@@ -184,7 +184,10 @@ class Selector:
         prior = None if self.prior is None else self.prior.vocabulary
         if prior is not None and len(prior) != self._vocabulary_size:
             prior = None  # the prior of a related model with other tokens
-        bound = None if self.budget is None else self.budget.vocabulary_kl
+        bound = None
+        if self.budget is not None:  # the budget's KL is a mean over dense tokens, too
+            every = self.config.dense_every
+            bound = self.budget.vocabulary_kl * (every / (every - 1) if every else 1)
         return Shortlister(statistics, share, prior, self._always, bound)
 
     def prior_weight(self, local: LocalStatistics) -> float:

@@ -18,14 +18,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 # The prior counts as much as this many tokens of the text.
 _PRIOR_TOKENS = 16
 
-# Before anything is measured, this much probability is expected outside of the shortlist. The
-# expectation counts as much as this many measured tokens.
-_EXPECTED_OUTSIDE, _EXPECTATION_TOKENS = 0.01, 4
+# Before anything is measured, the probability outside of a shortlist is expected to be this much of
+# the squared share of the scores outside, because scores are sums of about the square roots of
+# probabilities. The expectation counts as much as this many measured tokens.
+# docs/experiments.md has measurements.
+_EXPECTED_OUTSIDE, _EXPECTATION_TOKENS = 0.2, 8
 
 # Every token outside gets at least this share of what it would get if all shares were equal.
 _MIN_SHARE = 1e-3
 
-# The shortlist grows once its KL is this many times what it should be. The bound counts as much as
+# The shortlist grows once its KL is this many times what it may be. The bound counts as much as
 # this many measured tokens, because few tokens make most of the divergence.
 _EXCESS, _BOUND_TOKENS = 2.0, 64
 
@@ -186,8 +188,8 @@ class Shortlister:
         share: the share of tokens to keep, in (0, 1].
         prior: (V,) the prior's mean flattened predictions, or None.
         always: tokens to keep at any time.
-        bound: KL in nats per token that the shortlist may cost. Where it costs far more, the
-            shortlist grows. Default: it never grows.
+        bound: KL in nats per token that the shortlist may cost where it is used. Where it costs far
+            more, the shortlist grows. Default: it never grows.
 
     Attributes:
         share: the current share of tokens.
@@ -205,7 +207,6 @@ class Shortlister:
         self.statistics, self.share = statistics, share
         self.shortlist: Shortlist | None = None
         self._prior, self._always, self._bound = prior, always, bound
-        self._expected = _EXPECTED_OUTSIDE
         self._forget()
 
     def _forget(self) -> None:
@@ -217,10 +218,13 @@ class Shortlister:
         return [self.statistics.sums, self._sums]
 
     @property
-    def outside(self) -> float:
-        """The expected probability outside of the shortlist."""
-        total = float(self._sums[0]) + _EXPECTATION_TOKENS * self._expected
-        return min(total / (self._measured + _EXPECTATION_TOKENS), 0.99)
+    def scores(self) -> np.ndarray | None:
+        """The scores (V,) of all tokens, or None if nothing is known of them."""
+        local = self.statistics.sums
+        if local is None:
+            return None if self._prior is None else self._prior.copy()
+        scores: np.ndarray = np.array(local)
+        return scores if self._prior is None else scores + _PRIOR_TOKENS * self._prior
 
     def observe(self, logits: mx.array) -> mx.array:
         """Add predictions (..., V) of the dense model to the statistics, and measure them.
@@ -247,20 +251,33 @@ class Shortlister:
             The shortlist, or None if all tokens are kept.
         """
         self._grow()
-        scores = self._scores()
+        scores = self.scores
         if scores is None or self.share >= 1:
             self.shortlist = None
             return None
         kept = (token for token in self._always.union(tokens) if token < len(scores))
         rows = choose_rows(scores, self.share, kept)
-        others = scores + _MIN_SHARE * scores.mean()
-        others[rows] = 0
-        if not others.any():
+        if len(rows) == len(scores):
             self.shortlist = None
             return None
-        shares = (others / others.sum()).astype(np.float32)
-        self.shortlist = Shortlist(rows, self.outside, shares)
+        others = scores / max(scores.sum(), np.finfo(np.float32).tiny)
+        others[rows] = 0
+        outside = self._expected_outside(others.sum())
+        others **= 2
+        others += _MIN_SHARE * others.mean() + np.finfo(np.float32).tiny
+        others[rows] = 0
+        self.shortlist = Shortlist(rows, outside, (others / others.sum()).astype(np.float32))
         return self.shortlist
+
+    def _expected_outside(self, scores_outside: float) -> float:
+        """Return the expected probability outside of a shortlist.
+
+        Args:
+            scores_outside: the share of the scores outside of it.
+        """
+        expected = _EXPECTED_OUTSIDE * scores_outside**2
+        total = float(self._sums[0]) + _EXPECTATION_TOKENS * expected
+        return float(np.clip(total / (self._measured + _EXPECTATION_TOKENS), 1e-9, 0.99))
 
     def _grow(self) -> None:
         """Double the share if the shortlist costs more than it may."""
@@ -268,17 +285,8 @@ class Shortlister:
             return
         total = float(self._sums[1]) + _BOUND_TOKENS * self._bound
         if total / (self._measured + _BOUND_TOKENS) > _EXCESS * self._bound:
-            self._expected = self.outside / 2
             self.share = min(1.0, 2 * self.share)
             self._forget()
-
-    def _scores(self) -> np.ndarray | None:
-        """Return the scores (V,) of all tokens, or None if nothing is known of them."""
-        local = self.statistics.sums
-        if local is None:
-            return None if self._prior is None else self._prior.copy()
-        scores: np.ndarray = np.array(local)
-        return scores if self._prior is None else scores + _PRIOR_TOKENS * self._prior
 
 
 def always_kept(tokenizer: TokenizerWrapper) -> frozenset[int]:

@@ -128,13 +128,29 @@ def test_a_shortlist_has_what_the_text_and_the_prior_make_plausible():
 
 def test_the_probability_outside_is_measured_on_what_is_read_later():
     chooser = shortlister()
-    rows = chooser.choose([]).rows
-    assert chooser.outside == pytest.approx(0.01)
+    first = chooser.choose([])
+    prior = np.random.default_rng(5).random(SIZE)
+    scores_outside = np.delete(prior, first.rows).sum() / prior.sum()
+    assert first.outside == pytest.approx(0.2 * scores_outside**2, rel=1e-4)
     logits = random_logits(60, seed=2)
     chooser.observe(logits)
-    true = 1 - np.array(mx.softmax(logits, axis=-1))[:, rows].sum(-1)
-    expected = (true.sum() + 4 * 0.01) / 64
-    assert chooser.choose([]).outside == pytest.approx(expected, rel=1e-4)
+    probabilities = np.array(mx.softmax(logits, axis=-1))
+    true = 1 - probabilities[:, first.rows].sum(-1)
+    second = chooser.choose([])
+    scores = np.array(mx.softmax(logits / 2, axis=-1)).sum(0) + 16 * prior / SIZE
+    scores_outside = np.delete(scores, second.rows).sum() / scores.sum()
+    expected = (true.sum() + 8 * 0.2 * scores_outside**2) / 68
+    assert second.outside == pytest.approx(expected, rel=1e-4)
+
+
+def test_likelier_tokens_get_larger_shares_and_none_gets_nothing():
+    prior = np.linspace(0, 1, SIZE).astype(np.float32)
+    for scores in (prior, np.zeros_like(prior)):
+        shortlist = Shortlister(VocabularyStatistics(), 0.25, scores).choose([])
+        others = np.delete(shortlist.shares, shortlist.rows)
+        assert np.all(others > 0) and np.all(np.diff(others) >= 0)
+        assert others.sum() == pytest.approx(1, rel=1e-4)
+        assert np.all(shortlist.shares[shortlist.rows] == 0)
 
 
 def test_a_shortlist_that_costs_too_much_grows_up_to_the_whole_head():

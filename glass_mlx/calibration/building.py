@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.calibration.curves import CurveMeasurement, CurveSettings, count_readings
+from glass_mlx.calibration.curves import CurveMeasurement, CurveSettings
 from glass_mlx.calibration.mixture import MeasuredRecipe, Mixture
 from glass_mlx.calibration.moments import SequenceMoments
 from glass_mlx.calibration.resume import restore_checkpoint, save_checkpoint
@@ -404,7 +404,7 @@ def _with_curves(
     """
     texts = CurveSettings(settings.curve_texts, seed=settings.seed)
     with (
-        tqdm(total=count_readings(texts.texts), desc="curves", unit="read") as bar,
+        tqdm(total=texts.trial_readings + texts.readings, desc="curves", unit="read") as bar,
         wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
     ):
         try:

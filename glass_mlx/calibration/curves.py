@@ -32,8 +32,10 @@ VOCABULARIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 # this share of KL may be noise.
 _TRIAL_DENSITY, _TRIAL_TEXTS, _MIN_GAIN = 0.7, 4, 0.02
 
-# No more texts are read once the standard errors of all points are below this share of their KL.
-_CLEAR, _MIN_TEXTS = 0.08, 4
+# The density is measured on at most this share of the texts, and on no more texts once the standard
+# errors of all points are below this share of their KL. Shortlists need more texts, because few
+# tokens make most of their KL, and less time.
+_DENSITY_TEXTS, _CLEAR, _MIN_TEXTS = 1 / 2, 0.08, 4
 
 # Users sample at about this temperature. The texts of a prior have a higher temperature.
 _TEMPERATURE = 0.7
@@ -52,14 +54,24 @@ class CurveSettings:
         seed: the seed of the texts.
     """
 
-    texts: int = 8
+    texts: int = 16
     length: int = 256
     seed: int = 0
 
+    @property
+    def density_texts(self) -> int:
+        """The maximum number of texts that the curve of the density is measured on."""
+        return max(1, round(_DENSITY_TEXTS * self.texts))
 
-def count_readings(texts: int) -> int:
-    """Return how often texts are read at most, for progress bars."""
-    return texts + 4 * min(_TRIAL_TEXTS, texts)
+    @property
+    def readings(self) -> int:
+        """How often texts are read at most for the curves, for progress bars."""
+        return self.density_texts + self.texts
+
+    @property
+    def trial_readings(self) -> int:
+        """How often texts are read at most to choose FFNs to keep dense."""
+        return 4 * min(_TRIAL_TEXTS, self.texts)
 
 
 class CurveMeasurement:
@@ -76,7 +88,7 @@ class CurveMeasurement:
         partial: a file for the texts and the results so far. If it exists, the measurement
             continues from it, unless it is of another measurement.
         identity: everything else that the results depend on, as text.
-        progress: called with the number of new readings of a text; see `count_readings`.
+        progress: called with the number of new readings of a text; see `CurveSettings`.
     """
 
     def __init__(
@@ -132,24 +144,25 @@ class CurveMeasurement:
             A record for `about["curves"]` of a prior.
         """
         plain = replace(config, max_kl=None)
-        configs = [replace(plain, density=share) for share in DENSITIES]
-        if self._session.head is not None:
-            configs += [replace(plain, vocabulary=share) for share in VOCABULARIES]
-        results: list[list[float]] = []
-        for n in range(len(self._texts)):
-            results.append(self._measure("curves", n, prior, configs))
-            by_density = np.array(results)[:, : len(DENSITIES)]
-            error = np.max(_standard_error(by_density) / np.maximum(by_density.mean(0), 1e-9))
-            if len(results) >= _MIN_TEXTS and error < _CLEAR:
+        by_density: list[list[float]] = []
+        for n in range(min(self._settings.density_texts, len(self._texts))):
+            configs = [replace(plain, density=share) for share in DENSITIES]
+            by_density.append(self._measure("density", n, prior, configs))
+            kl = np.array(by_density)
+            error = np.max(_standard_error(kl) / np.maximum(kl.mean(0), 1e-9))
+            if n + 1 >= _MIN_TEXTS and error < _CLEAR:
                 break
-        by_vocabulary = np.array(results)[:, len(DENSITIES) :]
+        by_vocabulary: list[list[float]] = []
+        for n in range(len(self._texts) if self._session.head is not None else 0):
+            configs = [replace(plain, vocabulary=share) for share in VOCABULARIES]
+            by_vocabulary.append(self._measure("vocabulary", n, prior, configs))
         return {
             "density": _curve(DENSITIES, by_density),
-            "vocabulary": _curve(VOCABULARIES, by_vocabulary) if by_vocabulary.size else None,
+            "vocabulary": _curve(VOCABULARIES, by_vocabulary) if by_vocabulary else None,
             "conditions": self._session.conditions(config),
             "recipe": self._recipe,
-            "texts": len(results),
-            "tokens": sum(len(text.written) - 1 for text in self._texts[: len(results)]),
+            "texts": len(self._texts),
+            "tokens": sum(len(text.written) - 1 for text in self._texts),
             "temperature": _TEMPERATURE,
         }
 
@@ -222,13 +235,14 @@ def _standard_error(values: np.ndarray) -> Any:
     return values.std(0, ddof=1) / len(values) ** 0.5
 
 
-def _curve(shares: Sequence[float], values: np.ndarray) -> dict[str, list[float]]:
+def _curve(shares: Sequence[float], kl: list[list[float]]) -> dict[str, list[float]]:
     """Return the record of a curve, with the standard errors of KL over texts.
 
     Args:
         shares: the n shares.
-        values: (texts, n) KL.
+        kl: the n KLs of each text.
     """
+    values = np.array(kl)
     record = {"shares": [*shares], "kl": [round(float(mean), 6) for mean in values.mean(0)]}
     if len(values) > 1:
         record["standard_error"] = [round(float(e), 6) for e in _standard_error(values)]

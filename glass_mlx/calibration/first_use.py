@@ -33,7 +33,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 # A prior of two thousand tokens is nearly as good as a large one (docs/experiments.md).
-SMALL = CalibrationSettings(sequences=24, length=128, batch_size=12, curve_texts=6)
+SMALL = CalibrationSettings(sequences=24, length=128, batch_size=12, curve_texts=12)
 
 _FAILED = "no prior can be measured for this model"
 _ALTERNATIVE = "select neurons from the prompt alone with --no-prior, or in Python with prior=False"
@@ -203,7 +203,7 @@ def _cached_curves(
     try:
         with (
             locked(file, waiting="curves: waiting for another process that measures them"),
-            tqdm(total=settings.texts, desc="curves", unit="text") as bar,
+            tqdm(total=settings.readings, desc="curves", unit="read") as bar,
             wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
         ):
             if (curves := _read_curves(file, conditions)) is not None:

@@ -19,11 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import Session, load
-from glass_mlx.arguments import CommandParser, add_load_arguments, add_model_argument, path
+from glass_mlx.arguments import (
+    CommandParser,
+    add_load_arguments,
+    add_model_argument,
+    add_settings_arguments,
+    make_settings,
+    path,
+)
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat import Messages
 from glass_mlx.checkpoints.loading import model_name
-from glass_mlx.config import GlassConfig, Setting, check_seed
+from glass_mlx.config import Setting, check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.ablations import ABLATIONS, format_ablation
 from glass_mlx.fidelity.evaluation import (
@@ -32,6 +39,7 @@ from glass_mlx.fidelity.evaluation import (
     evaluate,
     evaluation_digest,
 )
+from glass_mlx.fidelity.frontier import read_speedups
 from glass_mlx.fidelity.methods import (
     DENSE,
     METHODS,
@@ -41,6 +49,7 @@ from glass_mlx.fidelity.methods import (
 )
 from glass_mlx.fidelity.plots import plot
 from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
+from glass_mlx.fidelity.quantizations import QUANTIZATIONS, REFERENCE
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
 from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
 from glass_mlx.files import check_writable, is_device, locked
@@ -54,7 +63,7 @@ from tqdm import tqdm
 
 PROMPTS = Path(__file__).with_name("test_prompts.txt")
 
-_DEFAULT_DENSITY = 0.5
+_DEFAULT = Setting(density=0.5, vocabulary=1.0)
 
 # The number of texts of a task, unless --limit sets it.
 _TASK_TEXTS = 16
@@ -84,28 +93,7 @@ def setup_arg_parser() -> CommandParser:
         "the prior rank neurons for the remainder; margins: how clear the cut between kept and "
         "dropped neurons is; evidence: KL by the numbers of tokens before and after the selection.",
     )
-    parser.add_argument(
-        "--density",
-        type=float,
-        nargs="+",
-        default=[],
-        help=f"Shares of the feed-forward neurons to keep. Default without any share or bound: "
-        f"{_DEFAULT_DENSITY}.",
-    )
-    parser.add_argument(
-        "--vocabulary",
-        type=float,
-        nargs="+",
-        default=[],
-        help="Shares of the vocabulary to keep, each with every density.",
-    )
-    parser.add_argument(
-        "--max-kl",
-        type=float,
-        nargs="+",
-        default=[],
-        help="Bounds on KL, which decide both shares.",
-    )
+    add_settings_arguments(parser, f"a density of {_DEFAULT.density}")
     parser.add_argument(
         "--tokens", type=int, default=256, help="Generated tokens per prompt (%(default)s)."
     )
@@ -140,17 +128,33 @@ def setup_arg_parser() -> CommandParser:
         default=["glass"],
         help="Methods to score with every λ of --prior-weight, too (%(default)s).",
     )
+    parser.add_argument(
+        "--quantizations",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        metavar="BITS",
+        default=[],
+        help="Score the dense model quantized again, too: at a number of bits, rounded to nearest, "
+        f"or by a recipe of mlx_lm.convert; some of {', '.join(QUANTIZATIONS)}. Their bytes are "
+        f"a share of those at {REFERENCE} bits.",
+    )
     parser.add_argument("--json", type=path, help="Write one JSON line per method and density.")
     parser.add_argument("--markdown", type=path, help="Write the table to this file, too.")
     parser.add_argument("--plots", type=path, help="Draw plots into this folder.")
+    parser.add_argument(
+        "--latency",
+        type=path,
+        metavar="FILE",
+        help="JSON lines of glass-mlx latency for the same model, whose measured speed-ups are "
+        "plotted, too.",
+    )
     add_load_arguments(parser)
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first value that is out of range, before anything is loaded."""
-    for setting in make_settings(args):
-        GlassConfig(**setting._asdict())
+    make_settings(args, _DEFAULT)
     if args.max_kl and (names := {*args.methods} & {*UNFUSED_METHODS} - {DENSE}):
         raise ValueError(
             f"a bound on KL decides nothing for {', '.join(sorted(names))}; leave them out of "
@@ -173,6 +177,8 @@ def check(args: argparse.Namespace) -> None:
     check_writable(args.plots, folder=True)
     if args.plots:
         require_matplotlib()
+    elif args.latency:
+        raise ValueError("--latency is for plots; give --plots, too")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -184,13 +190,16 @@ def run(args: argparse.Namespace) -> None:
     """
     # 1) Load the model and its prior, choose the methods, and make the texts.
     check(args)
+    speedups = read_speedups(args.latency) if args.latency else None
     prompts = [] if args.task else read_prompts(args.prompts)[: args.limit]
     model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
     session = Session.of(model)
     prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
     methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
-    settings = make_settings(args)
-    evaluation = Evaluation(session, tokenizer, prior, methods, settings, args.seed)
+    settings = make_settings(args, _DEFAULT)
+    evaluation = Evaluation(
+        session, tokenizer, prior, methods, settings, args.seed, args.quantizations
+    )
     samples = make_samples(session, tokenizer, prompts, args)
     if args.ablation:
         texts = (sample.text for sample in tqdm(samples, unit="prompt"))
@@ -218,21 +227,10 @@ def run(args: argparse.Namespace) -> None:
     print(format_table(rows, markdown=False))
     write_results(rows, format_table(rows, markdown=True), args.json, args.markdown)
     if args.plots:
-        for file in plot(rows, args.plots):
+        for file in plot(rows, args.plots, speedups):
             print(f"Wrote {file}", file=sys.stderr)
     if partial:
         partial.unlink()
-
-
-def make_settings(args: argparse.Namespace) -> list[Setting]:
-    """Return the settings to score: every density with every share, and every bound on KL."""
-    pairs = [
-        Setting(density=density, vocabulary=share)
-        for density in args.density or [1.0] * bool(args.vocabulary)
-        for share in args.vocabulary or [1.0]
-    ]
-    settings = pairs + [Setting(max_kl=bound) for bound in args.max_kl]
-    return settings or [Setting(density=_DEFAULT_DENSITY)]
 
 
 def make_samples(

@@ -6,6 +6,7 @@ from typing import Any
 
 from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.config import GlassConfig, Setting
+from glass_mlx.fidelity.quantizations import REFERENCE, quantize, score_quantization
 from glass_mlx.fidelity.report import Outcome
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
 from glass_mlx.fidelity.tasks import Sample
@@ -81,15 +82,18 @@ class Evaluation:
         methods: options of `GlassConfig`, by the name of the method.
         settings: the settings to score every method at.
         seed: the seed of random selections.
+        quantizations: names of quantizations of the dense model to score, too.
 
     Attributes:
         session: the dense model's session.
         prior: its prior.
         settings: the settings to score every method at.
         configs: the configuration of each method, without a setting.
+        quantizations: the names of the quantizations.
 
     Raises:
-        ValueError: if a configuration is not valid, or the prior lacks one of its statistics.
+        ValueError: if a configuration is not valid, the prior lacks one of its statistics, or a
+            quantization does not suit the model.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Evaluation:
         methods: Mapping[str, Options],
         settings: Sequence[Setting],
         seed: int,
+        quantizations: Sequence[str] = (),
     ) -> None:
         self.session, self.prior, self.settings, self._seed = session, prior, settings, seed
         self.configs = {name: GlassConfig(**options) for name, options in methods.items()}
@@ -112,6 +117,9 @@ class Evaluation:
             for setting in settings
         }
         self._magnitudes = weight_magnitudes(session.ffns) if "magnitude" in methods else {}
+        self.quantizations = [*quantizations]
+        self._quantizations = {name: quantize(session.model, name) for name in quantizations}
+        self._reference_bytes = quantize(session.model, REFERENCE).bytes if quantizations else 0
 
     def score(self, sample: Sample, number: int) -> dict[tuple[str, Setting], Outcome]:
         """Score every method at every setting on one text.
@@ -123,11 +131,17 @@ class Evaluation:
         warmups = {config.warmup for name, config in self.configs.items() if name != DENSE}
         points = [n for n in sorted(warmups) if n < len(sample.text.written)]
         reading = DenseReading(self.session, sample.text, points)
-        return {
+        outcomes = {
             (name, setting): self._score_method(name, setting, reading, sample, number)
             for setting in self.settings
             for name in self.configs
         }
+        for name, quantization in self._quantizations.items():
+            share = quantization.bytes / self._reference_bytes
+            scores = score_quantization(reading, quantization, share)
+            method = f"{name} bits" if name.isdigit() else name
+            outcomes[method, Setting()] = Outcome.of(scores, None, sample.answers)
+        return outcomes
 
     def _score_method(
         self, name: str, setting: Setting, reading: DenseReading, sample: Sample, number: int

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from glass_mlx.fidelity import frontier
 from glass_mlx.fidelity.report import POSITION_BIN
 from glass_mlx.reporting.plotting import new_figure, require_matplotlib, save_figure
 
@@ -37,12 +38,17 @@ _CURVES = {
 }
 
 
-def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw KL by density, by position and by λ, and agreement with the oracle by layer.
+def plot(
+    rows: Sequence[Row],
+    folder: Path,
+    speedups: Mapping[tuple[Any, ...], float] | None = None,
+) -> list[Path]:
+    """Draw KL by bytes and, for densities, by density, by position and by λ, and agreement.
 
     Args:
-        rows: a row for each method and density, all of one model.
+        rows: a row for each method and setting, all of one model.
         folder: the folder to write to.
+        speedups: measured speed-ups; see `frontier.draw`.
 
     Returns:
         The files.
@@ -52,19 +58,22 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     """
     require_matplotlib()
     model = rows[0]["model"]
+    figures = {"kl_by_bytes": frontier.draw(rows, speedups)}
+    rows = [row for row in rows if row["density"] is not None]
     weighted_rows = [row for row in rows if "λ" in row["method"]]
     method_rows = [row for row in rows if row["method"] != "dense" and "λ" not in row["method"]]
     densities = sorted({row["density"] for row in rows})
     colors = _choose_colors(method_rows)
-    figures = {"kl_by_density": _draw_kl_by_density(model, method_rows, colors)}
-    for key in _CURVES:
-        figures[key] = _draw_curves(model, method_rows, densities, colors, key)
+    if method_rows:
+        figures["kl_by_density"] = _draw_kl_by_density(model, method_rows, colors)
+        for key in _CURVES:
+            figures[key] = _draw_curves(model, method_rows, densities, colors, key)
     if weighted_rows:
         figures["kl_by_mix"] = _draw_kl_by_prior_weight(model, weighted_rows)
     files = []
     for key, figure in figures.items():
         for axes in figure.axes:
-            if axes.get_legend_handles_labels()[0]:
+            if key != "kl_by_bytes" and axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small", bbox_to_anchor=(1.01, 1), loc="upper left")
         file = folder / f"{key}.png"
         save_figure(figure, file, dpi=110)

@@ -303,7 +303,6 @@ def _interleaved(
 
 def _warm_up(shortlister: Shortlister, reading: DenseReading, config: GlassConfig) -> None:
     """Show the predictions of the warm-up to a shortlister, as the engine does."""
-    shortlister.choose(reading.read(1))
     if config.warmup > 1:
         shortlister.observe(reading.dense[: config.warmup - 1])
 

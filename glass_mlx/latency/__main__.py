@@ -15,18 +15,13 @@ if __name__ == "__main__":  # first, because an interrupt can also come during t
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
-from glass_mlx.arguments import CommandParser, path
+from glass_mlx.arguments import CommandParser, add_settings_arguments, make_settings, path
+from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.checkpoints.loading import advice
-from glass_mlx.config import (
-    DEFAULT_MAX_KL,
-    Setting,
-    check_density,
-    check_max_kl,
-    check_seed,
-    check_vocabulary,
-)
+from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, Setting, check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
 from glass_mlx.latency.measured_model import (
@@ -46,6 +41,7 @@ from glass_mlx.latency.timing import (
     time_slicing,
 )
 from glass_mlx.models import named_arrays
+from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.machine import (
     busy_warning,
     describe_machine,
@@ -57,31 +53,14 @@ from glass_mlx.reporting.tables import write_results
 from glass_mlx.session import Session
 
 import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 def setup_arg_parser() -> CommandParser:
     """Set up and return the argument parser."""
     parser = CommandParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument(
-        "--density",
-        type=float,
-        nargs="+",
-        default=[],
-        help="Shares of the feed-forward neurons to keep, instead of a bound on KL.",
-    )
-    parser.add_argument(
-        "--vocabulary",
-        type=float,
-        default=1.0,
-        help="Share of the vocabulary to keep with each density (%(default)s).",
-    )
-    parser.add_argument(
-        "--max-kl",
-        type=float,
-        help="Bound on KL, which decides how much is kept. Default without --density: "
-        f"{DEFAULT_MAX_KL}. For random weights, the curves of the built-in model decide.",
-    )
+    add_settings_arguments(parser, f"a bound of {DEFAULT_MAX_KL}")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -125,11 +104,6 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.repetitions < 2 or args.generation_tokens < 4 or min(args.prompt_tokens) < 2:
         raise ValueError("at least 2 repetitions, 4 generated and 2 prompt tokens are needed")
-    for density in args.density:
-        check_density(density)
-    check_vocabulary(args.vocabulary)
-    if args.max_kl is not None:
-        check_max_kl(args.max_kl)
     check_seed(args.seed)
     check_model_arguments(args)
     for file in (args.json, args.markdown, args.plot):
@@ -137,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         require_matplotlib()
     settings = Settings(
-        shares=make_shares(args),
+        shares=make_settings(args, Setting(max_kl=DEFAULT_MAX_KL)),
         methods=args.methods or ["griffin", "glass"] * bool(args.density) + ["default"],
         prompt_tokens=args.prompt_tokens,
         generation_tokens=args.generation_tokens,
@@ -152,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
     load_peak = mx.get_peak_memory()
     warnings.append(advice(model))
     session = Session.of(model)
+    if args.shape:
+        settings = replace(settings, shares=fix_shares(settings.shares, session, tokenizer, prior))
     runs = measure(session, tokenizer, prior, settings, lambda: load_model(args, lazy=True)[0])
     warnings += [
         slowdown_warning([run.decode_tps for run in mode_runs])
@@ -176,11 +152,19 @@ def run(args: argparse.Namespace) -> None:
     report_results(about, rows, args)
 
 
-def make_shares(args: argparse.Namespace) -> list[Setting]:
-    """Return how much is kept in each row: a density each, or what a bound on KL decides."""
-    pairs = [Setting(density=density, vocabulary=args.vocabulary) for density in args.density]
-    bound = [Setting(max_kl=args.max_kl or DEFAULT_MAX_KL)] if args.max_kl or not pairs else []
-    return bound + pairs
+def fix_shares(
+    settings: list[Setting], session: Session, tokenizer: TokenizerWrapper, prior: GlobalPrior
+) -> list[Setting]:
+    """Replace bounds on KL by the shares that they decide.
+
+    What random weights predict would make the shortlist grow at random.
+    """
+    fixed = []
+    for setting in settings:
+        config = GlassConfig(**setting._asdict())
+        shares = make_selector(session, tokenizer, prior, config).config.shares
+        fixed.append(Setting(density=shares.density, vocabulary=shares.vocabulary))
+    return fixed
 
 
 def report_results(

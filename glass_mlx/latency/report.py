@@ -26,6 +26,7 @@ _SPEED = {
     "speedup": ("speed-up", "{:.3f}"),
     "ceiling": ("ceiling", "{:.3f}"),
     "ceiling_ratio": ("ratio", "{:.3f}"),
+    "run_speedup": ("run speed-up", "{:.3f}"),
     "run_ceiling": ("run ceiling", "{:.3f}"),
     "run_ceiling_ratio": ("ratio", "{:.3f}"),
     "break_even": ("pays after", "{}"),

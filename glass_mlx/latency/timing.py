@@ -294,6 +294,7 @@ def _speed_figures(
     # The first token is computed in prefill.
     dense_share = (dense_tokens - 1) / (len(runs[0].times) - 1)
     run_ceiling = 1 / (dense_share + (1 - dense_share) * read / dense_bytes)
+    run_speedup = total / mean(run.total_tps for run in dense)
     first_token, dense_first_token = (
         median(run.times[0] for run in group) for group in (runs, dense)
     )
@@ -313,7 +314,8 @@ def _speed_figures(
         "ceiling": ceiling,
         "ceiling_ratio": speedup / ceiling,
         "run_ceiling": run_ceiling,
-        "run_ceiling_ratio": total / mean(run.total_tps for run in dense) / run_ceiling,
+        "run_speedup": run_speedup,
+        "run_ceiling_ratio": run_speedup / run_ceiling,
         "bytes_per_token": read,
         "gb_per_second": read * mean(speeds) / 1e9,
     }

@@ -9,7 +9,6 @@ from glass_mlx.calibration.curves import (
     VOCABULARIES,
     CurveMeasurement,
     CurveSettings,
-    count_readings,
 )
 from glass_mlx.config import GlassConfig
 from glass_mlx.models import find_ffns
@@ -48,8 +47,9 @@ def test_curves_depend_only_on_the_seed(model, make_tokenizer, tmp_path):
     assert record["density"]["kl"] != other["density"]["kl"]
     assert record["density"]["shares"] == list(DENSITIES)
     assert record["vocabulary"]["shares"] == list(VOCABULARIES)
-    assert sum(steps) == record["texts"] >= 2
-    assert count_readings(3) == 3 + 4 * 3
+    assert sum(steps) == record["texts"] + min(record["texts"], SETTINGS.density_texts) >= 3
+    settings = CurveSettings(texts=3)
+    assert (settings.readings, settings.trial_readings) == (2 + 3, 4 * 3)
     for name in ("density", "vocabulary"):
         kl = record[name]["kl"]
         assert kl[0] > kl[-1]
@@ -79,7 +79,7 @@ def test_an_interrupted_measurement_continues(model, tmp_path):
     steps.clear()
     resumed = measure(model, partial=partial, progress=lambda count: steps.append(count))
     assert resumed == measure(model)
-    assert len(steps) == len(texts) - 2
+    assert len(steps) == len(texts) + min(len(texts), SETTINGS.density_texts) - 2
 
 
 @pytest.mark.parametrize("contents", ["", "{}", "[]", '{"identity": 1}', '{"texts": [1]}'])
@@ -117,15 +117,15 @@ def test_ffns_are_kept_dense_if_that_lowers_kl(model, monkeypatch):
     assert choose() == []
 
 
-def test_the_measurement_stops_once_the_curve_is_clear(model, monkeypatch):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize(("noise", "least", "most"), [(0.01, 4, 4), (1.0, 5, 8)])
+def test_the_density_is_measured_until_its_curve_is_clear(model, monkeypatch, noise, least, most):
+    rng, kinds = np.random.default_rng(0), []
 
     def kl(self, kind, number, prior, configs):
+        kinds.append(kind)
         return (1 + noise * rng.normal(size=len(configs))).tolist()
 
     monkeypatch.setattr(CurveMeasurement, "_measure", kl)
-    settings = replace(SETTINGS, texts=8)
-    noise = 0.01
-    assert measure(model, settings=settings)["texts"] == 4
-    noise = 1.0
-    assert measure(model, settings=settings)["texts"] > 4
+    texts = measure(model, settings=replace(SETTINGS, texts=16))["texts"]
+    assert least <= kinds.count("density") <= most
+    assert kinds.count("vocabulary") == texts > 8

@@ -105,7 +105,8 @@ def main() -> None:
         session = float_session(Session(model), floats)
         prior = GlobalPrior.load(args.prior)
         settings = CurveSettings(texts=args.texts)
-        with tqdm(total=args.texts * len(args.down_policy), unit="text", file=sys.stderr) as bar:
+        readings = settings.readings * len(args.down_policy)
+        with tqdm(total=readings, unit="read", file=sys.stderr) as bar:
             for policy in args.down_policy:
                 measurement = CurveMeasurement(session, tokenizer, settings, progress=bar.update)
                 record = measurement.measure(prior, GlassConfig(down_policy=policy))

@@ -1,0 +1,72 @@
+"""The dense model with its weights quantized again, which slicing is compared with."""
+
+import copy
+from dataclasses import dataclass
+
+from glass_mlx.fidelity.scoring import DenseReading, Scores
+from glass_mlx.models import find_head, weight_bytes
+from glass_mlx.models.precision import dequantize
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+from mlx_lm.utils import quantize_model
+
+# Round-to-nearest at a number of bits, and mlx-lm's mixed recipes.
+QUANTIZATIONS = ("2", "3", "4", "5", "6", "8", *QUANT_RECIPES)
+
+# Bytes are given as a share of those of this quantization, which most models in mlx-community have.
+REFERENCE = "4"
+
+_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A model quantized as `mlx_lm.convert` does it.
+
+    Attributes:
+        model: the model, as floats of the quantized values, which a CPU multiplies faster.
+        bytes: bytes of weights that the quantized model reads per token.
+    """
+
+    model: nn.Module
+    bytes: int
+
+
+def quantize(model: nn.Module, name: str) -> Quantization:
+    """Quantize a copy of a model.
+
+    Args:
+        model: the model. It may be quantized already; its values are quantized then.
+        name: one of `QUANTIZATIONS`.
+
+    Raises:
+        ValueError: if the recipe does not suit the model's layers.
+    """
+    quantized = copy.deepcopy(model)
+    dequantize(quantized)
+    if name in QUANT_RECIPES:
+        recipe = mixed_quant_predicate_builder(name, quantized, _GROUP_SIZE)
+        quantize_model(quantized, {}, _GROUP_SIZE, None, quant_predicate=recipe)  # type: ignore[arg-type]
+    else:
+        quantize_model(quantized, {}, _GROUP_SIZE, int(name), quant_predicate=lambda *layer: True)
+    read = weight_bytes(quantized, find_head(quantized))
+    dequantize(quantized)
+    return Quantization(quantized, read)
+
+
+def score_quantization(reading: DenseReading, quantization: Quantization, share: float) -> Scores:
+    """Score a quantized model on a continuation. The dense model reads the prompt, as for slices.
+
+    Args:
+        reading: the continuation.
+        quantization: the quantized model.
+        share: its bytes per token, over those of the model that it is compared with.
+    """
+    scores = Scores.exact(reading)
+    everything = slice(0, reading.tokens)
+    logprobs = reading.follow(quantization.model)
+    scores.put(everything, reading, logprobs, np.zeros(reading.tokens, bool))
+    scores.bytes[:] = share
+    return scores
