@@ -12,6 +12,7 @@ from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
 from glass_mlx.statistics import LocalStatistics
+from glass_mlx.token_observer import TokenObserver
 from glass_mlx.vocabulary import Shortlist
 
 import mlx.core as mx
@@ -90,6 +91,7 @@ class Generation:
         if reload is None:
             session.check_room_for_slices(selector.config)
         self._shortlister = selector.shortlister(statistics.vocabulary)
+        self._observer = TokenObserver(statistics.text, self._shortlister)
         self._slices = session.sliced_model(selector.config.down_policy, reload)
         self._reporter = Reporter(selector, session.weight_bytes, self._slices.down_policy)
 
@@ -102,6 +104,14 @@ class Generation:
             progress: called with the number of prompt tokens read so far, and the total number.
             input_embeddings: (T, hidden size), used as in `mlx_lm.generate.generate_step`.
         """
+        try:
+            yield from self._phases(progress, input_embeddings)
+        finally:
+            self._observer.flush()
+
+    def _phases(
+        self, progress: Progress | None, input_embeddings: mx.array | None
+    ) -> Generator[Step, None, None]:
         decoder, statistics = self._decoder, self._statistics
         config = self._selector.config
 
@@ -113,7 +123,7 @@ class Generation:
         )
 
         # 2) Warm-up. The dense model writes the first tokens, which are observed separately.
-        writer = self._session.observed_on_text(statistics, self._shortlister)
+        writer = self._session.observed_by_token(self._observer)
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
@@ -129,6 +139,7 @@ class Generation:
 
     def _select_and_slice(self) -> nn.Module:
         """Choose neurons, bring the slices up to date, and return the sliced model."""
+        self._observer.flush()
         with self._reporter.timed("select_time"):
             selection = self._selector.select(self._statistics)
             compensation = mean_compensation(self._statistics)

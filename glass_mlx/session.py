@@ -33,7 +33,7 @@ from glass_mlx.prior.lookup import find_prior
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.slicing import SlicedModel, slice_model
 from glass_mlx.statistics import STATISTICS, LocalStatistics
-from glass_mlx.vocabulary import Shortlister
+from glass_mlx.token_observer import TokenObserver
 
 import mlx.nn as nn
 
@@ -280,18 +280,15 @@ class Session:
         """Return the model with its FFNs observed for the statistics of the prompt."""
         return with_taps(self.model, local.prompt.update, max_samples=_MAX_SAMPLES, ffns=self.ffns)
 
-    def observed_on_text(
-        self, local: LocalStatistics, shortlister: Shortlister | None = None
-    ) -> nn.Module:
-        """Return the model with its FFNs observed for the statistics of the generated text.
-
-        Args:
-            local: the statistics.
-            shortlister: observes the logits, too.
-        """
+    def observed_on_text(self, local: LocalStatistics) -> nn.Module:
+        """Return the model with its FFNs observed for the statistics of the generated text."""
         text = local.text
-        model = with_taps(self.model, text.update, text.update_outputs, ffns=self.ffns)
-        return model if shortlister is None else ObservedLogits(model, shortlister.observe)
+        return with_taps(self.model, text.update, text.update_outputs, ffns=self.ffns)
+
+    def observed_by_token(self, observer: TokenObserver) -> nn.Module:
+        """Return the model with its FFNs and logits observed for single tokens."""
+        model = with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
+        return ObservedLogits(model, observer.logits)
 
     def check_room_for_slices(self, config: GlassConfig) -> None:
         """Raise ValueError if the slices of a generation do not fit into memory.

@@ -146,9 +146,11 @@ class Shortlist:
         return len(self.rows) / len(self.shares)
 
     @cached_property
-    def _log_shares(self) -> mx.array:
-        """The logarithms (V,) float32 of the shares; -infinity for the tokens in `rows`."""
-        return mx.log(mx.array(self.shares))
+    def _others(self) -> mx.array:
+        """Whether a token is not in `rows`, and the logarithm of its share or 0: (V, 2) float32."""
+        is_other = self.shares > 0
+        logs = np.log(self.shares, where=is_other, out=np.zeros_like(self.shares))
+        return mx.array(np.stack([is_other, logs], axis=1).astype(np.float32))
 
     @property
     def log_odds(self) -> mx.array:
@@ -171,12 +173,14 @@ class Shortlist:
             The probability outside of the shortlist, (n,), and the KL divergence of all logits from
             those of the shortlist, (n,) nats. Both are float32.
         """
-        logp, is_other = log_probabilities(logits), self._log_shares > -mx.inf
-        others = mx.where(is_other, mx.exp(logp), 0)
-        outside = others.sum(-1)
-        relative = mx.where(is_other, others * (logp - self._log_shares), 0).sum(-1)
+        # Sums over the vocabulary are products with vectors, which need few passes over it.
+        logits = mx.maximum(logits.astype(mx.float32), -1e30)
+        p, log_total = mx.softmax(logits, axis=-1), mx.logsumexp(logits, axis=-1)
+        outside, cross = mx.split(p @ self._others, 2, axis=-1)
+        outside, cross = outside.squeeze(-1), cross.squeeze(-1)
+        entropy = (p * logits) @ self._others[:, 0] - outside * log_total
         inside = mx.maximum(1 - outside, 1e-6)
-        kl = inside * mx.log(inside / (1 - self.outside)) + relative
+        kl = inside * mx.log(inside / (1 - self.outside)) + entropy - cross
         return outside, kl - outside * float(np.log(self.outside))
 
 

@@ -124,8 +124,8 @@ def with_other_logits(logits: mx.array, rows: mx.array, others: mx.array) -> mx.
     """
     total = mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
     full = (total + others).astype(logits.dtype)
-    full[..., rows] = logits
-    return full
+    index = mx.broadcast_to(rows, logits.shape)
+    return mx.put_along_axis(full, index, logits, axis=-1)
 
 
 class ObservedLogits(nn.Module):

@@ -1,8 +1,9 @@
 """Observe the hidden vectors of FFNs while a model runs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -28,6 +29,14 @@ class Routing:
     experts: mx.array
     tokens: mx.array
     count: int
+
+    @staticmethod
+    def joined(parts: Sequence["Routing"]) -> "Routing":
+        """Return the routing of several batches one after the other."""
+        starts = [0, *accumulate(part.count for part in parts)]
+        tokens = [part.tokens + start for part, start in zip(parts, starts, strict=False)]
+        experts = mx.concatenate([part.experts for part in parts])
+        return Routing(experts, mx.concatenate(tokens), starts[-1])
 
 
 class Observer(Protocol):

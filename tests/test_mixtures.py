@@ -23,7 +23,8 @@ from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import TYPICAL_TOKENS, expert_prior_weights, fuse, ranks
 from glass_mlx.session import Session
-from glass_mlx.statistics import MIN_GENERATED_TOKENS
+from glass_mlx.slicing import mean_compensation
+from glass_mlx.statistics import MEAN, MIN_GENERATED_TOKENS
 from helpers import (
     all_neurons,
     letter_tokenizer,
@@ -119,6 +120,16 @@ def test_experts_are_ranked_by_their_own_evidence(model):
     assert np.array_equal(
         selector.fuse(unseen)[path], ranks(prior.scores["griffin"][path]).astype(float)
     )
+
+
+def test_means_of_experts_are_shrunk_by_their_own_tokens(model):
+    statistics = local_statistics(model, 12, 20)
+    for path, means in mean_compensation(statistics).items():
+        tokens = statistics.text.routed(path)[:, None]
+        assert len(np.unique(tokens)) > 1
+        expected = statistics.text.scores(MEAN)[path] * tokens / (tokens + 16)
+        assert np.allclose(means.inputs, expected, atol=1e-6)
+        assert means.output is None
 
 
 def test_all_experts_of_a_layer_keep_the_same_number(model):

@@ -1,7 +1,7 @@
 """Measure what slicing a model costs, and choose the FFNs that are better kept dense.
 
-Both are measured on text that the model writes itself, with the slices and renewals of a generation
-(see `prior.curves`).
+Both are measured on the model's own answers to a few prompts, with the slices and renewals of a
+generation (see `prior.curves`).
 """
 
 import json
@@ -10,19 +10,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.calibration.texts import BatchSource, ChatFrame, Recipe, chat_frame, make_source
+from glass_mlx.calibration.texts import TEMPLATE_OPTIONS
+from glass_mlx.chat import Messages, encode
 from glass_mlx.config import GlassConfig
-from glass_mlx.fidelity.prompts import Continuation
+from glass_mlx.fidelity.prompts import Continuation, read_prompts
 from glass_mlx.fidelity.scoring import DenseReading, score, score_shortlists
 from glass_mlx.files import write_text
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.session import Session
 from glass_mlx.vocabulary import always_kept
-from glass_mlx.writing import Writer
+from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Users' prompts are more like these than like questions that a model asks itself, on whose answers
+# a shortlist costs up to twice as much (docs/experiments.md).
+PROMPTS = Path(__file__).with_name("curve_prompts.txt")
 
 # The shares that are measured. Shares in between are interpolated.
 DENSITIES = (0.5, 0.7, 0.85, 0.95)
@@ -37,7 +42,7 @@ _TRIAL_DENSITY, _TRIAL_TEXTS, _MIN_GAIN = 0.7, 4, 0.02
 # tokens make most of their KL, and less time.
 _DENSITY_TEXTS, _CLEAR, _MIN_TEXTS = 1 / 2, 0.08, 4
 
-# Users sample at about this temperature. The texts of a prior have a higher temperature.
+# Users sample at about this temperature. The texts of a prior have a higher one.
 _TEMPERATURE = 0.7
 
 # A prior's texts have a seed of two numbers, so a seed of three gives different texts.
@@ -49,8 +54,8 @@ class CurveSettings:
     """The texts that curves are measured on.
 
     Attributes:
-        texts: the maximum number of texts.
-        length: tokens per text.
+        texts: the number of prompts; there are 16.
+        length: the maximum number of tokens per answer.
         seed: the seed of the texts.
     """
 
@@ -77,9 +82,8 @@ class CurveSettings:
 class CurveMeasurement:
     """A measurement of curves that continues after an interruption.
 
-    The texts are answers to questions that the model asks itself. If its chat template does not
-    allow that, they are continuations of a beginning that the model wrote. Texts with less than a
-    quarter of the length are left out, because most of their tokens are dense warm-up.
+    The texts are the model's answers to prompts of many kinds. Those with less than a quarter of
+    the length are left out, because most of their tokens are dense warm-up.
 
     Args:
         session: the dense model's session.
@@ -105,9 +109,7 @@ class CurveMeasurement:
         self._identity = json.dumps([identity, asdict(settings)])
         self._results: dict[str, list[list[float]]] = {}
         self._always = always_kept(tokenizer)
-        frame = _frame(tokenizer)
-        self._recipe = "bos" if frame is None else "chat"
-        self._texts = self._restore() or self._write_texts(frame)
+        self._texts = self._restore() or self._write_texts()
 
     def choose_kept_dense(self, prior: GlobalPrior) -> list[str]:
         """Choose FFNs to keep dense at the others' expense: those that lower KL.
@@ -160,7 +162,6 @@ class CurveMeasurement:
             "density": _curve(DENSITIES, by_density),
             "vocabulary": _curve(VOCABULARIES, by_vocabulary) if by_vocabulary else None,
             "conditions": self._session.conditions(config),
-            "recipe": self._recipe,
             "texts": len(self._texts),
             "tokens": sum(len(text.written) - 1 for text in self._texts),
             "temperature": _TEMPERATURE,
@@ -189,19 +190,26 @@ class CurveMeasurement:
             mx.clear_cache()
         return results[number]
 
-    def _write_texts(self, frame: ChatFrame | None) -> list[Continuation]:
-        """Have the model write the texts.
+    def _write_texts(self) -> list[Continuation]:
+        """Have the model answer the prompts.
 
         Raises:
-            ValueError: if no text is long enough.
+            ValueError: if no answer is long enough.
         """
-        settings = self._settings
-        writer = Writer(
+        settings, tokenizer = self._settings, self._tokenizer
+        write = Writer(
             self._session.model, _TEMPERATURE, [settings.seed, *_SEED], lambda count: None
         )
-        source = make_source(Recipe(self._recipe), writer, self._tokenizer, settings.length, frame)
+        messages = read_prompts(PROMPTS)[: settings.texts]
+        prompts = [_encode(tokenizer, [message]) for (message,) in messages]
+        lengths = [settings.length] * len(prompts)
+        answers = write(prompts, lengths, stop_sequences(tokenizer), 0)
         shortest = max(settings.length // 4, 2 * GlassConfig.warmup)
-        texts = [text for text in _split(source, settings.texts) if len(text.written) >= shortest]
+        texts = [
+            Continuation(prompt, answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+            if len(answer) >= shortest
+        ]
         if not texts:
             raise ValueError("the model writes no text that is long enough to measure a curve on")
         self._texts = texts
@@ -249,18 +257,9 @@ def _curve(shares: Sequence[float], kl: list[list[float]]) -> dict[str, list[flo
     return record
 
 
-def _frame(tokenizer: TokenizerWrapper) -> ChatFrame | None:
-    """Return the chat frame, or None if the model cannot ask itself a question."""
+def _encode(tokenizer: TokenizerWrapper, messages: Messages) -> list[int]:
+    """Encode a prompt with the chat template; without it, if there is none or it fails."""
     try:
-        return chat_frame(tokenizer)
+        return encode(tokenizer, messages, **TEMPLATE_OPTIONS)
     except ValueError:
-        return None
-
-
-def _split(source: BatchSource, texts: int) -> list[Continuation]:
-    """Write texts, and split each where the tokens that count begin."""
-    return [
-        Continuation(sequence.tokens[:begin], sequence.tokens[begin:])
-        for sequence in source(texts, 0)
-        for begin in [sequence.mask.index(1)]
-    ]
+        return encode(tokenizer, messages, True)

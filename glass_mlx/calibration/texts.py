@@ -142,7 +142,7 @@ class ChatFrame:
 
 
 # Templates that contain the date use this date, so the text does not depend on the day.
-_TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
+TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
 
 
 def chat_frame(tokenizer: TokenizerWrapper) -> ChatFrame:
@@ -157,7 +157,7 @@ def chat_frame(tokenizer: TokenizerWrapper) -> ChatFrame:
     messages = [{"role": "user", "content": turn}]
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+            messages, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
         )
     except Exception as error:  # templates raise any kind of error
         raise ValueError(
@@ -238,12 +238,12 @@ def _encode_conversation(
     if "assistant" not in roles:
         return [], []
     first = roles.index("assistant")
-    tokens = tokenizer.apply_chat_template(messages, **_TEMPLATE_OPTIONS)
+    tokens = tokenizer.apply_chat_template(messages, **TEMPLATE_OPTIONS)
     context = 0
     if first > 0:
         before = messages[:first]
         context = len(
-            tokenizer.apply_chat_template(before, add_generation_prompt=True, **_TEMPLATE_OPTIONS)
+            tokenizer.apply_chat_template(before, add_generation_prompt=True, **TEMPLATE_OPTIONS)
         )
     return tokens, [int(n >= context) for n in range(len(tokens))]
 

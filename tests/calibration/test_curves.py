@@ -90,10 +90,11 @@ def test_a_damaged_or_foreign_partial_file_is_not_used(model, contents, tmp_path
     assert measure(model, partial=partial, identity="other") == measure(model)
 
 
-def test_failing_templates_fall_back_to_bos_and_short_texts_are_refused(model):
-    tokenizer = chat_tokenizer()
+def test_prompts_do_without_a_failing_template_and_short_texts_are_refused(model):
+    tokenizer, plain = chat_tokenizer(), chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert measure(model, tokenizer)["recipe"] == "bos"
+    plain.chat_template = None
+    assert measure(model, tokenizer) == measure(model, plain)
     with pytest.raises(ValueError, match="long enough"):
         measure(model, tokenizer, replace(SETTINGS, length=31))
 

@@ -162,6 +162,21 @@ def test_a_renewed_stack_computes_the_same_as_a_new_one(architecture, bits, poli
             assert error < tolerance * mx.linalg.norm(fresh.model(TOKENS))
 
 
+@pytest.mark.parametrize("architecture", ["gpt_oss", "qwen3_moe"])
+def test_experts_that_change_without_compensation_lose_it(architecture):
+    model = routed_model(None, architecture)
+    (ffn, *_), selection = find_ffns(model), random_selection(model)
+    sliced = SlicedModel(model, [ffn], "requantize")
+    sliced.update(selection, {ffn.path: MeanCompensation(0.1 * mx.random.normal(ffn.shape))})
+    before = mx.array(sliced.slices[ffn.path][1]["down_proj"].bias)
+    sliced.update(with_other_neurons(selection, ffn.path, 2, 40))
+    after = sliced.slices[ffn.path][1]["down_proj"].bias
+    own = ffn.contract[1].get("bias", mx.zeros(after.shape))
+    assert mx.array_equal(after[2], own[2])
+    assert mx.array_equal(after[mx.array([0, 1, 3])], before[mx.array([0, 1, 3])])
+    assert not mx.allclose(after[0], own[0], atol=1e-3)
+
+
 @pytest.mark.parametrize("policy", DOWN_POLICIES)
 def test_a_renewal_moves_only_rows_of_the_experts_that_changed(policy):
     model = routed_model(4)

@@ -7,6 +7,7 @@ from helpers import made_prior, save_tiny_folder
 
 import add_curves
 import compare_expert_evidence
+import compare_outside
 import compare_priors
 import compare_schedules
 import compare_shortlists
@@ -65,8 +66,11 @@ def test_curves_of_a_quantized_model_are_measured_as_floats(tmp_path, monkeypatc
     made_prior(model).save(prior_file)
     policies = ["neuron-major", "requantize"]
     arguments = ["--model", folder, "--prior", prior_file, "--output", output, "--texts", 4]
-    run(monkeypatch, add_curves, *arguments, "--down-policy", *policies)
+    for _ in range(2):  # curves replace those of the same conditions
+        run(monkeypatch, add_curves, *arguments, "--floats", "--down-policy", *policies)
+        arguments[arguments.index("--prior") + 1] = output
     prior, session = GlobalPrior.load(output), Session(model)
+    assert len(prior.about["curves"]) == 1 + len(policies)
     for policy in policies:
         curves = prior.curves(session.conditions(GlassConfig(down_policy=policy)))
         assert curves.density.kl[0] > 0
@@ -98,3 +102,14 @@ def test_copies_compute_what_the_dense_model_does(folder):
     assert not mx.allclose(fewer(tokens), model(tokens), atol=1e-2)
     assert {ffn.shape for ffn in Session(copies).ffns} == {(4, 128)}
     assert {ffn.shape for ffn in Session(clusters).ffns} == {(4, 32)}
+
+
+def test_expectations_of_the_probability_outside_are_compared(
+    folder, tmp_path, monkeypatch, capsys
+):
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 50]
+    run(monkeypatch, compare_outside, *arguments, "--share", 0.5, "--factor", 0.2)
+    _, _, *rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    kl = {row[2].strip(): float(row[4]) for row in rows}
+    assert kl["the truth"] < kl["the mean"]
+    assert kl["the truth"] < kl["0.2"]

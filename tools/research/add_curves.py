@@ -1,4 +1,4 @@
-"""Measure what slicing a quantized model costs, and add it to a prior.
+"""Measure what slicing a model costs, and put it into a prior in place of earlier curves.
 
 On a CPU, MLX's quantized products are slow. This script slices the quantized weights, and computes
 with the same values as floats. On other devices `glass-mlx generate` measures the same by itself at
@@ -33,7 +33,18 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add_model_argument(parser)
     parser.add_argument("--prior", type=Path, required=True, help="The model's prior.")
     parser.add_argument("--output", type=Path, required=True, help="The prior with the curves.")
-    parser.add_argument("--down-policy", choices=DOWN_POLICIES, nargs="+", required=True)
+    parser.add_argument(
+        "--down-policy",
+        choices=DOWN_POLICIES,
+        nargs="+",
+        default=[],
+        help="Measure the quantized model with these policies.",
+    )
+    parser.add_argument(
+        "--floats",
+        action="store_true",
+        help="Measure the model as floats, as --dequantize loads it.",
+    )
     parser.add_argument("--texts", type=int, default=CurveSettings.texts, help="(%(default)s)")
     return parser
 
@@ -102,17 +113,27 @@ def main() -> None:
         args = setup_arg_parser().parse_args()
         model, tokenizer = load(args.model, dtype="float32")
         floats, _ = load(args.model, dtype="float32", dequantize=True)
-        session = float_session(Session(model), floats)
-        prior = GlobalPrior.load(args.prior)
-        settings = CurveSettings(texts=args.texts)
-        readings = settings.readings * len(args.down_policy)
-        with tqdm(total=readings, unit="read", file=sys.stderr) as bar:
-            for policy in args.down_policy:
+        prior, settings = GlobalPrior.load(args.prior), CurveSettings(texts=args.texts)
+        runs = [(Session(floats), GlassConfig())] * args.floats
+        runs += [
+            (float_session(Session(model), floats), GlassConfig(down_policy=policy))
+            for policy in args.down_policy
+        ]
+        with tqdm(total=settings.readings * len(runs), unit="read", file=sys.stderr) as bar:
+            for session, config in runs:
                 measurement = CurveMeasurement(session, tokenizer, settings, progress=bar.update)
-                record = measurement.measure(prior, GlassConfig(down_policy=policy))
-                curves = [*prior.about.get("curves", []), record]
-                prior = replace(prior, about=prior.about | {"curves": curves})
+                prior = with_curves(prior, measurement.measure(prior, config))
         prior.save(args.output)
+
+
+def with_curves(prior: GlobalPrior, record: dict[str, Any]) -> GlobalPrior:
+    """Return a prior with the curves of a measurement, in place of those of the same conditions."""
+    others = [
+        other
+        for other in prior.about.get("curves", [])
+        if other["conditions"] != record["conditions"]
+    ]
+    return replace(prior, about=prior.about | {"curves": [*others, record]})
 
 
 if __name__ == "__main__":
