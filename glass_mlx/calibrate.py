@@ -25,7 +25,7 @@ from glass_mlx.calibration.texts import Recipe
 from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
-from glass_mlx.prior.display import describe, draw
+from glass_mlx.prior.display import describe, draw, expert_lines
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import check_repository, locate, publish
 from glass_mlx.statistics import PRIOR_STATISTICS
@@ -154,7 +154,9 @@ def _build(args: argparse.Namespace) -> GlobalPrior:
     print(
         f"Wrote {args.output}: {about['tokens']} tokens in {about['sequences']} sequences, "
         f"{time.perf_counter() - start:.1f} s, stability {stability}\n"
-        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB"
+        f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB",
+        *expert_lines(prior),
+        sep="\n",
     )
     return prior
 

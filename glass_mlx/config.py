@@ -10,6 +10,9 @@ from glass_mlx.statistics import STATISTICS
 # The KL divergence from the dense model that is accepted by default, in nats per token.
 DEFAULT_MAX_KL = 0.1
 
+# By default, the selection is first renewed after this many tokens.
+DEFAULT_REFRESH = 32
+
 
 class Shares(NamedTuple):
     """How much of a model is kept.
@@ -76,7 +79,8 @@ class GlassConfig:
         dense_every: after the warm-up, every token of this number is computed by the dense model,
             which observes it. At least 2, or 0 for none.
         refresh: number of tokens after which the selection is first renewed; see
-            `renewal.stretches`. At least 2, or 0 for never.
+            `renewal.stretches`. At least 2, or 0 for never. Default: `DEFAULT_REFRESH`, and more
+            for mixtures of experts; see `Session.refresh`.
         statistic: the statistic that ranks neurons locally, a key of `statistics.STATISTICS`.
         prior_statistic: the statistic of the prior that ranks neurons. The prior must have it.
         uniform: whether to keep the same share in every FFN, and to ignore the FFNs that the prior
@@ -94,7 +98,7 @@ class GlassConfig:
     prior_weight: float = 0.45
     warmup: int = 16
     dense_every: int = 4
-    refresh: int = 32
+    refresh: int | None = None
     statistic: str = "griffin"
     prior_statistic: str = "griffin"
     uniform: bool = False
@@ -112,7 +116,7 @@ class GlassConfig:
         if self.warmup < 1:
             raise ValueError(f"the warm-up must be at least 1 token, not {self.warmup}")
         for name, value in (("refresh", self.refresh), ("dense_every", self.dense_every)):
-            if value < 0 or value == 1:
+            if value is not None and (value < 0 or value == 1):
                 raise ValueError(f"{name} must be at least 2 tokens, or 0 for never, not {value}")
         if self.down_policy not in DOWN_POLICIES:
             raise ValueError(

@@ -88,6 +88,8 @@ class Generation:
     ) -> None:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
+        if reload is None:
+            session.check_room_for_slices(selector.config)
         self._shortlister = selector.shortlister(statistics.vocabulary)
         self._observer = TokenObserver(statistics.text, self._shortlister)
         self._slices = session.sliced_model(selector.config.down_policy, reload)

@@ -1,7 +1,9 @@
 """Save a sliced model as an ordinary checkpoint, which stock mlx-lm loads and runs.
 
 Neurons are selected once, from the model's answers to a set of prompts or from the prior alone.
-Every FFN keeps the same number of neurons, which the checkpoint's configuration states.
+Every FFN keeps the same number of neurons, which the checkpoint's configuration states. In a
+mixture of experts that holds for the routed experts; dense layers stay whole, and shared experts
+only follow where the configuration states one width for both.
 """
 
 if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
@@ -32,13 +34,16 @@ from glass_mlx.fidelity.prompts import (
     continue_all,
     read_prompts,
 )
-from glass_mlx.models import check_finite, with_taps
+from glass_mlx.models import Routing, check_finite, with_taps
 from glass_mlx.models.precision import fuse_adapters
 from glass_mlx.reporting.machine import made_with
-from glass_mlx.selection import Selection, Selector, select
+from glass_mlx.selection import Selection, Selector, neurons_to_keep, select_counts
 from glass_mlx.session import Session
 from glass_mlx.sliced_checkpoint import (
+    built_widths,
     check_output,
+    narrowed,
+    narrowed_ffns,
     without_float_layers,
     write_sliced_checkpoint,
 )
@@ -47,6 +52,7 @@ from glass_mlx.statistics import LocalStatistics
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
@@ -108,10 +114,18 @@ def observe_answers(session: Session, texts: list[Continuation]) -> LocalStatist
         answer_mask = np.zeros(tokens.shape, np.float32)
         answer_mask[0, len(text.prompt) :] = 1
 
-        def observe(path: str, hidden: mx.array, mask: np.ndarray = answer_mask) -> mx.array:
-            return statistics.text.update(path, hidden, mask)
+        def observe(
+            path: str,
+            hidden: mx.array,
+            *,
+            routing: Routing | None = None,
+            mask: np.ndarray = answer_mask,
+        ) -> mx.array:
+            return statistics.text.update(path, hidden, mask, routing)
 
-        with_taps(session.model, observe, ffns=session.ffns)(tokens)
+        # Some models share keys and values between layers by their caches.
+        cache = make_prompt_cache(session.model)
+        with_taps(session.model, observe, ffns=session.ffns)(tokens, cache=cache)
         mx.eval(statistics.text.sums)
     if texts and not statistics.has_enough_text:
         raise ValueError("the model's answers to the prompts are too short to select neurons from")
@@ -124,22 +138,35 @@ def observe_answers(session: Session, texts: list[Continuation]) -> LocalStatist
 
 
 def select_uniformly(
-    session: Session, selector: Selector, statistics: LocalStatistics
-) -> Selection:
-    """Select the same number of neurons in every FFN.
+    session: Session, selector: Selector, statistics: LocalStatistics, config: dict[str, Any]
+) -> tuple[Selection, dict[str, Any]]:
+    """Select the same number of neurons in every FFN, or in every routed expert.
+
+    Args:
+        session: the dense model's session.
+        selector: ranks the neurons.
+        statistics: the local statistics.
+        config: the model's configuration.
+
+    Returns:
+        The selection, and the configuration of the sliced model.
 
     Raises:
-        ValueError: if the FFNs have different widths.
+        ValueError: if the FFNs have different widths, or no configuration describes the result.
     """
-    widths = sorted({*session.widths.values()})
+    targets = narrowed_ffns(session.ffns)
+    widths = sorted({ffn.width for ffn in targets})
     if len(widths) > 1:
         raise ValueError(
             f"this model's feed-forward networks have {', '.join(map(str, widths))} neurons; an "
             "ordinary checkpoint states one number for all of them, so this model cannot be "
             "exported"
         )
-    multiples = dict.fromkeys(session.multiples, max(session.multiples.values()))
-    return select(selector.fuse(statistics), selector.config.shares.density, multiples)
+    multiple = max(ffn.multiple for ffn in targets)
+    kept = neurons_to_keep(widths[0], selector.config.shares.density, multiple)
+    config = narrowed(session.model, config, widths[0], kept)
+    counts = built_widths(session.model, config)
+    return select_counts(selector.fuse(statistics), counts), config
 
 
 def _write_answers(
@@ -204,7 +231,7 @@ def run(args: argparse.Namespace) -> str:
     # 2) Answer the prompts, and select from the answers and the prior.
     texts = _write_answers(model, tokenizer, prompts, args)
     statistics = observe_answers(session, texts)
-    selection = select_uniformly(session, selector, statistics)
+    selection, model_config = select_uniformly(session, selector, statistics, model_config)
 
     # 3) Slice and write.
     about: dict[str, Any] = made_with() | {
@@ -220,10 +247,15 @@ def run(args: argparse.Namespace) -> str:
         session, tokenizer, model_config, selection, args.output, about, args.trust_remote_code
     )
     dense_mb, sliced_mb = session.weight_bytes / 1e6, session.bytes_of(sliced) / 1e6
-    kept = len(next(iter(selection.indices.values())))
+    targets = narrowed_ffns(session.ffns)
+    kept = selection.indices[targets[0].path].shape[-1]
+    experts = targets[0].experts
+    places = f"{len(targets)} feed-forward networks"
+    if experts is not None:
+        places = f"{experts} experts of {len(targets)} layers"
     return (
-        f"Wrote {args.output}: {kept} neurons in each of {len(selection.indices)} feed-forward "
-        f"networks (density {selection.density:.3f}), weights {dense_mb:.1f} -> {sliced_mb:.1f} MB "
+        f"Wrote {args.output}: {kept} neurons in each of {places} "
+        f"(density {selection.density:.3f}), weights {dense_mb:.1f} -> {sliced_mb:.1f} MB "
         f"per token\nRun it with: mlx_lm.generate --model {args.output} --prompt ..."
     )
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from glass_mlx.cache_masks import cache_parts
 from glass_mlx.session import Session
-from glass_mlx.statistics import LocalStatistics
+from glass_mlx.statistics import LocalStatistics, Shape
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,11 +97,11 @@ class PromptCache(list[Any]):
         self._follow_trimming()
         return self._statistics
 
-    def begin(self, widths: Mapping[str, int]) -> LocalStatistics:
+    def begin(self, shapes: Mapping[str, Shape]) -> LocalStatistics:
         """Begin to read tokens into the cache, which is not intact until `add` records them.
 
         Args:
-            widths: the number of neurons of each FFN of the model, by path.
+            shapes: the number of neurons m of each FFN, or (experts, m), by path.
 
         Returns:
             The statistics to add the tokens to.
@@ -111,8 +111,9 @@ class PromptCache(list[Any]):
                 package, or belongs to another model.
         """
         self.check("begin a new one")
-        statistics = self._statistics or LocalStatistics.empty(widths)
-        if statistics.prompt.widths != widths:
+        empty = LocalStatistics.empty(shapes)
+        statistics = self._statistics or empty
+        if statistics.prompt.shapes != empty.prompt.shapes:
             raise ValueError("the statistics of the prompt cache are of another model")
         self._statistics, self._before = statistics, statistics.copy()
         self._before_last = None
@@ -177,7 +178,7 @@ class PromptCache(list[Any]):
             if turn.start <= remaining:
                 return turn.before.copy()
             prompt = turn.before.prompt
-        return LocalStatistics.empty(latest.prompt.widths, latest.prompt.names)
+        return LocalStatistics.empty(latest.prompt.shapes, latest.prompt.names)
 
 
 def token_count(cache: Iterable[Any]) -> int | None:
@@ -309,7 +310,7 @@ def read_prompt(
     """
     session = Session.of(model)
     session.check_tokens(tokens)
-    statistics = cache.begin(session.widths)
+    statistics = cache.begin(session.shapes)
 
     def evaluate(tokens_read: int, total: int) -> None:
         mx.eval(statistics.prompt.sums)

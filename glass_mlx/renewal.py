@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from glass_mlx.config import GlassConfig
+from glass_mlx.config import DEFAULT_REFRESH, GlassConfig
 
 # After this many renewals the interval between them doubles, because each additional token changes
 # the statistics less.
@@ -33,7 +33,7 @@ def stretches(config: GlassConfig, tokens: float) -> Iterator[tuple[int, float]]
 
 def _renewals(config: GlassConfig) -> Iterator[int]:
     """Yield the numbers of generated tokens after which the selection is renewed."""
-    point, interval = 0, config.refresh
+    point, interval = 0, DEFAULT_REFRESH if config.refresh is None else config.refresh
     while interval and not config.is_dense:
         for _ in range(_RENEWALS_PER_INTERVAL):
             point += interval

@@ -1,12 +1,14 @@
 """How many neurons and tokens are kept, and which: from local statistics and the prior."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from glass_mlx.budget import Budget
 from glass_mlx.config import GlassConfig, check_density
+from glass_mlx.models import membership
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.ranking import fuse, ranks
+from glass_mlx.ranking import expert_prior_weights, fuse, ranks
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.vocabulary import Shortlister, VocabularyStatistics
 
@@ -18,8 +20,9 @@ class Selection:
     """The kept neurons of every FFN.
 
     Attributes:
-        indices: sorted neuron indices, (k,) int32, by the FFN's path in the model.
-        widths: the number of neurons m of each FFN.
+        indices: sorted neuron indices, (k,) int32, by the FFN's path in the model; (experts, k)
+            for a stack, whose experts all keep the same number of neurons.
+        widths: the number of neurons m of each FFN, for a stack those of one expert.
     """
 
     indices: dict[str, np.ndarray]
@@ -28,7 +31,12 @@ class Selection:
     @property
     def density(self) -> float:
         """The share of all neurons that is kept."""
-        return sum(map(len, self.indices.values())) / sum(self.widths.values())
+        kept = {path: indices.size for path, indices in self.indices.items()}
+        total = {
+            path: self.widths[path] * math.prod(indices.shape[:-1])
+            for path, indices in self.indices.items()
+        }
+        return sum(kept.values()) / sum(total.values())
 
 
 def neurons_to_keep(width: int, density: float, multiple: int = 1) -> int:
@@ -51,12 +59,12 @@ def neurons_to_keep(width: int, density: float, multiple: int = 1) -> int:
 
 
 def densities(
-    widths: Mapping[str, int], density: float, kept_dense: Collection[str]
+    sizes: Mapping[str, int], density: float, kept_dense: Collection[str]
 ) -> dict[str, float]:
     """Distribute a density over FFNs: some stay dense, and the others share the rest equally.
 
     Args:
-        widths: the number of neurons m of each FFN.
+        sizes: the number of neurons of each FFN, of all experts of a stack.
         density: the share of all neurons to keep, in (0, 1].
         kept_dense: the FFNs that keep all their neurons. If this would leave less than half of
             `density` for the others, all FFNs get `density`.
@@ -64,11 +72,11 @@ def densities(
     Returns:
         The density of each FFN.
     """
-    share = sum(widths[path] for path in kept_dense) / sum(widths.values())
+    share = sum(sizes[path] for path in kept_dense) / sum(sizes.values())
     rest = (density - share) / (1 - share) if share < 1 else 0.0
     if rest < density / 2:
-        return dict.fromkeys(widths, density)
-    return {path: 1.0 if path in kept_dense else rest for path in widths}
+        return dict.fromkeys(sizes, density)
+    return {path: 1.0 if path in kept_dense else rest for path in sizes}
 
 
 def select(
@@ -80,7 +88,7 @@ def select(
     """Keep the neurons with the largest scores.
 
     Args:
-        scores: (m,) importance of each neuron, by FFN.
+        scores: (..., m) importance of each neuron, by FFN.
         density: the share to keep, in (0, 1].
         multiples: the multiple that each FFN's number of kept neurons is rounded to; see
             `neurons_to_keep`.
@@ -89,21 +97,37 @@ def select(
     Returns:
         The selection. Among equal scores the first neuron is kept.
     """
-    widths = {path: len(values) for path, values in scores.items()}
+    sizes = {path: values.size for path, values in scores.items()}
+    counts = {
+        path: neurons_to_keep(scores[path].shape[-1], share, multiples[path])
+        for path, share in densities(sizes, density, kept_dense).items()
+    }
+    return select_counts(scores, counts)
+
+
+def select_counts(scores: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Selection:
+    """Keep the neurons with the largest scores.
+
+    Args:
+        scores: (..., m) importance of each neuron, by FFN.
+        counts: the number of neurons to keep in each FFN, or in each expert of a stack.
+
+    Returns:
+        The selection. Among equal scores the first neuron is kept.
+    """
     indices = {}
-    for path, share in densities(widths, density, kept_dense).items():
-        kept = neurons_to_keep(widths[path], share, multiples[path])
-        order = np.argsort(-scores[path], kind="stable")
-        indices[path] = np.sort(order[:kept]).astype(np.int32)
-    return Selection(indices, widths)
+    for path, values in scores.items():
+        order = np.argsort(-values, axis=-1, kind="stable")
+        indices[path] = np.sort(order[..., : counts[path]], axis=-1).astype(np.int32)
+    return Selection(indices, {path: values.shape[-1] for path, values in scores.items()})
 
 
 def jaccard(a: Selection, b: Selection) -> dict[str, float]:
     """Return the Jaccard index of two selections by FFN: intersection over union."""
     return {
-        path: len(shared := np.intersect1d(kept, b.indices[path]))
-        / (len(kept) + len(b.indices[path]) - len(shared))
-        for path, kept in a.indices.items()
+        path: float(np.logical_and(*kept).sum() / np.logical_or(*kept).sum())
+        for path, width in a.widths.items()
+        for kept in [[membership(s.indices[path], width) for s in (a, b)]]
     }
 
 
@@ -122,6 +146,7 @@ class Selector:
         config: the configuration, with shares.
         prior: the model's prior, or None.
         budget: how a bound on KL is spent, or None.
+        multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
 
     Raises:
         ValueError: if the prior lacks the statistic that the configuration names.
@@ -148,7 +173,7 @@ class Selector:
         vocabulary = shares.vocabulary if vocabulary_size else 1.0
         self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
         self.prior = prior
-        self._multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
+        self.multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
     def shortlister(self, statistics: VocabularyStatistics) -> Shortlister | None:
@@ -166,23 +191,36 @@ class Selector:
         return Shortlister(statistics, share, prior, self._always, bound)
 
     def prior_weight(self, local: LocalStatistics) -> float:
-        """Return the λ in use: 1 if at most one token was read, and 0 without a prior."""
+        """Return the λ in use: 1 if at most one token was read, and 0 without a prior.
+
+        Experts have their own; see `ranking.expert_prior_weights`.
+        """
         if self.prior is None:
             return 0.0
         return 1.0 if local.basis.tokens <= 1 else self.config.prior_weight
 
     def fuse(self, local: LocalStatistics) -> dict[str, np.ndarray]:
-        """Return the fused scores (m,) of each FFN's neurons."""
-        scores = local.basis.scores(self.config.statistic)
+        """Return the fused scores (..., m) of each FFN's neurons."""
+        scores = local.scores(self.config.statistic)
         local_ranks = {path: ranks(values) for path, values in scores.items()}
         if self.prior is None:
             return local_ranks
         prior_ranks = self.prior.ranks(self.config.prior_statistic)
-        weight = self.prior_weight(local)
-        return {path: fuse(r, prior_ranks[path], weight) for path, r in local_ranks.items()}
+        return {
+            path: fuse(r, prior_ranks[path], self._prior_weight_of(path, local))
+            for path, r in local_ranks.items()
+        }
+
+    def _prior_weight_of(self, path: str, local: LocalStatistics) -> float | np.ndarray:
+        """Return the λ of an FFN, or that of each expert of a stack, (experts, 1)."""
+        tokens = local.routed(path)
+        if tokens is None or self.prior is None:
+            return self.prior_weight(local)
+        prior_tokens = self.prior.routed.get(path)
+        return expert_prior_weights(self.config.prior_weight, tokens, prior_tokens)[:, None]
 
     def select(self, local: LocalStatistics) -> Selection:
         """Choose the neurons to keep."""
         return select(
-            self.fuse(local), self.config.shares.density, self._multiples, self._kept_dense
+            self.fuse(local), self.config.shares.density, self.multiples, self._kept_dense
         )

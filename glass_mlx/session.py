@@ -2,13 +2,14 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.budget import Budget, spend
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig
+from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
+from glass_mlx.memory import check_room_for_slices
 from glass_mlx.models import (
     FFN,
     Fingerprint,
@@ -19,6 +20,7 @@ from glass_mlx.models import (
     find_ffns,
     find_head,
     named_arrays,
+    read_shares,
     sample_weights,
     vocabulary_size,
     weight_bytes,
@@ -48,6 +50,7 @@ class _Facts:
     Attributes:
         ffns: its FFNs in the order of the layers.
         head: its head, or None if it cannot be sliced.
+        read_shares: the share of its experts that a token reads, by stack.
         weight_bytes: the bytes of weights that it reads per token.
         vocabulary_size: the number of tokens that it knows.
         latest_prior: the result of the latest search for a prior.
@@ -56,7 +59,8 @@ class _Facts:
     def __init__(self, model: nn.Module) -> None:
         self.ffns = find_ffns(model)
         self.head = find_head(model)
-        self.weight_bytes = weight_bytes(model, self.head)
+        self.read_shares = read_shares(model, self.ffns)
+        self.weight_bytes = weight_bytes(model, self.head, self.read_shares)
         self.vocabulary_size = self.head.size if self.head else vocabulary_size(model)
         self.latest_prior: _FoundPrior | None = None
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
@@ -137,6 +141,11 @@ class Session:
         return self._facts.vocabulary_size
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape (m,) or (experts, m) of arrays over each FFN's neurons, by its path."""
+        return {ffn.path: ffn.shape for ffn in self.ffns}
+
+    @property
     def widths(self) -> dict[str, int]:
         """The number of neurons of each FFN, by its path."""
         return {ffn.path: ffn.width for ffn in self.ffns}
@@ -158,7 +167,12 @@ class Session:
 
     def bytes_of(self, model: nn.Module) -> int:
         """Return the bytes of weights that a sliced model reads per token."""
-        return weight_bytes(model, self.head)
+        return weight_bytes(model, self.head, self._facts.read_shares)
+
+    @property
+    def read_shares(self) -> dict[str, float]:
+        """The share of its experts that a token reads, by the path of each stack of experts."""
+        return self._facts.read_shares
 
     @property
     def weight_format(self) -> str:
@@ -170,12 +184,28 @@ class Session:
         }
         return " and ".join(sorted(formats))
 
+    @property
+    def refresh(self) -> int:
+        """The number of tokens after which the selection is first renewed by default.
+
+        A renewal may change all neurons, but a token reads only a few experts, and says something
+        about those alone. So both what a renewal costs in tokens, and the tokens after which as
+        much is known about a neuron, are by that factor higher than in other models.
+        """
+        sizes = {ffn.path: sum(_bytes(layer) for layer in ffn.layers.values()) for ffn in self.ffns}
+        read = sum(size * self.read_shares.get(path, 1.0) for path, size in sizes.items())
+        return DEFAULT_REFRESH * round(sum(sizes.values()) / read)
+
+    def resolved(self, config: GlassConfig) -> GlassConfig:
+        """Return a configuration with the values that depend on the model."""
+        return replace(config, refresh=self.refresh) if config.refresh is None else config
+
     def conditions(self, config: GlassConfig) -> dict[str, Any]:
         """Return the conditions on which KL depends in addition to shares; see `conditions`."""
         weights = self.weight_format
         if "bit" in weights:
             weights += f", {self.sliced_model(config.down_policy).down_policy}"
-        return conditions(config, weights)
+        return conditions(self.resolved(config), weights)
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
         """Raise ValueError for the first token id that the model does not know."""
@@ -217,7 +247,7 @@ class Session:
             lines.append(line)
             report(line)
 
-        match = find_prior(self.widths, self.fingerprint, prior, folder, name, record)
+        match = find_prior(self.shapes, self.fingerprint, prior, folder, name, record)
         states = _states(prior, folder, match)
         self._facts.latest_prior = _FoundPrior(match, prior, folder, states, tuple(lines))
         return match
@@ -231,17 +261,20 @@ class Session:
     ) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""
         size = self.head.size if self.head else 0
-        return Selector(config, self.multiples, size, prior, budget, always)
+        return Selector(self.resolved(config), self.multiples, size, prior, budget, always)
 
     def spend(self, config: GlassConfig, curves: Curves) -> Budget:
         """Return the shares that read the fewest bytes within a configuration's bound on KL."""
-        neuron_bytes = sum(ffn.neuron_bytes(config.down_policy) for ffn in self.ffns)
+        neuron_bytes = sum(
+            ffn.neuron_bytes(config.down_policy) * self.read_shares.get(ffn.path, 1.0)
+            for ffn in self.ffns
+        )
         head_bytes = self.head.bytes if self.head else 0
         return spend(config.max_kl or DEFAULT_MAX_KL, curves, neuron_bytes, head_bytes)
 
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
         """Return local statistics without any tokens; see `LocalStatistics.empty`."""
-        return LocalStatistics.empty(self.widths, names)
+        return LocalStatistics.empty(self.shapes, names)
 
     def observed_on_prompt(self, local: LocalStatistics) -> nn.Module:
         """Return the model with its FFNs observed for the statistics of the prompt."""
@@ -257,6 +290,16 @@ class Session:
         model = with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
         return ObservedLogits(model, observer.logits)
 
+    def check_room_for_slices(self, config: GlassConfig) -> None:
+        """Raise ValueError if the slices of a generation do not fit into memory.
+
+        Args:
+            config: its configuration, with shares.
+        """
+        model_bytes = _bytes(self.model)
+        density, policy = config.shares.density, config.down_policy
+        check_room_for_slices(model_bytes, self.ffns, density, policy)
+
     def sliced_model(
         self, down_policy: str, reload: Callable[[], nn.Module] | None = None
     ) -> SlicedModel:
@@ -266,6 +309,10 @@ class Session:
     def slice(self, selection: Selection, down_policy: str) -> nn.Module:
         """Return a model that computes only the selected neurons."""
         return slice_model(self.model, selection, down_policy, self.ffns)
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(array.nbytes for _, array in named_arrays(layer))
 
 
 Request = GlobalPrior | str | Path | None

@@ -10,7 +10,7 @@ from typing import Any
 
 from glass_mlx.errors import one_line
 from glass_mlx.files import locked, replacing
-from glass_mlx.models import find_ffns, named_arrays
+from glass_mlx.models import FFN, find_ffns, named_arrays
 from glass_mlx.prior.lookup import model_folder
 from glass_mlx.selection import Selection
 from glass_mlx.session import Session
@@ -36,8 +36,8 @@ def write_sliced_checkpoint(
     Args:
         session: the session of the dense model, which was loaded from a folder.
         tokenizer: its tokenizer.
-        config: its configuration.
-        selection: the neurons to keep, the same number in every FFN.
+        config: the configuration of the sliced model.
+        selection: the neurons to keep.
         output: the folder to write, which must not exist.
         about: a description of the selection, for the configuration's entry "glass".
         trust_remote_code: whether code in the model's folder may run.
@@ -47,15 +47,13 @@ def write_sliced_checkpoint(
 
     Raises:
         OSError: if the checkpoint cannot be written.
-        ValueError: if `output` exists, or no configuration describes the sliced model.
+        ValueError: if `output` exists, or mlx-lm does not load the result.
     """
     check_output(output)
     folder = model_folder(tokenizer)
     if folder is None:
         raise ValueError("the model was not loaded from a folder with its files")
-    path = next(iter(selection.indices))
-    width, kept = selection.widths[path], len(selection.indices[path])
-    config = narrowed(session.model, config, width, kept) | {"glass": about}
+    config = config | {"glass": about}
     sliced = session.slice(selection, "requantize")
     with locked(output), replacing(output, folder=True) as temporary:
         try:
@@ -109,23 +107,26 @@ def narrowed(model: nn.Module, config: dict[str, Any], width: int, kept: int) ->
     """Return a model's configuration with fewer neurons in each FFN and no other difference.
 
     Each value that may be the width is changed, and a model is built to check the result. No list
-    of configuration keys is needed.
+    of configuration keys is needed. In a mixture of experts, the routed experts get fewer neurons;
+    other FFNs may, if the same value states their width.
 
     Args:
         model: the model.
         config: its configuration.
-        width: the number of neurons of each of its FFNs.
+        width: the number of neurons of each of the FFNs in `narrowed_ffns`.
         kept: the number of neurons after slicing.
 
     Raises:
         ValueError: if no configuration has only this difference.
     """
     original = _build(model, config)
-    expected = None if original is None else (_shapes(original)[0], {kept})
+    others = None if original is None else _other_shapes(original)
     for candidate in _with_width(config, width, kept):
         built = _build(model, candidate)
         try:
-            if built is not None and _shapes(built) == expected:
+            if built is None or _other_shapes(built) != others:
+                continue
+            if {ffn.width for ffn in narrowed_ffns(find_ffns(built))} == {kept}:
                 return candidate
         except ValueError:  # nothing in this model can be sliced
             continue
@@ -133,6 +134,19 @@ def narrowed(model: nn.Module, config: dict[str, Any], width: int, kept: int) ->
         f"models of type {config.get('model_type')} have no configuration with {kept} instead of "
         f"{width} neurons in all feed-forward networks; this one cannot be exported"
     )
+
+
+def narrowed_ffns(ffns: list[FFN]) -> list[FFN]:
+    """Return the FFNs that an export narrows: the routed experts if there are any, or all."""
+    stacks = [ffn for ffn in ffns if ffn.experts is not None]
+    return stacks or ffns
+
+
+def built_widths(model: nn.Module, config: dict[str, Any]) -> dict[str, int]:
+    """Return the number of neurons of each FFN under a configuration that `narrowed` returned."""
+    built = _build(model, config)
+    assert built is not None
+    return {ffn.path: ffn.width for ffn in find_ffns(built)}
 
 
 def _build(model: nn.Module, config: dict[str, Any]) -> nn.Module | None:
@@ -158,14 +172,12 @@ def _with_width(config: dict[str, Any], width: int, kept: int) -> Iterator[dict[
     yield config | {"intermediate_size": kept}
 
 
-def _shapes(model: nn.Module) -> tuple[Shapes, set[int]]:
-    """Return the shapes of all arrays outside the FFNs' projections, and the FFNs' widths."""
-    ffns = find_ffns(model)
-    projections = tuple(f"{ffn.path}.{name}." for ffn in ffns for name in ffn.layers)
-    others = {
+def _other_shapes(model: nn.Module) -> Shapes:
+    """Return the shapes of all arrays outside the FFNs' projections."""
+    projections = tuple(f"{ffn.path}.{name}." for ffn in find_ffns(model) for name in ffn.layers)
+    return {
         path: array.shape for path, array in named_arrays(model) if not path.startswith(projections)
     }
-    return others, {ffn.width for ffn in ffns}
 
 
 def _model_card(about: dict[str, Any]) -> str:

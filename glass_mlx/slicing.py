@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from glass_mlx.models import (
     FFN,
@@ -12,6 +12,7 @@ from glass_mlx.models import (
     MeanCompensation,
     SlicedHead,
     find_ffns,
+    membership,
     with_head,
     with_modules,
 )
@@ -36,22 +37,31 @@ _MAX_THREADS = 4
 def mean_compensation(local: LocalStatistics) -> dict[str, MeanCompensation]:
     """Return the constants that replace dropped neurons, by FFN: their mean over the text.
 
-    Means over few tokens are shrunk towards zero. The result is empty until there are
-    enough generated tokens (see `LocalStatistics.has_enough_text`).
+    Means over few tokens are shrunk towards zero, those of an expert by its own tokens. The result
+    is empty until there are enough generated tokens (see `LocalStatistics.has_enough_text`).
     """
     text = local.text
     if not local.has_enough_text:
         return {}
-    trust = text.tokens / (text.tokens + _SHRINKAGE_TOKENS)
+    trust = _trust(text.tokens)
     # Down is linear: the mean of its outputs is its output for the mean inputs. In half precision
     # each output is rounded, which is too coarse for the small difference that compensation is.
     outputs = text.mean_outputs() if text.dtype == mx.float32 else {}
-    return {
-        path: MeanCompensation(
-            mx.array(mean * trust), outputs[path] * trust if path in outputs else None, text.dtype
-        )
-        for path, mean in text.scores(MEAN).items()
-    }
+    compensation = {}
+    for path, mean in text.scores(MEAN).items():
+        routed = text.routed(path)
+        if routed is not None:
+            mean = mean * _trust(routed)[:, None].astype(np.float32)
+            compensation[path] = MeanCompensation(mx.array(mean), None, text.dtype)
+            continue
+        output = outputs[path] * trust if path in outputs else None
+        compensation[path] = MeanCompensation(mx.array(mean * trust), output, text.dtype)
+    return compensation
+
+
+def _trust(tokens: Any) -> Any:
+    """Return the factor by which a mean over some tokens is shrunk."""
+    return tokens / (tokens + _SHRINKAGE_TOKENS)
 
 
 class SlicedModel:
@@ -106,7 +116,7 @@ class SlicedModel:
     @property
     def selection(self) -> Selection:
         """The neurons in the slices."""
-        indices = {path: np.sort(kept) for path, (kept, _) in self.slices.items()}
+        indices = {path: np.sort(kept, axis=-1) for path, (kept, _) in self.slices.items()}
         return Selection(indices, {ffn.path: ffn.width for ffn in self._ffns})
 
     def update(
@@ -117,8 +127,8 @@ class SlicedModel:
     ) -> None:
         """Bring the slices up to date with a selection.
 
-        An FFN whose slice already has nearly all of the selected neurons keeps that slice and its
-        compensation. The first update that has compensation gives it to every FFN.
+        An FFN or expert whose slice already has nearly all of the selected neurons keeps that slice
+        and its compensation. The first update that has compensation gives it to every FFN.
 
         Args:
             selection: the neurons to keep.
@@ -132,17 +142,20 @@ class SlicedModel:
         self._is_compensated |= first_compensation
         streams = _streams()
         for start in range(0, len(self._ffns), len(streams)):
-            group, changed = self._ffns[start : start + len(streams)], []
+            group = self._ffns[start : start + len(streams)]
+            changes: list[tuple[FFN, np.ndarray | None]] = []
             for ffn, stream in zip(group, streams, strict=False):
                 with mx.stream(stream):
-                    if self._slice(ffn, selection.indices[ffn.path], first_compensation):
-                        changed.append(ffn)
-            self._evaluate(changed)
-            for ffn in changed:
+                    changed = self._slice(ffn, selection.indices[ffn.path], first_compensation)
+                    if changed.any() and self.slices[ffn.path][1]:
+                        experts = None if ffn.experts is None else np.flatnonzero(changed)
+                        changes.append((ffn, experts))
+            self._evaluate(changes)
+            for ffn, experts in changes:
                 if ffn.path in compensation:
                     kept, parts = self.slices[ffn.path]
-                    ffn.compensate(parts, kept, compensation[ffn.path])
-            self._evaluate(changed)
+                    ffn.compensate(parts, kept, compensation[ffn.path], experts)
+            self._evaluate(changes)
             for ffn in group if fresh else ():
                 if self.slices[ffn.path][1]:
                     ffn.release(fresh[ffn.path])
@@ -160,22 +173,31 @@ class SlicedModel:
         self._other_logits = shortlist.log_odds
         mx.eval(self._sliced_head.parameters(), self._other_logits)
 
-    def _slice(self, ffn: FFN, indices: np.ndarray, always: bool) -> bool:
-        """Bring the slice of an FFN up to date, lazily; return whether it changed."""
+    def _slice(self, ffn: FFN, indices: np.ndarray, always: bool) -> np.ndarray:
+        """Bring the slice of an FFN up to date, lazily.
+
+        Args:
+            ffn: the FFN.
+            indices: (..., k) the neurons to keep.
+            always: whether the slice counts as changed in any case.
+
+        Returns:
+            Whether it changed, for each expert of a stack.
+        """
         before, parts = self.slices.get(ffn.path, (None, {}))
-        if before is None or len(before) != len(indices):
+        if before is None or before.shape != indices.shape:
             self.slices.pop(ffn.path, None)
             del parts  # frees the previous slice before the new one is made
-            kept, parts = indices, ffn.sliced(indices, self._policy)
-        elif not always and _overlap(indices, before) >= _MIN_OVERLAP:
-            return False
-        else:
-            kept = ffn.move(parts, before, indices) if parts else indices
+            self.slices[ffn.path] = indices, ffn.sliced(indices, self._policy)
+            return np.ones(indices.shape[:-1], bool)
+        changed = _overlap(indices, before, ffn.width) < (np.inf if always else _MIN_OVERLAP)
+        wanted = np.where(changed[..., None], indices, np.sort(before, axis=-1))
+        kept = ffn.move(parts, before, wanted) if parts else indices
         self.slices[ffn.path] = kept, parts
-        return bool(parts)
+        return changed
 
-    def _evaluate(self, ffns: list[FFN]) -> None:
-        slices = [self.slices[ffn.path][1].values() for ffn in ffns]
+    def _evaluate(self, changes: list[tuple[FFN, np.ndarray | None]]) -> None:
+        slices = [self.slices[ffn.path][1].values() for ffn, _ in changes]
         mx.eval([[part.parameters() for part in parts] for parts in slices])
 
 
@@ -221,5 +243,7 @@ def _streams() -> list[mx.Stream | mx.ThreadLocalStream]:
     return [mx.default_stream(device), *(_extra_cpu_streams() if device == mx.cpu else [])]
 
 
-def _overlap(kept: np.ndarray, before: np.ndarray) -> float:
-    return len(np.intersect1d(kept, before, assume_unique=True)) / len(kept)
+def _overlap(kept: np.ndarray, before: np.ndarray, width: int) -> np.ndarray:
+    """Return the share of kept neurons (..., k) that were kept before, (...)."""
+    was_kept = np.take_along_axis(membership(before, width), kept, axis=-1)
+    return np.asarray(was_kept.mean(-1))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig
+from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
 
@@ -46,7 +46,7 @@ def add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="Renew the selection every N tokens, and later at longer intervals; 0 for never "
-        f"(default: {GlassConfig.refresh}, with --release-dense 0).",
+        f"(default: {DEFAULT_REFRESH}, more for mixtures of experts, with --release-dense 0).",
     )
     group.add_argument(
         "--statistic",
@@ -96,8 +96,8 @@ def config_from(args: argparse.Namespace) -> GlassConfig:
         ValueError: for the first value that is out of range.
     """
     refresh = args.refresh
-    if refresh is None:  # released weights would be loaded again for every renewal
-        refresh = 0 if args.release_dense else GlassConfig.refresh
+    if refresh is None and args.release_dense:
+        refresh = 0  # released weights would be loaded again for every renewal
     dense_every = 0 if args.release_dense else GlassConfig.dense_every
     return GlassConfig(
         max_kl=args.max_kl,

@@ -1,9 +1,15 @@
-"""How active the neurons of each FFN are: running sums over tokens."""
+"""How active the neurons of each FFN are: running sums over tokens.
+
+In a stack of experts, a token counts for the experts that it was routed to.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
+from glass_mlx.models import Routing
+from glass_mlx.segments import Segments
 from glass_mlx.vocabulary import VocabularyStatistics
 
 import mlx.core as mx
@@ -16,21 +22,43 @@ _MIN_NORM = 1e-30
 MIN_GENERATED_TOKENS = 8
 
 
+# The shape of arrays with an entry for each neuron, as numpy takes shapes: m or (m,), or
+# (experts, m) for a stack.
+Shape = int | tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class _Chunk:
-    """Hidden vectors of some tokens of S sequences.
+    """Hidden vectors of some tokens, each with its part in the sums.
 
     Attributes:
-        hidden: (S, T, m) hidden vectors.
-        squares: (S, T, m) float32, their squares.
-        mask: (S, T) float32, 1 for tokens that count and 0 for the others.
-        weight: (S, T) float32, the mask divided by the norm of the hidden vector.
+        hidden: (..., m) hidden vectors.
+        squares: (..., m) float32, their squares.
+        mask: (...) float32, 1 for tokens that count and 0 for the others.
+        weight: (...) float32, the mask divided by the norm of the hidden vector.
     """
 
     hidden: mx.array
     squares: mx.array
     mask: mx.array
     weight: mx.array
+
+    @staticmethod
+    def of(hidden: mx.array, mask: mx.array | None) -> "_Chunk":
+        """Return a chunk of hidden vectors (..., m); without a mask (...), all count."""
+        squares = _squares(hidden)
+        norm = mx.sqrt(squares.sum(-1))
+        weight = mx.where(norm > _MIN_NORM, 1 / mx.maximum(norm, _MIN_NORM), 0)
+        if mask is None:
+            return _Chunk(hidden, squares, mx.ones_like(weight), weight)
+        return _Chunk(hidden, squares, mask, weight * mask)
+
+
+class _Terms(NamedTuple):
+    """The terms of a sum over tokens, as factors (...) and vectors (..., m) float32."""
+
+    factors: mx.array
+    vectors: mx.array
 
 
 # Compiled, so that hidden vectors in half precision are read once and not converted first.
@@ -44,36 +72,36 @@ def _magnitudes(hidden: mx.array) -> mx.array:
     return mx.abs(hidden.astype(mx.float32))
 
 
-def _activation_sum(chunk: _Chunk) -> mx.array:
-    return chunk.weight[:, None] @ _magnitudes(chunk.hidden)
+def _activation_terms(chunk: _Chunk) -> _Terms:
+    return _Terms(chunk.weight, _magnitudes(chunk.hidden))
 
 
-def _griffin_sum(chunk: _Chunk) -> mx.array:
-    return mx.square(chunk.weight)[:, None] @ chunk.squares
+def _griffin_terms(chunk: _Chunk) -> _Terms:
+    return _Terms(mx.square(chunk.weight), chunk.squares)
 
 
-def _mean_sum(chunk: _Chunk) -> mx.array:
-    return chunk.mask[:, None] @ chunk.hidden.astype(mx.float32)
+def _mean_terms(chunk: _Chunk) -> _Terms:
+    return _Terms(chunk.mask, chunk.hidden.astype(mx.float32))
 
 
 def _identity(mean: np.ndarray) -> np.ndarray:
     return mean
 
 
-# For each statistic, a chunk's contribution to the sums (S, 1, m), and a function of the mean over
-# tokens that gives the scores.
-_Statistic = tuple[Callable[[_Chunk], mx.array], Callable[[np.ndarray], np.ndarray]]
+# For each statistic, a chunk's terms of the sum, and a function of the mean over tokens that gives
+# the scores.
+_Statistic = tuple[Callable[[_Chunk], _Terms], Callable[[np.ndarray], np.ndarray]]
 STATISTICS: dict[str, _Statistic] = {
-    "activation": (_activation_sum, _identity),
-    "griffin": (_griffin_sum, np.sqrt),
+    "activation": (_activation_terms, _identity),
+    "griffin": (_griffin_terms, np.sqrt),
 }
 
 # The plain mean of hidden vectors. It does not rank neurons but replaces the dropped ones.
 MEAN = "mean"
-_SUMS = STATISTICS | {MEAN: (_mean_sum, _identity)}
+_SUMS = STATISTICS | {MEAN: (_mean_terms, _identity)}
 
 # Entries of a state in addition to the sums of the statistics.
-_OUTPUTS, _TOKENS = "outputs", "tokens"
+_OUTPUTS, _TOKENS, _ROUTED = "outputs", "tokens", "routed"
 
 # The statistics of a prior: those above, and one that needs a backward pass (`calibration.impact`).
 IMPACT = "impact"
@@ -90,6 +118,8 @@ class NeuronStatistics:
       (arXiv 2404.01365) but does not grow with the number of tokens
     - "mean" (`MEAN`): mean_t h_tj
 
+    For an expert, h_t is its own hidden vector, and the mean is over the tokens routed to it.
+
     Sums are float32 and lazy. The hidden vectors that `update` returns depend on the sums, so the
     sums are computed together with the layer, and no hidden vector outlives the layer. If nothing
     uses the layer's output, evaluate `sums`.
@@ -97,7 +127,7 @@ class NeuronStatistics:
     `update_outputs` sums the outputs of the FFNs, for `mean_outputs`.
 
     Args:
-        widths: the number of neurons m of each FFN, by its path in the model.
+        shapes: the number of neurons m of each FFN, or (experts, m), by its path in the model.
         names: which statistics to keep, keys of `STATISTICS` or `MEAN`.
         sequences: the number of sequences S in a batch, for `sequence_scores`.
 
@@ -107,7 +137,7 @@ class NeuronStatistics:
 
     def __init__(
         self,
-        widths: Mapping[str, int],
+        shapes: Mapping[str, Shape],
         names: tuple[str, ...] = ("activation",),
         sequences: int = 1,
     ) -> None:
@@ -115,14 +145,16 @@ class NeuronStatistics:
             if name not in _SUMS:
                 raise ValueError(f"statistic {name!r} is not one of {', '.join(STATISTICS)}")
         self.names = names
-        self.sums = {
-            path: {name: mx.zeros((sequences, m), mx.float32) for name in names}
-            for path, m in widths.items()
-        }
+        self.sums: dict[str, dict[str, mx.array]] = {}
+        for path, shape in shapes.items():
+            axes = (shape,) if isinstance(shape, int) else shape
+            self.sums[path] = {name: mx.zeros((sequences, *axes), mx.float32) for name in names}
+            if len(axes) == 2:  # tokens by expert, which only the device knows
+                self.sums[path][_ROUTED] = mx.zeros((sequences, axes[0]), mx.float32)
         self.outputs: dict[str, mx.array] = {}
         self.dtype = mx.float32  # the dtype of the hidden vectors, once there are any
         self._sequences = sequences
-        self._tokens = {path: np.zeros(sequences) for path in widths}
+        self._tokens = {path: np.zeros(sequences) for path in shapes}
 
     def copy(self) -> "NeuronStatistics":
         """Return a copy that later updates do not change."""
@@ -132,35 +164,68 @@ class NeuronStatistics:
         other.outputs = dict(self.outputs)
         return other
 
-    def update(self, path: str, hidden: mx.array, mask: np.ndarray | None = None) -> mx.array:
+    def update(
+        self,
+        path: str,
+        hidden: mx.array,
+        mask: np.ndarray | None = None,
+        routing: Routing | None = None,
+    ) -> mx.array:
         """Add the tokens of a chunk.
 
         Args:
             path: the FFN.
-            hidden: (..., m) hidden vectors of its tokens, one sequence after the other.
+            hidden: (..., m) hidden vectors of its tokens, one sequence after the other; (R, m) of a
+                stack.
             mask: (...), 1 for tokens that count and 0 for the others. Default: all count.
+            routing: the experts and tokens of a stack's hidden vectors.
 
         Returns:
             The same hidden vectors, made to depend on the FFN's sums.
         """
         self.dtype = hidden.dtype
-        values = hidden.reshape(self._sequences, -1, hidden.shape[-1])
-        squares = _squares(values)
-        norm = mx.sqrt(squares.sum(-1))
-        weight = mx.where(norm > _MIN_NORM, 1 / mx.maximum(norm, _MIN_NORM), 0)
-        token_mask = mx.ones_like(weight)
         if mask is None:
-            self._tokens[path] = self._tokens[path] + values.shape[1]
+            count = routing.count if routing else hidden.size // hidden.shape[-1]
+            self._tokens[path] = self._tokens[path] + count // self._sequences
         else:
             mask = mask.reshape(self._sequences, -1).astype(np.float32)
-            token_mask = mx.array(mask)
-            weight = weight * token_mask
             self._tokens[path] = self._tokens[path] + mask.sum(-1)
-        chunk = _Chunk(values, squares, token_mask, weight)
+        if routing is None:
+            self._add(path, hidden, mask)
+        else:
+            self._add_routed(path, hidden, mask, routing)
+        return mx.depends(hidden, list(self.sums[path].values()))
+
+    def _add(self, path: str, hidden: mx.array, mask: np.ndarray | None) -> None:
+        """Add the tokens of a single FFN; see `update`."""
+        values = hidden.reshape(self._sequences, -1, hidden.shape[-1])
+        chunk = _Chunk.of(values, None if mask is None else mx.array(mask))
         sums = self.sums[path]
         for name in self.names:
-            sums[name] = sums[name] + _SUMS[name][0](chunk).squeeze(1)
-        return mx.depends(hidden, list(sums.values()))
+            factors, vectors = _SUMS[name][0](chunk)
+            sums[name] = sums[name] + (factors[:, None] @ vectors).squeeze(1)
+
+    def _add_routed(
+        self, path: str, hidden: mx.array, mask: np.ndarray | None, routing: Routing
+    ) -> None:
+        """Add the tokens of a stack of experts; see `update`.
+
+        Every expert of every sequence is a segment. The hidden vectors are sorted by segment and
+        summed, so that nothing grows with the number of experts but the sums themselves.
+        """
+        sums = self.sums[path]
+        experts = sums[_ROUTED].shape[1]
+        sequence = routing.tokens // max(1, routing.count // self._sequences)
+        numbers = sequence * experts + routing.experts
+        segments = Segments(numbers, self._sequences * experts, is_sorted=routing.count > 1)
+        row_mask = None
+        if mask is not None:
+            row_mask = segments.ordered(mx.array(mask).reshape(-1)[routing.tokens])
+        chunk = _Chunk.of(segments.ordered(hidden), row_mask)
+        for name in self.names:
+            sums[name] = segments.add(sums[name], *_SUMS[name][0](chunk))
+        ones = mx.ones((hidden.shape[0], 1), mx.float32)
+        sums[_ROUTED] = segments.add(sums[_ROUTED][..., None], chunk.mask, ones).squeeze(-1)
 
     def update_outputs(self, path: str, outputs: mx.array) -> mx.array:
         """Add the outputs (..., out) of a chunk's tokens; return them, depending on the sum."""
@@ -174,28 +239,62 @@ class NeuronStatistics:
         return {path: total / self._tokens[path].sum() for path, total in self.outputs.items()}
 
     @property
-    def widths(self) -> dict[str, int]:
-        """The number of neurons of each FFN, by its path."""
-        return {path: sums[self.names[0]].shape[-1] for path, sums in self.sums.items()}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape (m,) or (experts, m) of each FFN's arrays, by its path."""
+        return {path: sums[self.names[0]].shape[1:] for path, sums in self.sums.items()}
 
     @property
     def tokens(self) -> int:
         """The number of tokens added to the FFN that has the most."""
         return max(int(count.sum()) for count in self._tokens.values())
 
-    def scores(self, name: str) -> dict[str, np.ndarray]:
-        """Return one statistic of every FFN, (m,) float32, larger for a more active neuron."""
+    def routed(self, path: str) -> np.ndarray | None:
+        """Return the number of tokens routed to each expert of a stack, or None for an FFN."""
+        return np.array(self.sums[path][_ROUTED]).sum(0) if _ROUTED in self.sums[path] else None
+
+    def sequence_routed(self) -> dict[str, np.ndarray]:
+        """Return the number of each sequence's tokens by expert, (S, experts), for all stacks."""
         return {
-            path: self._to_scores(name, np.array(sums[name]).sum(0), self._tokens[path].sum())
+            path: np.array(sums[_ROUTED]) for path, sums in self.sums.items() if _ROUTED in sums
+        }
+
+    def scores(self, name: str) -> dict[str, np.ndarray]:
+        """Return one statistic of every FFN, (m,) float32, larger for a more active neuron.
+
+        For a stack the scores are (experts, m). They are 0 for an expert without tokens.
+        """
+        return {
+            path: self._to_scores(name, np.array(sums[name]).sum(0), self._counts(path).sum(0))
             for path, sums in self.sums.items()
         }
 
     def sequence_scores(self, name: str) -> dict[str, np.ndarray]:
-        """Return one statistic of every FFN separately for each sequence, (S, m) float32."""
+        """Return the scores of every FFN separately for each sequence, (S, ...); see `scores`."""
         return {
-            path: self._to_scores(name, np.array(sums[name]), self._tokens[path][:, None])
+            path: self._to_scores(name, np.array(sums[name]), self._counts(path))
             for path, sums in self.sums.items()
         }
+
+    def combined(
+        self, other: "NeuronStatistics", path: str, name: str, alone: np.ndarray
+    ) -> np.ndarray:
+        """Return the scores (experts, m) of a stack from two sets of statistics.
+
+        Args:
+            other: statistics of the same stack.
+            path: the stack.
+            name: the statistic.
+            alone: (experts,) whether an expert's scores come from these statistics alone.
+        """
+        weights = np.where(alone, 0, 1)[:, None]
+        sums, others = (np.array(part.sums[path][name]).sum(0) for part in (self, other))
+        tokens = self._counts(path).sum(0) + weights * other._counts(path).sum(0)
+        return self._to_scores(name, sums + weights * others, tokens)
+
+    def _counts(self, path: str) -> np.ndarray:
+        """Return the tokens of each sequence, (S, 1), or of its experts, (S, experts, 1)."""
+        routed = self.sums[path].get(_ROUTED)
+        return (self._tokens[path] if routed is None else np.array(routed))[..., None]
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the sums and counts as named arrays, for `restored`."""
@@ -220,12 +319,16 @@ class NeuronStatistics:
             groups.setdefault(path, {})[name] = values
         tokens = {path: arrays.pop(_TOKENS) for path, arrays in groups.items()}
         outputs = {path: arrays.pop(_OUTPUTS, None) for path, arrays in groups.items()}
-        names = tuple(next(iter(groups.values())))
+        names = tuple(name for name in next(iter(groups.values())) if name != _ROUTED)
         restored = NeuronStatistics({}, names, len(next(iter(tokens.values()))))
         for path, arrays in groups.items():
-            widths = {arrays[name].shape[1:] for name in names}
-            if arrays.keys() != {*names} or len(widths) != 1 or len(*widths) != 1:
+            shapes = {arrays[name].shape[1:] for name in names}
+            is_stack = _ROUTED in arrays
+            expected = {*names, _ROUTED} if is_stack else {*names}
+            if arrays.keys() != expected or len(shapes) != 1 or len(*shapes) != 1 + is_stack:
                 raise ValueError(f"the statistics of {path} do not fit together")
+            if is_stack and arrays[_ROUTED].shape[1:] != next(iter(shapes))[:1]:
+                raise ValueError(f"the statistics of {path} are of another number of experts")
             if any(len(a) != restored._sequences for a in (tokens[path], *arrays.values())):
                 raise ValueError(f"the statistics of {path} are of another number of sequences")
             counts = tokens[path]
@@ -236,7 +339,7 @@ class NeuronStatistics:
             ):
                 raise ValueError(f"the statistics of {path} have another data type or shape")
         restored.sums = {
-            path: {name: mx.array(arrays[name]) for name in names}
+            path: {name: mx.array(values) for name, values in arrays.items()}
             for path, arrays in groups.items()
         }
         kinds = {(total.dtype, total.shape) for total in outputs.values() if total is not None}
@@ -266,16 +369,16 @@ class LocalStatistics:
     vocabulary: VocabularyStatistics = field(default_factory=VocabularyStatistics)
 
     @staticmethod
-    def empty(widths: Mapping[str, int], names: Iterable[str] = STATISTICS) -> "LocalStatistics":
+    def empty(shapes: Mapping[str, Shape], names: Iterable[str] = STATISTICS) -> "LocalStatistics":
         """Return statistics without any tokens.
 
         Args:
-            widths: the number of neurons of each FFN, by its path.
+            shapes: the number of neurons m of each FFN, or (experts, m), by its path.
             names: which statistics to keep, keys of `STATISTICS`.
         """
         names = tuple(names)
         return LocalStatistics(
-            NeuronStatistics(widths, names), NeuronStatistics(widths, (*names, MEAN))
+            NeuronStatistics(shapes, names), NeuronStatistics(shapes, (*names, MEAN))
         )
 
     def copy(self) -> "LocalStatistics":
@@ -296,3 +399,23 @@ class LocalStatistics:
     def basis(self) -> NeuronStatistics:
         """The statistics that rank neurons: the text's if it is long enough, or the prompt's."""
         return self.text if self.has_enough_text else self.prompt
+
+    def scores(self, name: str) -> dict[str, np.ndarray]:
+        """Return the local scores (..., m) of every FFN's neurons by one statistic.
+
+        A single FFN is scored by the text if it is long enough, or by the prompt. An expert sees
+        few tokens: until it has enough of the text's, it is scored by prompt and text together.
+        """
+        scores = self.basis.scores(name)
+        for path in scores:
+            if (routed := self.text.routed(path)) is not None:
+                enough = routed >= MIN_GENERATED_TOKENS
+                scores[path] = self.text.combined(self.prompt, path, name, enough)
+        return scores
+
+    def routed(self, path: str) -> np.ndarray | None:
+        """Return the number of tokens (experts,) that a stack's scores rest on; None for an FFN."""
+        text, prompt = self.text.routed(path), self.prompt.routed(path)
+        if text is None or prompt is None:
+            return None
+        return np.where(text >= MIN_GENERATED_TOKENS, text, text + prompt)

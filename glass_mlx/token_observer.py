@@ -1,5 +1,6 @@
 """Observe the tokens that the dense model computes one by one, at little cost."""
 
+from glass_mlx.models import Routing
 from glass_mlx.statistics import NeuronStatistics
 from glass_mlx.vocabulary import Shortlister
 
@@ -24,12 +25,21 @@ class TokenObserver:
     def __init__(self, text: NeuronStatistics, shortlister: Shortlister | None) -> None:
         self._text, self._shortlister = text, shortlister
         self._hidden: dict[str, list[mx.array]] = {}
+        self._routing: dict[str, list[Routing]] = {}
         self._outputs: dict[str, list[mx.array]] = {}
         self._logits: list[mx.array] = []
 
-    def hidden(self, path: str, hidden: mx.array) -> mx.array:
-        """Hold the hidden vectors (..., 1, m) of an FFN for a token, and return them."""
+    def hidden(self, path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
+        """Hold the hidden vectors (..., 1, m) of an FFN for a token, and return them.
+
+        Args:
+            path: the FFN.
+            hidden: its hidden vectors; (K, m) of the K experts of a stack.
+            routing: the experts of a stack's hidden vectors.
+        """
         self._hidden.setdefault(path, []).append(hidden)
+        if routing is not None:
+            self._routing.setdefault(path, []).append(routing)
         return hidden
 
     def outputs(self, path: str, outputs: mx.array) -> mx.array:
@@ -49,12 +59,13 @@ class TokenObserver:
         if not self._logits:
             return
         for path, parts in self._hidden.items():
-            self._text.update(path, mx.concatenate(parts, axis=-2))
+            routing = Routing.joined(self._routing[path]) if path in self._routing else None
+            self._text.update(path, mx.concatenate(parts, axis=-2), routing=routing)
         for path, parts in self._outputs.items():
             self._text.update_outputs(path, mx.concatenate(parts, axis=-2))
         arrays: list[object] = [self._text.sums, self._text.outputs]
         if self._shortlister is not None:
             self._shortlister.observe(mx.concatenate(self._logits, axis=-2))
             arrays += self._shortlister.arrays
-        self._hidden, self._outputs, self._logits = {}, {}, []
+        self._hidden, self._routing, self._outputs, self._logits = {}, {}, {}, []
         mx.async_eval(arrays)

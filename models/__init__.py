@@ -2,25 +2,29 @@
 
 from .adapters import base_layer
 from .discovery import QUANTIZED_ACTIVATIONS, find_ffns, has_experts
-from .ffn import FFN
+from .down import DOWN_POLICIES, MeanCompensation, default_down_policy
+from .expert_list import ExpertList
+from .ffn import FFN, membership
 from .fingerprints import Fingerprint, fingerprint, sample_weights
 from .head import BackedOffModel, Head, ObservedLogits, SlicedHead, find_head, with_head
-from .linear import DOWN_POLICIES, MeanCompensation, default_down_policy
-from .modules import layer_order, named_arrays, with_modules
-from .taps import Observer, tap, with_taps
+from .modules import layer_order, named_arrays, with_call, with_modules, with_replacements
+from .taps import Observer, OutputObserver, Routing, tapped, with_taps
 from .vocabulary import check_tokens, vocabulary_size
-from .weights import check_finite, weight_bytes
+from .weights import check_finite, read_shares, weight_bytes
 
 __all__ = [
     "DOWN_POLICIES",
     "FFN",
     "QUANTIZED_ACTIVATIONS",
     "BackedOffModel",
+    "ExpertList",
     "Fingerprint",
     "Head",
     "MeanCompensation",
     "ObservedLogits",
     "Observer",
+    "OutputObserver",
+    "Routing",
     "SlicedHead",
     "base_layer",
     "check_finite",
@@ -31,12 +35,16 @@ __all__ = [
     "fingerprint",
     "has_experts",
     "layer_order",
+    "membership",
     "named_arrays",
+    "read_shares",
     "sample_weights",
-    "tap",
+    "tapped",
     "vocabulary_size",
     "weight_bytes",
+    "with_call",
     "with_head",
     "with_modules",
+    "with_replacements",
     "with_taps",
 ]

@@ -2,20 +2,53 @@
 
 An adapted layer computes base(x) + scale * (x @ a) @ b; DoRA multiplies each output by a magnitude.
 Rows of `a` belong to inputs and columns of `b` to outputs, so both are sliced exactly, and the base
-layer keeps its weights as they are.
+layer keeps its weights as they are. A stack of experts has one pair of matrices for each expert.
 """
 
 import copy
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 Part = slice | mx.array
 
 
-class AdaptedLinear(nn.Module):
+class Adapted(nn.Module):
+    """A slice of an adapted layer or stack, with its base layer's slice in `base`."""
+
+    def __init__(self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float) -> None:
+        super().__init__()
+        self.base = without_bias(base)
+        self.lora_a, self.lora_b, self.scale = lora_a, lora_b, scale
+        if "bias" in base:
+            self.bias = base.bias
+
+
+class AdaptedStack(Adapted):
+    """A slice of an adapted stack of experts.
+
+    Args:
+        base: the slice of the base stack, which may have a bias.
+        lora_a: (experts, rank, in) the columns of the kept inputs.
+        lora_b: (experts, out, rank) the rows of the kept outputs.
+        scale: the factor of the low-rank product.
+    """
+
+    def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Project (..., 1, in) of some experts (...) to (..., 1, out)."""
+        z = x
+        for matrix in (self.lora_a, self.lora_b):
+            z = mx.gather_mm(
+                z, matrix.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_indices
+            )
+        y = self.base(x, experts, sorted_indices) + (self.scale * z).astype(x.dtype)
+        return y + self.bias[experts][..., None, :] if "bias" in self else y
+
+
+class AdaptedLinear(Adapted):
     """A slice of an adapted layer.
 
     Args:
@@ -34,13 +67,9 @@ class AdaptedLinear(nn.Module):
         scale: float,
         magnitude: mx.array | None,
     ) -> None:
-        super().__init__()
-        self.base = without_bias(base)
-        self.lora_a, self.lora_b, self.scale = lora_a, lora_b, scale
+        super().__init__(base, lora_a, lora_b, scale)
         if magnitude is not None:
             self.magnitude = magnitude
-        if "bias" in base:
-            self.bias = base.bias
 
     def __call__(self, x: mx.array) -> mx.array:
         """Project (..., in) to (..., out)."""
@@ -52,15 +81,16 @@ class AdaptedLinear(nn.Module):
 
 
 def is_adapted(module: object) -> bool:
-    """Return whether a module is a linear layer with an adapter, as mlx-lm makes it."""
-    if type(module) not in (LoRALinear, DoRALinear):
-        return False
-    return type(getattr(module, "linear", None)) in (nn.Linear, nn.QuantizedLinear)
+    """Return whether a module is a linear layer or stack with an adapter, as mlx-lm makes it."""
+    below = type(getattr(module, "linear", None))
+    if type(module) is LoRASwitchLinear:
+        return below in (SwitchLinear, QuantizedSwitchLinear)
+    return type(module) in (LoRALinear, DoRALinear) and below in (nn.Linear, nn.QuantizedLinear)
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
     """Return the layer below an adapter, or the layer itself if it has no adapter."""
-    if isinstance(layer, AdaptedLinear):
+    if isinstance(layer, Adapted):
         return layer.base
     return layer.linear if is_adapted(layer) else layer
 
@@ -83,13 +113,16 @@ def without_bias(layer: nn.Module) -> nn.Module:
 def low_rank_weight(
     layer: nn.Module, inputs: Part = slice(None), outputs: Part = slice(None)
 ) -> mx.array:
-    """Return what an adapter adds to the weights of its layer, (out, in) float32.
+    """Return what an adapter adds to the weights of its layer, (..., out, in) float32.
 
     Args:
         layer: an adapted layer.
         inputs: which inputs to return. Default: all.
         outputs: which outputs to return. Default: all.
     """
+    if isinstance(layer, LoRASwitchLinear):
+        a, b = layer.lora_a[..., inputs], layer.lora_b[:, outputs]
+        return (layer.scale * b.astype(mx.float32)) @ a.astype(mx.float32)
     a, b = layer.lora_a[inputs].astype(mx.float32), layer.lora_b[:, outputs].astype(mx.float32)
     return (layer.scale * b.T) @ a.T
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import pkgutil
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +16,10 @@ import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_unflatten
 
-from . import find_ffns, has_experts, named_arrays
+from . import find_ffns, named_arrays
 
 _LAYERS = 4
+_OLMO_TOKENIZER = "hf_olmo"
 _ROPE = {"type": "default", "rope_type": "default", "rope_theta": 10000.0}
 _YARN = {
     "type": "yarn",
@@ -321,6 +325,13 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 16,
         "mamba_proj_bias": False,
     },
+    "olmo": {
+        "d_model": 64,
+        "n_layers": _LAYERS,
+        "mlp_hidden_size": 256,
+        "n_heads": 4,
+        "embedding_size": 256,
+    },
     "olmo3": {"layer_types": _SLIDING},
     "olmo_hybrid": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -391,7 +402,7 @@ class Architecture:
 
     Attributes:
         architecture: the name of mlx-lm's module.
-        ffn: the form of its FFNs, and whether it has routed experts.
+        ffn: the forms of its FFNs.
         sites: the number of FFNs that can be sliced in its tiny model with four layers.
         supported: whether it can be sliced.
         reason: the reason why not, or "".
@@ -419,7 +430,13 @@ def _defines_model(name: str) -> bool:
 
 
 def _module(name: str) -> Any:
-    """Import mlx-lm's module of an architecture; raise ImportError if a package is missing."""
+    """Import mlx-lm's module of an architecture; raise ImportError if a package is missing.
+
+    The module of olmo ends the process without a package that its tokenizer needs. A tiny model has
+    no tokenizer, so an empty module takes the package's place.
+    """
+    if _OLMO_TOKENIZER not in sys.modules and importlib.util.find_spec(_OLMO_TOKENIZER) is None:
+        sys.modules[_OLMO_TOKENIZER] = types.ModuleType(_OLMO_TOKENIZER)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as output:
             return importlib.import_module(f"mlx_lm.models.{name}")
@@ -469,10 +486,9 @@ def survey() -> Iterator[Architecture]:
             reason = " ".join(str(error).split())
             yield Architecture(name, "", 0, False, f"no tiny model of it can be made: {reason}")
             continue
-        experts = ["routed experts"] if has_experts(model) else []
         try:
             ffns, reason = find_ffns(model), ""
         except ValueError as error:
             ffns, reason = [], str(error).partition(": ")[2]
         kinds = dict.fromkeys(ffn.kind for ffn in ffns)
-        yield Architecture(name, ", ".join([*kinds, *experts]), len(ffns), not reason, reason)
+        yield Architecture(name, ", ".join(kinds), len(ffns), not reason, reason)

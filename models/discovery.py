@@ -17,13 +17,13 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .adapters import bias_of
+from .expert_list import ExpertList, experts_per_token
 from .ffn import FFN, LAYOUTS
-from .linear import inputs, is_sliceable, outputs
+from .linear import experts, inputs, is_sliceable, outputs
 from .modules import layer_order
 
 # Model types whose FFN looks sliceable but is not.
 REFUSED = {
-    "gemma3n": "its activation depends on the mean over all neurons of a layer",
     "bitnet": "it normalises over all neurons of a layer",
     "prism_hadamard_qwen35": "it rotates the neurons of a layer into each other",
 }
@@ -38,15 +38,16 @@ QUANTIZED_ACTIVATIONS = (
 # An expert in a list. It sees only the tokens that are routed to it.
 _EXPERT = re.compile(r"\bexperts\.\d+$")
 
-# A few neurons are enough to test a module, and cost nothing at any width.
+# A few neurons and experts are enough to test a module, and cost nothing at any width.
 _TRIAL_NEURONS = 8
+_TRIAL_EXPERTS = 3
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Find the FFNs of a model that can be sliced.
 
-    In a mixture of experts these are the FFNs that every token passes through: dense layers and
-    shared experts. Routed experts are not sliced.
+    In a mixture of experts these are dense layers and shared experts, which every token passes
+    through, and stacks and lists of routed experts.
 
     Returns:
         The FFNs in the order of the layers.
@@ -67,9 +68,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         if not _EXPERT.search(path)
     )
     ffns = [ffn for ffn in matches if ffn is not None]
+    for path, module in modules.items():
+        ffns += _find_lists(path, module, tested)
     if not ffns:
         reason = (
-            "all its neurons are in routed experts, which are not sliced"
+            "its routed experts are no stacks or lists of plain layers that treat their neurons "
+            "one by one"
             if has_experts(model)
             else "no feed-forward network was found in it that treats its neurons one by one"
         )
@@ -107,6 +111,23 @@ def _find_ffn(path: str, module: nn.Module, tested: dict[Any, bool]) -> FFN | No
     return None
 
 
+def _find_lists(path: str, module: nn.Module, tested: dict[Any, bool]) -> Iterator[ExpertList]:
+    """Yield the lists of routed experts among a module's members; see `_find_ffn`."""
+    for name, members in module.children().items():
+        if not isinstance(members, list) or not _EXPERT.search(f"{path}.{name}.0"):
+            continue
+        list_path = f"{path}.{name}"
+        found = [_find_ffn(f"{list_path}.{n}", m, tested) for n, m in enumerate(members)]
+        ffns = [ffn for ffn in found if ffn is not None]
+        if len(ffns) < len(members) or len({(ffn.width, ffn.layout) for ffn in ffns}) != 1:
+            continue
+        hidden_size = inputs(next(iter(ffns[0].expand.values())))
+        x = mx.random.normal((1, 3, hidden_size), key=mx.random.key(0))
+        per_token = experts_per_token(module, name, ffns, x)
+        if per_token is not None:
+            yield ExpertList.of(list_path, ffns, members, per_token)
+
+
 def _identity(module: nn.Module) -> Any:
     """Return a key that is equal for modules that differ only in their weights."""
     settings = {name: repr(value) for name, value in vars(module).items()}
@@ -118,8 +139,8 @@ def _candidates(path: str, module: nn.Module) -> Iterator[FFN]:
     """Yield the FFNs that a module may be, judging by the shapes of its layers."""
     layers = {name: layer for name, layer in module.children().items() if is_sliceable(layer)}
     for name, down in layers.items():
-        m = inputs(down)
-        others = {n: layer for n, layer in layers.items() if n != name}
+        m, count = inputs(down), experts(down)
+        others = {n: layer for n, layer in layers.items() if n != name and experts(layer) == count}
         same = [n for n, layer in others.items() if outputs(layer) == m]
         for chosen in (*combinations(same, 2), *combinations(same, 1)):
             if len({inputs(layers[n]) for n in chosen}) == 1:
@@ -140,14 +161,27 @@ class _TrialLinear(nn.Linear):
             self.bias = bias
 
 
+class _TrialStack(SwitchLinear):
+    """A stack of linear layers with given weights."""
+
+    __init__ = _TrialLinear.__init__
+
+
+def _trial_layer(weight: mx.array, bias: mx.array | None) -> nn.Module:
+    return (_TrialLinear if weight.ndim == 2 else _TrialStack)(weight, bias)
+
+
 def _trial_ffn(ffn: FFN, key: mx.array) -> FFN:
     """Return a small random FFN that has the layers, layout and biases of a given FFN."""
     keys = iter(mx.random.split(key, 6))
+    stack = () if ffn.experts is None else (_TRIAL_EXPERTS,)
 
-    def trial(layer: nn.Module, rows: int, columns: int) -> nn.Linear:
-        weight = mx.random.normal((rows, columns), key=next(keys)) * columns**-0.5
-        bias = mx.random.normal((rows,), key=next(keys)) if bias_of(layer) is not None else None
-        return _TrialLinear(weight, bias)
+    def trial(layer: nn.Module, rows: int, columns: int) -> nn.Module:
+        weight = mx.random.normal((*stack, rows, columns), key=next(keys)) * columns**-0.5
+        bias_key = next(keys)
+        has_bias = bias_of(layer) is not None
+        bias = mx.random.normal((*stack, rows), key=bias_key) if has_bias else None
+        return _trial_layer(weight, bias)
 
     rows = len(LAYOUTS[ffn.layout](np.arange(_TRIAL_NEURONS), _TRIAL_NEURONS))
     name, down = ffn.contract
@@ -156,22 +190,27 @@ def _trial_ffn(ffn: FFN, key: mx.array) -> FFN:
 
 
 def _is_sum_over_neurons(module: nn.Module, ffn: FFN) -> bool:
-    """Test with a few random neurons whether a module's output is a sum over its neurons."""
+    """Test with a few random neurons whether a module's output is a sum over its neurons.
+
+    A stack of experts is called with the experts of each token.
+    """
     trial_key, input_key = mx.random.split(mx.random.key(0))
     trial = _trial_ffn(ffn, trial_key)
     name, down = trial.contract
-    silent = _TrialLinear(mx.zeros_like(down.weight), down.get("bias"))
+    silent = _trial_layer(mx.zeros_like(down.weight), down.get("bias"))
     hidden_size = inputs(next(iter(ffn.expand.values())))
     x = mx.random.normal((1, 3, hidden_size), key=input_key)
+    routing = [] if ffn.experts is None else [mx.array([[[0, 2], [1, 0], [2, 1]]])]
 
     def run(parts: dict[str, nn.Module]) -> mx.array:
         changed = copy.copy(module)
         for n, part in (trial.layers | parts).items():
             changed[n] = part
-        return changed(x, *[None] * _required_arguments(module))
+        return changed(x, *routing, *[None] * (_required_arguments(module) - len(routing)))
 
     def run_only(*neurons: int) -> mx.array:
-        return run(trial.sliced(np.array(neurons), "requantize"))
+        indices = np.broadcast_to(neurons, (*trial.shape[:-1], len(neurons)))
+        return run(trial.sliced(indices, "requantize"))
 
     try:
         nothing, everything = run({name: silent}), run({})

@@ -9,7 +9,7 @@ import numpy as np
 
 from .discovery import find_ffns
 from .ffn import FFN
-from .linear import leading_columns, outputs, rounding_error
+from .linear import leading_columns, rounding_error
 
 # Each FFN is sampled by this many sums over its neurons.
 _SUMS = 8
@@ -32,7 +32,7 @@ class Fingerprint:
 
     Attributes:
         samples: (8, 32) float32 by FFN path: sums with random signs over all neurons, of the first
-            32 columns of the FFN's first matrix. Every neuron counts, in its place.
+            32 columns of the FFN's first matrix. Every neuron of every expert counts, in its place.
         rounding: the expected rounding error of these weights; see `linear.rounding_error`.
     """
 
@@ -71,13 +71,15 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 def sample_weights(ffns: list[FFN]) -> Fingerprint:
     """Sample the weights of each FFN; see `Fingerprint`."""
     sums = {}
-    layers = {ffn.path: next(iter(ffn.expand.values())) for ffn in ffns}
-    for path, layer in layers.items():
-        columns = leading_columns(layer, _COLUMNS).astype(mx.float32)
-        sums[path] = mx.array(_signs(outputs(layer))) @ columns
+    layers = {ffn.path: [next(iter(m.expand.values())) for m in ffn.members] for ffn in ffns}
+    for path, members in layers.items():
+        parts = [leading_columns(layer, _COLUMNS).astype(mx.float32) for layer in members]
+        columns = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+        sums[path] = mx.array(_signs(len(columns))) @ columns
         mx.eval(sums[path])  # one at a time, to hold few weights of a lazily loaded model
     samples = {path: np.array(values) for path, values in sums.items()}
-    return Fingerprint(samples, max(rounding_error(layer) for layer in layers.values()))
+    rounding = max(rounding_error(layer) for members in layers.values() for layer in members)
+    return Fingerprint(samples, rounding)
 
 
 def _signs(neurons: int) -> np.ndarray:

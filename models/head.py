@@ -11,8 +11,8 @@ from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
 from .adapters import is_adapted
-from .linear import check_indices, is_sliceable, outputs, put_outputs, take_outputs
-from .modules import named_arrays, with_modules
+from .linear import check_indices, is_linear, outputs, put_outputs, take_outputs
+from .modules import named_arrays, with_replacements
 from .vocabulary import vocabulary_size
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
@@ -183,12 +183,12 @@ def find_head(model: nn.Module) -> Head | None:
     candidates = {
         path: layer
         for path, layer in modules.items()
-        if (is_sliceable(layer) or type(layer) in _EMBEDDINGS)
+        if (is_linear(layer) or is_adapted(layer) or type(layer) in _EMBEDDINGS)
         and outputs(layer) == size
         and not _has_adapter(modules.get(path.rpartition(".")[0]))
     }
     calls: list[str] = []
-    _replaced(model, {p: _Recorder(layer, p, calls) for p, layer in candidates.items()})(
+    with_replacements(model, {p: _Recorder(layer, p, calls) for p, layer in candidates.items()})(
         mx.array([[0]], mx.uint32)
     )
     return Head(calls[-1], candidates[calls[-1]], size) if calls else None
@@ -196,13 +196,4 @@ def find_head(model: nn.Module) -> Head | None:
 
 def with_head(model: nn.Module, head: Head, module: nn.Module) -> nn.Module:
     """Return a model with another head. The given model does not change."""
-    return _replaced(model, {head.path: module})
-
-
-def _replaced(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
-    """Return a model with some modules replaced by path; see `with_modules`."""
-    by_parent: dict[str, dict[str, nn.Module]] = {}
-    for path, module in modules.items():
-        parent, _, name = path.rpartition(".")
-        by_parent.setdefault(parent, {})[name] = module
-    return with_modules(model, by_parent)
+    return with_replacements(model, {head.path: module})

@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
@@ -43,6 +44,34 @@ def with_modules(model: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]
         for name, module in replacements.items():
             node[_key(node, name)] = module
     return root
+
+
+def with_replacements(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a model with some modules replaced by path; see `with_modules`."""
+    by_parent: dict[str, dict[str, nn.Module]] = {}
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        by_parent.setdefault(parent, {})[name] = module
+    return with_modules(model, by_parent)
+
+
+def with_call(module: nn.Module, call: Callable[..., Any]) -> nn.Module:
+    """Return a copy of a module that calls a function, and is otherwise like the module.
+
+    Models may ask for a module's class and members, which a wrapper would not have.
+    """
+    changed = copy.copy(module)
+    changed.__class__ = _calling_class(type(module))
+    changed._call = call
+    return changed
+
+
+@cache
+def _calling_class(module_class: type[nn.Module]) -> type[nn.Module]:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    return type(module_class.__name__, (module_class,), {"__call__": run})
 
 
 def _key(node: Any, name: str) -> str | int:

@@ -8,7 +8,7 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .adapters import bias_of, is_adapted
-from .linear import dense_weight
+from .linear import dense_weight, experts
 
 # Layers of floats by the quantized layers that they replace.
 _FLOAT_LAYERS: dict[type, type[nn.Module]] = {
@@ -67,7 +67,8 @@ def fuse_adapters(model: nn.Module) -> None:
 
 def _fused_layer(module: nn.Module) -> nn.Module:
     if is_adapted(module):
-        return _layer(nn.Linear, dense_weight(module), bias_of(module))
+        kind = nn.Linear if experts(module) is None else SwitchLinear
+        return _layer(kind, dense_weight(module), bias_of(module))
     fused: nn.Module = module.fuse(dequantize=True)
     return fused
 

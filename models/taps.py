@@ -1,25 +1,73 @@
 """Observe the hidden vectors of FFNs while a model runs."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .adapters import bias_of
 from .discovery import find_ffns
+from .expert_list import ExpertCalls, ExpertList
 from .ffn import FFN
-from .modules import with_modules
+from .modules import with_call, with_modules, with_replacements
 
-# Maps (FFN path, hidden vectors) to the hidden vectors that the FFN continues with.
-Observer = Callable[[str, mx.array], mx.array]
+
+@dataclass(frozen=True)
+class Routing:
+    """Which expert computed each hidden vector of a stack, and for which token.
+
+    Attributes:
+        experts: (R,) the experts.
+        tokens: (R,) the tokens, numbered from 0 through all sequences of a batch.
+        count: the number of tokens T in the batch, each of which has R / T experts.
+    """
+
+    experts: mx.array
+    tokens: mx.array
+    count: int
+
+    @staticmethod
+    def joined(parts: Sequence["Routing"]) -> "Routing":
+        """Return the routing of several batches one after the other."""
+        starts = [0, *accumulate(part.count for part in parts)]
+        tokens = [part.tokens + start for part, start in zip(parts, starts, strict=False)]
+        experts = mx.concatenate([part.experts for part in parts])
+        return Routing(experts, mx.concatenate(tokens), starts[-1])
+
+
+class Observer(Protocol):
+    """Sees hidden vectors, and returns those that the FFN continues with."""
+
+    def __call__(self, path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
+        """See an FFN's hidden vectors.
+
+        Args:
+            path: the FFN's path.
+            hidden: (..., m) for a single FFN; (R, m) for a stack of experts.
+            routing: the experts and tokens of a stack's hidden vectors. A single FFN gives none.
+        """
+
+
+class OutputObserver(Protocol):
+    """Sees the outputs (..., out) of an FFN, and returns those that the model continues with."""
+
+    def __call__(self, path: str, outputs: mx.array) -> mx.array:
+        """See an FFN's outputs."""
 
 
 class Tap(nn.Module):
     """A projection whose input passes through one observer, and its output through another."""
 
     def __init__(
-        self, layer: nn.Module, path: str, observe: Observer, observe_output: Observer | None
+        self,
+        layer: nn.Module,
+        path: str,
+        observe: Observer,
+        observe_output: OutputObserver | None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -31,49 +79,141 @@ class Tap(nn.Module):
         return y if self._observe_output is None else self._observe_output(self._path, y)
 
 
-class SampledFFN(nn.Module):
-    """An FFN that shows the hidden vectors of some tokens of a long text, evenly spaced.
+class StackTap(nn.Module):
+    """A stacked projection whose input passes through an observer, with its routing."""
+
+    def __init__(self, layer: nn.Module, path: str, observe: Observer) -> None:
+        super().__init__()
+        self.layer = layer
+        self._path, self._observe = path, observe
+        self._tokens, self._count = mx.zeros(0, mx.uint32), 0
+
+    def route(self, experts: mx.array) -> None:
+        """Receive the experts (..., K) of the tokens that the stack computes next.
+
+        From 64 of them on, mlx-lm's stacks sort them with `argsort` before the first projection.
+        The same sort tells the token of each sorted expert.
+        """
+        self._count = math.prod(experts.shape[:-1])
+        self._tokens = mx.argsort(experts.flatten()) // experts.shape[-1]
+
+    def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Show hidden vectors (..., 1, m) of experts (...), and project what comes back."""
+        chosen = experts.flatten()
+        per_token = chosen.size // self._count
+        tokens = self._tokens if sorted_indices else mx.arange(chosen.size) // per_token
+        hidden = x.reshape(-1, x.shape[-1])
+        shown = self._observe(self._path, hidden, routing=Routing(chosen, tokens, self._count))
+        return self.layer(shown.reshape(x.shape), experts, sorted_indices=sorted_indices)
+
+
+class ListTap(nn.Module):
+    """A projection of an expert in a list, which records its input."""
+
+    def __init__(self, layer: nn.Module, expert: int, calls: ExpertCalls) -> None:
+        super().__init__()
+        self.layer = layer
+        self._expert, self._calls = expert, calls
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Record a hidden vector (m,), and project it."""
+        self._calls.add(self._expert, x)
+        return self.layer(x)
+
+
+def tapped(
+    root: nn.Module,
+    ffns: Mapping[str, FFN],
+    observe: Observer,
+    observe_output: OutputObserver | None = None,
+) -> nn.Module:
+    """Return a module whose FFNs show their hidden vectors. The given module does not change.
+
+    Args:
+        root: the module.
+        ffns: FFNs in it, by their path in it. Observers get the path in the model.
+        observe: see `Observer`.
+        observe_output: shown the outputs of single FFNs without an output bias.
+    """
+    parts: dict[str, dict[str, nn.Module]] = {}
+    calls: dict[str, tuple[ExpertList, ExpertCalls]] = {}
+    for path, ffn in ffns.items():
+        name, down = ffn.contract
+        if isinstance(ffn, ExpertList):
+            own = ExpertCalls(ffn.per_token)
+            for n, member in enumerate(ffn.members):
+                parts[f"{path}.{n}"] = {name: ListTap(member.contract[1], n, own)}
+            calls[path.rpartition(".")[0]] = ffn, own
+        elif ffn.experts is not None:
+            parts[path] = {name: StackTap(down, ffn.path, observe)}
+        else:
+            outputs = observe_output if bias_of(down) is None else None
+            parts[path] = {name: Tap(down, ffn.path, observe, outputs)}
+    root = with_modules(root, parts)
+    modules = dict(root.named_modules())
+    routed = {
+        path: _routed(modules[path], ffn.contract[0])
+        for path, ffn in ffns.items()
+        if ffn.experts is not None and not isinstance(ffn, ExpertList)
+    }
+    listed = {path: _listed(modules[path], *own, observe) for path, own in calls.items()}
+    return with_replacements(root, routed | listed)
+
+
+def _listed(block: nn.Module, ffn: ExpertList, calls: ExpertCalls, observe: Observer) -> nn.Module:
+    """Return a block that shows the hidden vectors of the experts in its list.
+
+    What the observer returns is not what the experts continue with.
+    """
+    block._training = False  # a copy; in training, blocks call experts with several tokens
+
+    def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        calls.begin(x)
+        y = block(x, *args, **kwargs)
+        hidden, experts, tokens, count = calls.end()
+        return mx.depends(y, observe(ffn.path, hidden, routing=Routing(experts, tokens, count)))
+
+    return with_call(block, call)
+
+
+def _routed(stack: nn.Module, name: str) -> nn.Module:
+    """Return a tapped stack that tells its tap the experts of the tokens."""
+
+    def call(x: mx.array, experts: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        stack[name].route(experts)
+        return stack(x, experts, *args, **kwargs)
+
+    return with_call(stack, call)
+
+
+def _sampled(ffn: FFN, module: nn.Module, tapped: nn.Module, max_samples: int) -> nn.Module:
+    """Return an FFN that shows the hidden vectors of some tokens of a long text, evenly spaced.
 
     In prefill, the outputs of a model's last FFN are unused, so nothing else is computed there.
 
     Args:
-        module: the FFN.
-        tapped: the same FFN with taps.
+        ffn: the FFN.
+        module: its module.
+        tapped: the same module with taps.
         max_samples: the maximum number of tokens to show. At least half as many are shown.
     """
 
-    def __init__(self, module: nn.Module, tapped: nn.Module, max_samples: int) -> None:
-        super().__init__()
-        self.module, self.tapped = module, tapped
-        self._max_samples = max_samples
+    def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        # Other arguments may differ between tokens in a way that is not known here.
+        given = 0 if ffn.experts is None else 1
+        stride = -(-x.shape[-2] // max_samples)
+        if stride == 1 or x.ndim != 3 or len(args) != given or kwargs:
+            return tapped(x, *args, **kwargs)
+        tapped(x[:, ::stride], *(experts[:, ::stride] for experts in args))
+        return module(x, *args)
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Compute the FFN's output of (batch, T, hidden), and show some of its tokens."""
-        stride = -(-x.shape[-2] // self._max_samples)
-        if stride == 1 or x.ndim != 3 or args or kwargs:  # arguments may differ between tokens
-            return self.tapped(x, *args, **kwargs)
-        self.tapped(x[:, ::stride])
-        return self.module(x)
-
-
-def tap(
-    ffn: FFN, observe: Observer, observe_output: Observer | None = None
-) -> dict[str, nn.Module]:
-    """Return modules that show an FFN's hidden vectors, to replace the FFN's projections.
-
-    Args:
-        ffn: the FFN.
-        observe: see `Observer`.
-        observe_output: called in the same way with the FFN's outputs, if they have no bias.
-    """
-    name, down = ffn.contract
-    return {name: Tap(down, ffn.path, observe, observe_output if bias_of(down) is None else None)}
+    return with_call(module, call)
 
 
 def with_taps(
     model: nn.Module,
     observe: Observer,
-    observe_output: Observer | None = None,
+    observe_output: OutputObserver | None = None,
     max_samples: int | None = None,
     ffns: list[FFN] | None = None,
 ) -> nn.Module:
@@ -81,18 +221,21 @@ def with_taps(
 
     Args:
         model: the model.
-        observe: called with an FFN's path and its hidden vectors (..., m). The FFN continues with
-            the hidden vectors that it returns.
-        observe_output: called in the same way with the outputs of FFNs without an output bias.
-        max_samples: the maximum number of tokens of a text that the last layer's FFN shows (see
-            `SampledFFN`). Default: all.
+        observe: see `Observer`.
+        observe_output: called with the outputs of FFNs without an output bias, and of no stacks.
+        max_samples: the maximum number of tokens of a text that the last layer's FFNs show (see
+            `_sampled`). Default: all.
         ffns: the model's FFNs. Default: found by `find_ffns`.
     """
     ffns = find_ffns(model) if ffns is None else ffns
-    tapped = with_modules(model, {ffn.path: tap(ffn, observe, observe_output) for ffn in ffns})
-    path = ffns[-1].path
-    if max_samples is None or f".{len(model.layers) - 1}." not in f".{path}.":
-        return tapped
-    dense_ffn, tapped_ffn = (dict(m.named_modules())[path] for m in (model, tapped))
-    parent, _, name = path.rpartition(".")
-    return with_modules(tapped, {parent: {name: SampledFFN(dense_ffn, tapped_ffn, max_samples)}})
+    observed = tapped(model, {ffn.path: ffn for ffn in ffns}, observe, observe_output)
+    if max_samples is None:
+        return observed
+    last = f".{len(model.layers) - 1}."
+    dense_modules, tapped_modules = (dict(m.named_modules()) for m in (model, observed))
+    sampled = {
+        ffn.path: _sampled(ffn, dense_modules[ffn.path], tapped_modules[ffn.path], max_samples)
+        for ffn in ffns
+        if last in f".{ffn.path}." and not isinstance(ffn, ExpertList)
+    }
+    return with_replacements(observed, sampled)

@@ -4,12 +4,16 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glass_mlx.checkpoints.builtin import builtin_gguf
 from glass_mlx.checkpoints.loading import load
+from glass_mlx.models.architectures import tiny_model
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.models.base import create_causal_mask
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
@@ -50,3 +54,15 @@ def run_command(
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def working_olmo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repair mlx-lm's olmo, which adds the word "causal" to the scores of more than one token."""
+    tiny_model("olmo")  # imports the module
+
+    def additive_mask(x: mx.array, cache: Any) -> mx.array | None:
+        allowed = create_causal_mask(x.shape[1], 0 if cache is None else cache.offset)
+        return None if x.shape[1] == 1 else mx.where(allowed, 0.0, -1e9)
+
+    monkeypatch.setattr("mlx_lm.models.olmo.create_attention_mask", additive_mask)

@@ -9,8 +9,10 @@ from glass_mlx import export, load, sliced_checkpoint
 from glass_mlx.config import GlassConfig
 from glass_mlx.export import main
 from glass_mlx.fidelity.prompts import WritingSettings, continue_all, read_prompts
+from glass_mlx.models import find_ffns
 from glass_mlx.models.architectures import configuration, tiny_model
 from glass_mlx.prior.file import FILE_NAME
+from glass_mlx.selection import select_counts
 from glass_mlx.session import Session
 from glass_mlx.sliced_checkpoint import narrowed
 from glass_mlx.slicing import slice_model
@@ -112,7 +114,6 @@ def test_adapters_and_floats_are_exported(tmp_path, monkeypatch):
     [
         ("gpt2", "no configuration with 128 instead of 256"),  # the width is 4 times another value
         ("openelm", "have 64, 128, 192, 256 neurons"),
-        ("deepseek_v3", "have 64, 128 neurons"),  # shared experts
     ],
 )
 def test_models_without_a_common_ffn_width_are_refused(
@@ -143,6 +144,38 @@ def test_bad_input_is_reported_in_one_sentence(tmp_path, monkeypatch, capsys, op
         run(monkeypatch, tmp_path, *options)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "shared"),
+    [
+        ("qwen3_moe", "moe_intermediate_size", None),
+        ("gpt_oss", "intermediate_size", None),
+        ("mixtral", "intermediate_size", None),
+        ("deepseek_v3", "moe_intermediate_size", 32),  # states the width of shared experts, too
+        ("qwen2_moe", "moe_intermediate_size", 64),  # states them apart
+    ],
+)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_routed_experts_are_exported(
+    tmp_path, monkeypatch, capsys, architecture, key, shared, bits
+):
+    if bits and architecture == "deepseek_v3":
+        pytest.skip("its tiny model has layers that are too narrow to quantize")
+    quantization = {"group_size": 32, "bits": bits} if bits else {}
+    folder = make_folder(tmp_path, architecture, **quantization)
+    exported, _ = run(monkeypatch, tmp_path, "--density", 0.5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config[key] == configuration(architecture)[key] // 2
+    dense, _ = load(str(folder))
+    prior, ffns = made_prior(dense), find_ffns(dense)
+    widths = {f.path: f.width // 2 if f.experts else f.width for f in ffns}
+    widths |= {f.path: shared for f in ffns if "shared" in f.path}
+    selection = select_counts(prior.ranks("griffin"), widths)
+    sliced = slice_model(dense, selection, "requantize")
+    assert mx.array_equal(exported(TOKENS), sliced(TOKENS))
+    layers = sum(ffn.experts is not None for ffn in ffns)
+    assert f"in each of 4 experts of {layers} layers" in capsys.readouterr().out
 
 
 def test_existing_output_is_not_overwritten(tmp_path, monkeypatch, capsys):

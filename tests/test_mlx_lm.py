@@ -58,6 +58,12 @@ USED = [
     ("mlx_lm.generate", "DEFAULT_QUANTIZED_KV_START", []),
     ("mlx_lm.models.switch_layers", "SwitchLinear", []),
     ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear", []),
+    ("mlx_lm.models.switch_layers", "SwitchLinear.__call__", ["x", "indices", "sorted_indices"]),
+    (
+        "mlx_lm.models.switch_layers",
+        "QuantizedSwitchLinear.__call__",
+        ["x", "indices", "sorted_indices"],
+    ),
     ("mlx_lm.sample_utils", "make_sampler", ["temp", "top_p", "min_p", "top_k"]),
     (
         "mlx_lm.utils",
@@ -67,6 +73,7 @@ USED = [
     ("mlx_lm.utils", "load_model", ["model_path", "lazy"]),
     ("mlx_lm.utils", "_parse_size", ["x"]),
     ("mlx_lm.tuner.lora", "LoRALinear", ["input_dims", "output_dims", "r", "scale"]),
+    ("mlx_lm.tuner.lora", "LoRASwitchLinear.__call__", ["x", "indices", "sorted_indices"]),
     ("mlx_lm.tuner.dora", "DoRALinear", ["input_dims", "output_dims", "r", "scale"]),
 ]
 
@@ -192,3 +199,31 @@ def test_a_model_asks_its_caches_for_masks_in_the_order_sinks_latest_tokens_new_
     values = mx.array([10, 11, 12], mx.float32).reshape(1, 1, 3, 1)
     keys, _ = cache.update_and_fetch(values, values)
     assert keys.flatten().tolist() == [0, 1, 7, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize("kind", ["SwitchGLU", "SwitchMLP"])
+def test_stacks_of_experts_sort_many_tokens_with_argsort(kind):
+    """`models.taps` tells the token of each sorted hidden vector by the same sort."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.models import switch_layers
+
+    class Recorder(nn.Module):
+        def __call__(self, x, indices, sorted_indices=False):
+            seen.append((x, indices, sorted_indices))
+            return down(x, indices, sorted_indices=sorted_indices)
+
+    seen: list = []
+    stack = getattr(switch_layers, kind)(8, 16, 4, activation=lambda x, *gate: x)
+    name = "down_proj" if kind == "SwitchGLU" else "fc2"
+    down, stack[name] = stack[name], Recorder()
+    for tokens, is_sorted in ((31, False), (32, True)):
+        x, experts = mx.random.normal((1, tokens, 8)), mx.random.randint(0, 4, (1, tokens, 2))
+        stack(x, experts)
+        hidden, order, given = seen.pop()
+        assert given == is_sorted
+        rows = mx.argsort(experts.flatten()) if is_sorted else mx.arange(2 * tokens)
+        assert mx.array_equal(order.flatten(), experts.flatten()[rows])
+        first = stack["up_proj" if kind == "SwitchGLU" else "fc1"]
+        expected = first(x[0, rows // 2][:, None], experts.flatten()[rows])
+        assert mx.allclose(hidden.reshape(2 * tokens, 16), expected[:, 0], atol=1e-5)

@@ -106,7 +106,7 @@ def test_statistics_are_restored_from_their_state():
     state = statistics.state()
     restored = NeuronStatistics.restored(state, mx.float16)
     assert restored.names == statistics.names
-    assert restored.widths == statistics.widths == {"a": 5, "b": 3}
+    assert restored.shapes == statistics.shapes == {"a": (5,), "b": (3,)}
     assert restored.tokens == statistics.tokens == 16
     assert restored.dtype == statistics.dtype == mx.float16
     again = restored.state()

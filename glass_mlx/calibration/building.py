@@ -214,7 +214,7 @@ def _start_mixture(
         MeasuredRecipe(
             recipe,
             recipe.identity(),
-            SequenceMoments(session.widths, settings.statistics, session.vocabulary_size),
+            SequenceMoments(session.shapes, settings.statistics, session.vocabulary_size),
             chat_frame(tokenizer) if recipe.kind == "chat" else None,
         )
         for recipe in settings.recipes or default_recipes(tokenizer)
@@ -371,6 +371,7 @@ def _make_prior(mixture: Mixture, weights: Fingerprint, about: dict[str, Any]) -
         "tokens": mixture.tokens,
         "sequences": mixture.sequences,
     }
+    stacks = mixture.recipes[0].moments.routed
     scores, spread = (
         {
             name: {path: values(name, path).astype(np.float32) for path in weights.samples}
@@ -378,7 +379,9 @@ def _make_prior(mixture: Mixture, weights: Fingerprint, about: dict[str, Any]) -
         }
         for values in (mixture.mean, mixture.spread)
     )
-    return GlobalPrior(scores, weights, about, spread, mixture.vocabulary.astype(np.float32))
+    routed = {path: mixture.routed(path).astype(np.float32) for path in stacks}
+    vocabulary = mixture.vocabulary.astype(np.float32)
+    return GlobalPrior(scores, weights, about, spread, vocabulary, routed)
 
 
 def _with_curves(

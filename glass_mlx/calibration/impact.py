@@ -6,13 +6,23 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
-from glass_mlx.models import FFN, Observer, tap, with_modules, with_taps
+from glass_mlx.models import (
+    FFN,
+    ExpertList,
+    Observer,
+    Routing,
+    tapped,
+    with_replacements,
+    with_taps,
+)
+from glass_mlx.segments import Segments
 from glass_mlx.session import Session
 
 import mlx.core as mx
 import mlx.nn as nn
 
-# By FFN, (m,) zeros whose gradient is the sum of the neurons' impact.
+# By FFN, zeros whose gradient is the sum of the neurons' impact: (m,), or (experts, m + 1) for a
+# stack, whose last column counts the tokens of each expert.
 Totals = dict[str, mx.array]
 
 
@@ -31,6 +41,27 @@ def _pass_through_vjp(
     impact = (mask.reshape(1, -1) @ impact.reshape(-1, impact.shape[-1])).reshape(total.shape)
     # The gradient depends on the impact, so the impact is computed at once and holds no memory.
     return mx.depends(cotangent, impact), mx.zeros_like(mask), impact
+
+
+@mx.custom_function
+def _pass_through_routed(
+    hidden: mx.array, mask: mx.array, experts: mx.array, total: mx.array
+) -> mx.array:
+    """Return a stack's hidden vectors (R, m); see `_pass_through`. mask and experts are (R,)."""
+    return hidden
+
+
+@_pass_through_routed.vjp
+def _pass_through_routed_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _output: mx.array
+) -> tuple[mx.array, ...]:
+    hidden, mask, experts, total = primals
+    impact = mx.abs(hidden.astype(mx.float32) * cotangent.astype(mx.float32))
+    impact = mx.concatenate([impact, mx.ones_like(impact[:, :1])], axis=-1)
+    segments = Segments(experts, len(total))
+    impact = segments.add(mx.zeros_like(total), segments.ordered(mask), segments.ordered(impact))
+    others = mx.zeros_like(mask), mx.zeros_like(experts)
+    return mx.depends(cotangent, impact), *others, impact
 
 
 def _layer_path(path: str) -> str:
@@ -72,7 +103,15 @@ def _observed_model(model: nn.Module, ffns: list[FFN], totals: Totals, mask: mx.
     """Return a model in which the gradient of an FFN's total is the sum of the neurons' impact."""
 
     def observer(totals: Totals) -> Observer:
-        return lambda path, hidden: cast(mx.array, _pass_through(hidden, mask, totals[path]))
+        def observe(path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
+            if routing is None:
+                return cast(mx.array, _pass_through(hidden, mask, totals[path]))
+            row_mask = mask[routing.tokens]
+            return cast(
+                mx.array, _pass_through_routed(hidden, row_mask, routing.experts, totals[path])
+            )
+
+        return observe
 
     layers: dict[str, list[FFN]] = {}
     for ffn in ffns:
@@ -80,21 +119,18 @@ def _observed_model(model: nn.Module, ffns: list[FFN], totals: Totals, mask: mx.
     if "" in layers:  # no list of layers, so nothing can be recomputed layer by layer
         return with_taps(model, observer(totals))
     modules = dict(model.named_modules())
-    replacements: dict[str, dict[str, nn.Module]] = {}
+    replacements: dict[str, nn.Module] = {}
     for layer_path, members in layers.items():
 
         def observe(
             totals: Totals, layer_path: str = layer_path, members: list[FFN] = members
         ) -> nn.Module:
-            taps = {f.path[len(layer_path) + 1 :]: tap(f, observer(totals)) for f in members}
-            return with_modules(modules[layer_path], taps)
+            ffns = {ffn.path[len(layer_path) + 1 :]: ffn for ffn in members}
+            return tapped(modules[layer_path], ffns, observer(totals))
 
         layer_totals = {ffn.path: totals[ffn.path] for ffn in members}
-        parent, _, name = layer_path.rpartition(".")
-        replacements.setdefault(parent, {})[name] = _recomputing_layer(
-            modules[layer_path], layer_totals, observe
-        )
-    return with_modules(model, replacements)
+        replacements[layer_path] = _recomputing_layer(modules[layer_path], layer_totals, observe)
+    return with_replacements(model, replacements)
 
 
 @contextmanager
@@ -129,10 +165,16 @@ def measure_impact(
         mask: T flags, 1 for tokens that count. The last token never counts: no loss follows it.
 
     Returns:
-        (m,) float32 scores of each FFN, evaluated.
+        (m,) float32 scores of each FFN, evaluated; (experts, m) for a stack, whose experts' means
+        are over their own tokens.
+
+    Raises:
+        ValueError: if the model has its experts in lists, whose gradients are not seen.
     """
     session = Session.of(model)
     dense, ffns = session.model, session.ffns
+    if any(isinstance(ffn, ExpertList) for ffn in ffns):
+        raise ValueError("the statistic impact cannot be measured on experts in a list")
     mask = [*mask[:-1], 0]
     ids, token_weights = mx.array(tokens)[None], mx.array(mask, mx.float32)
 
@@ -140,9 +182,17 @@ def measure_impact(
         logits = _observed_model(dense, ffns, totals, token_weights)(ids)[0, :-1]
         return nn.losses.cross_entropy(logits.astype(mx.float32), ids[0, 1:], reduction="sum")
 
-    totals = {ffn.path: mx.zeros((ffn.width,), mx.float32) for ffn in ffns}
+    totals = {
+        ffn.path: mx.zeros((*ffn.shape[:-1], ffn.width + len(ffn.shape) - 1), mx.float32)
+        for ffn in ffns
+    }
     with _training_mode(dense):
         sums = mx.grad(loss)(totals)
-        scores = {path: total / max(sum(mask), 1) for path, total in sums.items()}
+        scores = {
+            path: total / max(sum(mask), 1)
+            if total.ndim == 1
+            else total[:, :-1] / mx.maximum(total[:, -1:], 1)
+            for path, total in sums.items()
+        }
         mx.eval(scores)
     return scores

@@ -62,7 +62,9 @@ class Mixture:
         return sum(recipe.sequences for recipe in self.recipes)
 
     def mean(self, statistic: str, path: str, half: Half | None = None) -> np.ndarray:
-        """Return the weighted mean score of each neuron of an FFN, (m,) float64.
+        """Return the weighted mean score of each neuron of an FFN, (..., m) float64.
+
+        Recipes that never reached an expert do not count there.
 
         Args:
             statistic: the statistic.
@@ -70,28 +72,38 @@ class Mixture:
             half: the half of the sequences. Default: all sequences.
         """
         means = [recipe.moments.mean(statistic, path, half) for recipe in self.recipes]
-        return self._average(means)
+        return self._average(means, path, half)
 
     def spread(self, statistic: str, path: str) -> np.ndarray:
-        """Return the standard deviation over sequences of each neuron's score, (m,) float64."""
+        """Return the standard deviation over sequences of each neuron's score, (..., m) float64."""
         mean = self.mean(statistic, path)
         variances = [
             moments.variance(statistic, path) + (moments.mean(statistic, path) - mean) ** 2
             for moments in (recipe.moments for recipe in self.recipes)
         ]
-        spread: np.ndarray = np.sqrt(self._average(variances))
+        spread: np.ndarray = np.sqrt(self._average(variances, path))
         return spread
+
+    def routed(self, path: str) -> np.ndarray:
+        """Return the number of tokens that were routed to each expert of a stack, (experts,)."""
+        return np.asarray(sum(recipe.moments.routed[path].sum(0) for recipe in self.recipes))
 
     @property
     def vocabulary(self) -> np.ndarray:
         """The weighted mean flattened prediction of each token, (V,) float64."""
         means = [recipe.moments.vocabulary / recipe.moments.tokens for recipe in self.recipes]
-        return self._average(means)
-
-    def _average(self, values: list[np.ndarray]) -> np.ndarray:
-        """Return the mean over recipes, weighted by the recipes' weights."""
         weights = [recipe.recipe.weight for recipe in self.recipes]
-        return np.asarray(np.average(values, axis=0, weights=weights))
+        return np.asarray(np.average(means, axis=0, weights=weights))
+
+    def _average(self, values: list[np.ndarray], path: str, half: Half | None = None) -> np.ndarray:
+        """Return the mean over the recipes with tokens, weighted by the recipes' weights."""
+        weights = [
+            recipe.recipe.weight * (recipe.moments.weight(path, half) > 0)
+            for recipe in self.recipes
+        ]
+        total = np.sum(weights, axis=0)
+        weighted = np.sum([w * v for w, v in zip(weights, values, strict=True)], axis=0)
+        return np.asarray(weighted / np.where(total > 0, total, 1))
 
     def stability(self) -> dict[str, Stability]:
         """Compare the scores of the two halves of the sequences.

@@ -14,7 +14,7 @@ Stability = dict[str, dict[str, float]]
 
 
 def compare(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Stability:
-    """Compare two sets of scores, (m,) by FFN path.
+    """Compare two sets of scores, (..., m) by FFN path.
 
     Returns:
         For each FFN, "spearman", the correlation of the ranks, and for each density D "jaccard D",
@@ -26,7 +26,8 @@ def compare(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Stabili
         stability["spearman"][path] = spearman(ranks_a, ranks_b)
         for density in DENSITIES:
             # The same as `selection.select` and `selection.jaccard`, without sorting again.
-            smallest = len(ranks_a) - neurons_to_keep(len(ranks_a), density)
+            width = ranks_a.shape[-1]
+            smallest = width - neurons_to_keep(width, density)
             kept = (ranks_a > smallest, ranks_b > smallest)
             share = np.logical_and(*kept).sum() / np.logical_or(*kept).sum()
             stability[_jaccard_name(density)][path] = float(share)

@@ -106,7 +106,8 @@ def selection_margins(
         reading = DenseReading(session, text, points)
         for n in points:
             fused = selector.fuse(reading.statistics(n))
-            margins.setdefault(n, []).extend(_margin(s, density) for s in fused.values())
+            rows = [row for s in fused.values() for row in s.reshape(-1, s.shape[-1])]
+            margins.setdefault(n, []).extend(_margin(row, density) for row in rows)
     return [
         {"generated": n, "gap / width": np.mean(pairs, 0)[0], "within 1 %": np.mean(pairs, 0)[1]}
         for n, pairs in sorted(margins.items())

@@ -165,7 +165,7 @@ class Evaluation:
         """Return the neurons' scores for methods that ignore local statistics and the prior."""
         if name == "random":
             rng = np.random.default_rng([self._seed, number])
-            return {path: rng.random(width) for path, width in self.session.widths.items()}
+            return {path: rng.random(shape) for path, shape in self.session.shapes.items()}
         if name == "magnitude":
             return self._magnitudes
         if name.startswith("oracle"):
@@ -177,10 +177,14 @@ class Evaluation:
 
 
 def weight_magnitudes(ffns: Iterable[FFN]) -> dict[str, np.ndarray]:
-    """Return the product of the norms of each neuron's weights, (m,) float32 by FFN path."""
+    """Return the product of the norms of each neuron's weights, (..., m) float32 by FFN path."""
     scores = {}
     for ffn in ffns:
-        norms = [mx.linalg.norm(dense_weight(layer), axis=1) for layer in ffn.expand.values()]
-        norms.append(mx.linalg.norm(dense_weight(ffn.contract[1]), axis=0))
-        scores[ffn.path] = np.array(mx.stack(norms).astype(mx.float32).prod(axis=0))
+        parts = []
+        for member in ffn.members:
+            expand = [dense_weight(layer) for layer in member.expand.values()]
+            norms = [mx.linalg.norm(weight, axis=-1) for weight in expand]
+            norms.append(mx.linalg.norm(dense_weight(member.contract[1]), axis=-2))
+            parts.append(np.array(mx.stack(norms).astype(mx.float32).prod(axis=0)))
+        scores[ffn.path] = np.stack(parts).reshape(ffn.shape)
     return scores

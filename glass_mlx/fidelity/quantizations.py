@@ -4,8 +4,8 @@ import copy
 from dataclasses import dataclass
 
 from glass_mlx.fidelity.scoring import DenseReading, Scores
-from glass_mlx.models import find_head, weight_bytes
 from glass_mlx.models.precision import dequantize
+from glass_mlx.session import Session
 
 import mlx.nn as nn
 import numpy as np
@@ -51,7 +51,7 @@ def quantize(model: nn.Module, name: str) -> Quantization:
         quantize_model(quantized, {}, _GROUP_SIZE, None, quant_predicate=recipe)  # type: ignore[arg-type]
     else:
         quantize_model(quantized, {}, _GROUP_SIZE, int(name), quant_predicate=lambda *layer: True)
-    read = weight_bytes(quantized, find_head(quantized))
+    read = Session(quantized).weight_bytes
     dequantize(quantized)
     return Quantization(quantized, read)
 

@@ -15,7 +15,7 @@ from typing import Any
 from glass_mlx.cache_masks import masked_as_one_by_one
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
-from glass_mlx.models import with_modules, with_taps
+from glass_mlx.models import FFN, Routing, with_call, with_replacements, with_taps
 from glass_mlx.prompt_cache import make_prompt_cache, read_prompt
 from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.selection import Selection, Selector
@@ -247,27 +247,31 @@ def score(reading: DenseReading, selector: Selector, select: Select | None = Non
     return scores
 
 
-class _InterleavedFFN(nn.Module):
-    """An FFN that is dense for some tokens and sliced for the others.
+def _interleaved_ffn(
+    ffn: FFN, dense: nn.Module, sliced: nn.Module, is_dense: np.ndarray
+) -> nn.Module:
+    """Return an FFN that is dense for some tokens and sliced for the others.
 
     Tokens affect each other in attention alone, so this computes the same as one model after the
     other.
 
     Args:
-        dense: the dense FFN.
-        sliced: the sliced FFN.
+        ffn: the FFN.
+        dense: the dense module.
+        sliced: the sliced module.
         is_dense: (T,) whether a token's FFN is dense.
     """
 
-    def __init__(self, dense: nn.Module, sliced: nn.Module, is_dense: np.ndarray) -> None:
-        super().__init__()
-        self.dense, self.sliced = dense, sliced
-        self._is_dense = mx.array(is_dense)[:, None]
+    def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        # Where an FFN is no module of its own, the module reads a cache. Both write the same to it.
+        copies = [copy.copy(a) if hasattr(a, "update_and_fetch") else a for a in args]
+        outputs = [dense(x, *copies, **kwargs), sliced(x, *args, **kwargs)]
+        # A stack is called with the experts of each token, and has an output for each of them.
+        tokens = args[0].shape[:-1] if args and ffn.experts is not None else x.shape[:-1]
+        mask = mx.array(is_dense).reshape(*tokens, *[1] * (outputs[0].ndim - len(tokens)))
+        return mx.where(mask, *outputs)
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Compute the output (1, T, out) for inputs (1, T, hidden)."""
-        outputs = (ffn(x, *args, **kwargs) for ffn in (self.dense, self.sliced))
-        return mx.where(self._is_dense, *outputs)
+    return with_call(dense, call)
 
 
 def _interleaved(
@@ -278,7 +282,9 @@ def _interleaved(
         return sliced
     chosen, text = mx.array(np.flatnonzero(is_dense)), statistics.text
 
-    def observe(path: str, hidden: mx.array) -> mx.array:
+    def observe(path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
+        if routing is not None:
+            return text.update(path, hidden, is_dense, routing)
         text.update(path, hidden[..., chosen, :])
         return hidden
 
@@ -288,12 +294,11 @@ def _interleaved(
 
     observed = with_taps(session.model, observe, observe_output, ffns=session.ffns)
     dense_ffns, sliced_ffns = (dict(model.named_modules()) for model in (observed, sliced))
-    modules: dict[str, dict[str, nn.Module]] = {}
-    for ffn in session.ffns:
-        parent, _, name = ffn.path.rpartition(".")
-        both = _InterleavedFFN(dense_ffns[ffn.path], sliced_ffns[ffn.path], is_dense)
-        modules.setdefault(parent, {})[name] = both
-    return with_modules(session.model, modules)
+    modules = {
+        path: _interleaved_ffn(ffn, dense_ffns[path], sliced_ffns[path], is_dense)
+        for path, ffn in ((ffn.block_path, ffn) for ffn in session.ffns)
+    }
+    return with_replacements(session.model, modules)
 
 
 def _warm_up(shortlister: Shortlister, reading: DenseReading, config: GlassConfig) -> None:

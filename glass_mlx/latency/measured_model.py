@@ -31,6 +31,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="How to slice a quantized down projection (%(default)s).",
     )
     group = parser.add_argument_group("random weights")
+    group.add_argument(
+        "--layers", type=int, help="Use this many of the model's layers. Default: all."
+    )
     group.add_argument("--bits", type=int, help="Quantize to this many bits. Default: floats.")
     group.add_argument(
         "--group-size", type=int, help=f"Weights per quantization group ({_GROUP_SIZE})."
@@ -41,8 +44,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for a flag of random weights that has no effect."""
-    if args.shape is None and (args.bits, args.group_size, args.mode) != (None, None, None):
-        raise ValueError("--bits, --group-size and --mode are for random weights; give --shape")
+    given = (args.layers, args.bits, args.group_size, args.mode)
+    if args.shape is None and given != (None, None, None, None):
+        raise ValueError(
+            "--layers, --bits, --group-size and --mode are for random weights; give --shape"
+        )
+    if args.layers is not None and args.layers < 1:
+        raise ValueError(f"--layers must be at least 1, not {args.layers}")
     if args.bits is None and (args.group_size, args.mode) != (None, None):
         raise ValueError("--group-size and --mode are for quantized weights; give --bits")
 
@@ -57,7 +65,7 @@ def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module,
     if args.shape:
         dtype = args.dtype or DTYPES[0]
         group_size, mode = args.group_size or _GROUP_SIZE, args.mode or _MODES[0]
-        model = random_model(args.shape, dtype, args.bits, group_size, mode, lazy)
+        model = random_model(args.shape, dtype, args.bits, group_size, mode, lazy, args.layers)
         return model, numbers_tokenizer(SHAPES[args.shape].vocab_size)
     return load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize)
 
@@ -75,4 +83,5 @@ def model_title(args: argparse.Namespace) -> str:
     """Return the name of the model for records, such as "llama-3.2-1b (random) 4 bits"."""
     if not args.shape:
         return model_name(args.model)
-    return f"{args.shape} (random){'' if args.bits is None else f' {args.bits} bits'}"
+    layers = "" if args.layers is None else f" {args.layers} layers"
+    return f"{args.shape} (random){layers}{'' if args.bits is None else f' {args.bits} bits'}"

@@ -4,7 +4,9 @@ Speed and memory do not depend on the values of the weights. The sizes are those
 configurations.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from glass_mlx.config import GlassConfig
 from glass_mlx.models import named_arrays
@@ -14,18 +16,27 @@ from glass_mlx.session import Session
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import gemma3_text, llama, qwen3
+from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen3, qwen3_moe
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-_MODULES = {"llama": llama, "qwen3": qwen3, "gemma3_text": gemma3_text}
+_MODULES = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "gemma3_text": gemma3_text,
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The architecture and sizes of a model, under the names of its configuration file."""
+    """The architecture and sizes of a model, under the names of its configuration file.
+
+    `experts` has further entries of mixtures of experts.
+    """
 
     model_type: str
     num_hidden_layers: int
@@ -36,7 +47,26 @@ class Shape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+    experts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The entries of the configuration file."""
+        sizes = asdict(self)
+        return {name: value for name, value in sizes.items() if name != "experts"} | {
+            **sizes["experts"]
+        }
+
+
+_QWEN3_EXPERTS = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+_GPT_OSS_EXPERTS = {"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128}
 
 # Architecture, layers, hidden size, neurons, heads, key-value heads, head size, vocabulary, tied.
 SHAPES = {
@@ -50,11 +80,19 @@ SHAPES = {
     "qwen3-8b": Shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, False),
     "gemma-3-1b": Shape("gemma3_text", 26, 1152, 6912, 4, 1, 256, 262144, True),
     "gemma-3-4b": Shape("gemma3_text", 34, 2560, 10240, 8, 4, 256, 262144, True),
+    "qwen3-30b-a3b": Shape("qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, False, _QWEN3_EXPERTS),
+    "gpt-oss-20b": Shape("gpt_oss", 24, 2880, 2880, 64, 8, 64, 201088, False, _GPT_OSS_EXPERTS),
 }
 
 
 def random_model(
-    name: str, dtype: str, bits: int | None, group_size: int, mode: str, lazy: bool = False
+    name: str,
+    dtype: str,
+    bits: int | None,
+    group_size: int,
+    mode: str,
+    lazy: bool = False,
+    layers: int | None = None,
 ) -> nn.Module:
     """Build a model with random weights, the same in every call.
 
@@ -65,10 +103,13 @@ def random_model(
         group_size: the number of weights per quantization group.
         mode: the quantization mode; see `mx.quantize`.
         lazy: whether to compute each weight when it is first used.
+        layers: the number of layers, to fit a large model's layers into less memory. Default: all.
     """
     mx.random.seed(0)
     shape = SHAPES[name]
-    config = vars(shape) | {
+    if layers is not None:
+        shape = replace(shape, num_hidden_layers=layers)
+    config = shape.config | {
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "max_position_embeddings": 131072,
@@ -91,14 +132,16 @@ def random_prior(model: nn.Module, down_policy: str) -> GlobalPrior:
     """
     session, generator = Session.of(model), np.random.default_rng(0)
     scores = {
-        path: generator.random(width, dtype=np.float32) for path, width in session.widths.items()
+        path: generator.random(shape, dtype=np.float32) for path, shape in session.shapes.items()
     }
     (packaged,) = prior_files(packaged_priors())
     curves = GlobalPrior.load(packaged).about["curves"][0]
     conditions = session.conditions(GlassConfig(down_policy=down_policy))
     about = {"curves": [curves | {"conditions": conditions}]}
     vocabulary = generator.random(session.vocabulary_size, dtype=np.float32)
-    return GlobalPrior({"griffin": scores}, session.fingerprint, about, vocabulary=vocabulary)
+    routed = {f.path: np.full(f.experts, 256, np.float32) for f in session.ffns if f.experts}
+    weights = session.fingerprint
+    return GlobalPrior({"griffin": scores}, weights, about, vocabulary=vocabulary, routed=routed)
 
 
 def numbers_tokenizer(size: int) -> TokenizerWrapper:

@@ -10,6 +10,7 @@ from typing import Any
 from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.generation_report import Report
+from glass_mlx.models import Routing, membership
 from glass_mlx.models.linear import outputs
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.selection import Selection
@@ -213,9 +214,15 @@ def _random_statistics(session: Session, generator: np.random.Generator) -> Loca
     local = session.empty_statistics()
     for part in (local.prompt, local.text):
         for ffn in session.ffns:
-            part.update(ffn.path, mx.array(generator.normal(size=(1, 16, ffn.width))))
+            hidden, routing = mx.array(generator.normal(size=(16, ffn.width))), None
+            if ffn.experts is not None:
+                experts = mx.array(generator.integers(0, ffn.experts, 16))
+                routing = Routing(experts, mx.arange(16), 16)
+            part.update(ffn.path, hidden, routing=routing)
         mx.eval(part.sums)
     for ffn in session.ffns:
+        if ffn.experts is not None:
+            continue
         local.text.update_outputs(ffn.path, mx.zeros((1, 16, outputs(ffn.contract[1]))))
     mx.eval(local.text.outputs)
     return local
@@ -225,11 +232,13 @@ def _change_neurons(selection: Selection, generator: np.random.Generator) -> Sel
     """Replace some neurons of a selection with random others."""
     changed = {}
     for path, kept in selection.indices.items():
-        others = np.setdiff1d(np.arange(selection.widths[path]), kept)
-        count = min(round(_CHANGED_SHARE * len(kept)), len(others))
-        dropped = generator.choice(len(kept), count, replace=False)
-        added = generator.choice(others, count, replace=False)
-        changed[path] = np.sort([*np.delete(kept, dropped), *added]).astype(np.int32)
+        width, k = selection.widths[path], kept.shape[-1]
+        count = min(round(_CHANGED_SHARE * k), width - k)
+        # Kept neurons come first in a random order, the others after them.
+        is_kept = membership(kept, width)
+        order = np.argsort(generator.random(is_kept.shape) - is_kept, axis=-1)
+        chosen = order[..., count : k + count]
+        changed[path] = np.sort(chosen, axis=-1).astype(np.int32)
     return Selection(changed, selection.widths)
 
 

@@ -12,6 +12,12 @@ import numpy as np
 # Values by measure and FFN path; see `calibration.stability`.
 Stability = dict[str, dict[str, float]]
 
+# With fewer tokens, an expert's prior says little.
+MIN_EXPERT_TOKENS = 32
+
+# So many layers with such experts are named.
+_MAX_PLACES = 4
+
 # The number of samples per layer in a picture, and the smallest ratio on its color scale.
 _COLUMNS = 512
 _MIN_RATIO = 1e-3
@@ -39,9 +45,33 @@ def describe(prior: GlobalPrior) -> str:
         lines += _curve_lines(record)
     if prior.kept_dense:
         lines.append(f"kept dense  {', '.join(prior.kept_dense)}")
+    lines += expert_lines(prior)
     for statistic, measures in about.get("stability", {}).items():
         lines += ["", f"stability of {statistic}", *_stability_table(prior, measures)]
     return "\n".join(lines)
+
+
+def expert_lines(prior: GlobalPrior) -> list[str]:
+    """Say how many tokens the experts of a mixture were measured on, and which have too few.
+
+    Returns:
+        One line; two if there are experts with few tokens, and none without experts.
+    """
+    if not prior.routed:
+        return []
+    counts = np.concatenate([*prior.routed.values()])
+    few = {path: int((own < MIN_EXPERT_TOKENS).sum()) for path, own in prior.routed.items()}
+    lines = [
+        f"experts     {len(counts)} in {len(few)} layers, {np.median(counts):.0f} tokens each "
+        f"(median), {sum(few.values())} with fewer than {MIN_EXPERT_TOKENS}"
+    ]
+    if any(few.values()):
+        places = [f"{path} {n}" for path, n in few.items() if n]
+        shown = ", ".join(places[:_MAX_PLACES]) + (", ..." if len(places) > _MAX_PLACES else "")
+        lines.append(
+            f"            too few in {shown}; measure more --tokens, or more kinds of text"
+        )
+    return lines
 
 
 def _describe_recipe(recipe: dict[str, Any]) -> str:
@@ -106,8 +136,12 @@ def draw(prior: GlobalPrior, file: Path) -> None:
 
 
 def _sorted_ratios(scores: np.ndarray) -> np.ndarray:
-    """Sort a layer's scores (m,), divide by the largest, and sample `_COLUMNS` of them."""
-    ratios = np.sort(scores)[::-1] / max(scores.max(), np.finfo(np.float32).tiny)
+    """Sort a layer's scores (..., m), divide by the largest, and sample `_COLUMNS` of them.
+
+    For a stack, the result is the mean over experts.
+    """
+    largest = np.maximum(scores.max(-1, keepdims=True), np.finfo(np.float32).tiny)
+    ratios = (np.sort(scores, axis=-1)[..., ::-1] / largest).reshape(-1, scores.shape[-1]).mean(0)
     sampled: np.ndarray = np.interp(
         np.linspace(0, 1, _COLUMNS), np.linspace(0, 1, len(ratios)), ratios
     )

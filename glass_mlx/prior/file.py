@@ -2,9 +2,10 @@
 
 The file is safetensors. For each FFN it holds:
 
-- `<path>.<statistic>`: the raw scores, (m,) float32;
-- `<path>.<statistic>_spread`: their standard deviation over sequences, (m,) float32;
-- `<path>.fingerprint`: a small sample of the model's weights, (8, 32) float32.
+- `<path>.<statistic>`: the raw scores, (m,) float32, or (experts, m) for a stack of experts;
+- `<path>.<statistic>_spread`: their standard deviation over sequences, in the same shape;
+- `<path>.fingerprint`: a small sample of the model's weights, (8, 32) float32;
+- `<path>.routed`, for a stack: the number of tokens routed to each expert, (experts,) float32.
 
 `vocabulary.plausibility` holds the mean flattened prediction of each token (see
 `vocabulary.VocabularyStatistics`), (V,) float32.
@@ -27,6 +28,7 @@ from glass_mlx.files import cache_folder, read_about, read_tensors, write_tensor
 from glass_mlx.models import Fingerprint
 from glass_mlx.prior.curves import Curves
 from glass_mlx.ranking import ranks
+from glass_mlx.statistics import Shape
 
 import numpy as np
 from safetensors import safe_open
@@ -36,6 +38,7 @@ FILE_NAME = "glass_prior.safetensors"
 
 _FINGERPRINT = "fingerprint"
 _VOCABULARY = "vocabulary.plausibility"
+_ROUTED = "routed"
 _SPREAD = "_spread"
 
 # Keys in `about`: the FFNs to keep dense, the curves, the rounding error of the fingerprint,
@@ -51,13 +54,14 @@ class GlobalPrior:
     """The general importance of each neuron of a model.
 
     Attributes:
-        scores: (m,) float32 scores, by statistic and FFN path.
+        scores: (m,) float32 scores, by statistic and FFN path; (experts, m) for a stack.
         fingerprint: a sample of the model's weights.
         about: the description of the measurement: model, recipes, settings, stability, versions.
         spread: the standard deviation over sequences of each neuron's score, (m,) float32, by
             statistic and FFN path. It shows how certain the score is.
         vocabulary: the mean flattened prediction of each token, (V,) float32, or None; see
             `vocabulary.VocabularyStatistics`.
+        routed: the number of tokens that were routed to each expert, (experts,) float32, by stack.
         source: the file that the prior was loaded from, for reports.
     """
 
@@ -66,6 +70,7 @@ class GlobalPrior:
     about: dict[str, Any]
     spread: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     vocabulary: np.ndarray | None = None
+    routed: dict[str, np.ndarray] = field(default_factory=dict)
     source: str = ""
     _ranks: dict[str, dict[str, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -92,6 +97,8 @@ class GlobalPrior:
         for name, group in sorted(self.scores.items()):
             for path, values in group.items():
                 state.update(f"{path}.{name}".encode() + values.tobytes())
+        for path, counts in sorted(self.routed.items()):
+            state.update(f"{path}.{_ROUTED}".encode() + counts.tobytes())
         if self.vocabulary is not None:
             state.update(self.vocabulary.tobytes())
         return state.hexdigest()
@@ -108,7 +115,7 @@ class GlobalPrior:
         The ranks are computed in the first call and shared by later ones; do not modify them.
 
         Returns:
-            (m,) int64 ranks 1..m by FFN path; see `ranking.ranks`.
+            (..., m) int64 ranks 1..m by FFN path; see `ranking.ranks`.
         """
         if statistic not in self._ranks:
             scores = self.scores[statistic]
@@ -131,7 +138,7 @@ class GlobalPrior:
         except Exception as error:  # damaged headers cause many kinds of errors
             raise ValueError(f"the prior {file} cannot be read ({one_line(error)})") from error
 
-    def fitted(self, widths: Mapping[str, int], weights: Fingerprint) -> "GlobalPrior":
+    def fitted(self, shapes: Mapping[str, Shape], weights: Fingerprint) -> "GlobalPrior":
         """Check that the prior fits a model, and leave out what holds for no other model.
 
         Weights are compared up to rounding, so that one prior serves a model in every precision
@@ -139,13 +146,13 @@ class GlobalPrior:
         without its curves and its list of FFNs to keep dense. Its `title` says so.
 
         Args:
-            widths: the number of neurons of each FFN of the model, by path.
+            shapes: the number of neurons m of each FFN of the model, or (experts, m), by path.
             weights: the model's fingerprint.
 
         Raises:
             ValueError: if the prior does not fit, with the reason.
         """
-        if reason := self._mismatch(widths, weights):
+        if reason := self._mismatch(shapes, weights):
             raise ValueError(f"the prior {self.title} is not for this model: {reason}")
         if self.fingerprint.is_same_model(weights):
             return self
@@ -153,14 +160,16 @@ class GlobalPrior:
         similarity = round(self.fingerprint.similarity(weights), 6)
         return replace(self, about=about | {_SIMILARITY: similarity})
 
-    def _mismatch(self, widths: Mapping[str, int], weights: Fingerprint) -> str | None:
+    def _mismatch(self, shapes: Mapping[str, Shape], weights: Fingerprint) -> str | None:
         """Return the reason why the prior does not fit a model, or None if it does."""
         scores = next(iter(self.scores.values()))
-        if scores.keys() != widths.keys():
-            return f"its {len(scores)} FFNs are not the model's {len(widths)}"
-        for path, width in widths.items():
-            if len(scores[path]) != width:
-                return f"{path} has {width} neurons in the model and {len(scores[path])} in it"
+        if scores.keys() != shapes.keys():
+            return f"its {len(scores)} FFNs are not the model's {len(shapes)}"
+        for path, shape in shapes.items():
+            axes = (shape,) if isinstance(shape, int) else shape
+            if scores[path].shape != axes:
+                own, models = (" x ".join(map(str, s)) for s in (scores[path].shape, axes))
+                return f"{path} has {models} neurons in the model and {own} in it"
         if not self.fingerprint.similarity(weights):
             return "it was measured on a model with other weights, or other order of neurons"
         return None
@@ -175,6 +184,7 @@ class GlobalPrior:
         }
         if self.vocabulary is not None:
             tensors[_VOCABULARY] = self.vocabulary
+        tensors |= {f"{path}.{_ROUTED}": counts for path, counts in self.routed.items()}
         samples = self.fingerprint.samples
         tensors |= {f"{path}.{_FINGERPRINT}": sample for path, sample in samples.items()}
         write_tensors(file, tensors, FORMAT, self.about | {_ROUNDING: self.fingerprint.rounding})
@@ -198,8 +208,9 @@ class GlobalPrior:
         for key, values in tensors.items():
             path, _, name = key.rpartition(".")
             groups.setdefault(name, {})[path] = values
-        samples = groups.pop(_FINGERPRINT, {})
-        if defect := _find_defect(groups, samples, vocabulary, about):
+        samples, routed = groups.pop(_FINGERPRINT, {}), groups.pop(_ROUTED, {})
+        defect = _find_defect(groups, samples, vocabulary, about)
+        if defect := defect or _find_routing_defect(groups, routed):
             raise ValueError(f"the prior {file} is malformed: {defect}; build it again")
         scores = {name: group for name, group in groups.items() if not name.endswith(_SPREAD)}
         spread = {
@@ -208,7 +219,7 @@ class GlobalPrior:
             if name.endswith(_SPREAD)
         }
         weights = Fingerprint(samples, about.pop(_ROUNDING))
-        return GlobalPrior(scores, weights, about, spread, vocabulary, str(file))
+        return GlobalPrior(scores, weights, about, spread, vocabulary, routed, str(file))
 
 
 def _find_defect(
@@ -233,16 +244,30 @@ def _find_defect(
         return f"{_VOCABULARY} has type {vocabulary.dtype} and shape {vocabulary.shape}"
     if not {*about.get(_KEPT_DENSE, ())} <= samples.keys():
         return "its list of FFNs to keep dense names FFNs without scores"
-    widths = {path: len(v) for path, v in next(iter(groups.values())).items() if v.ndim}
+    shapes = {path: v.shape for path, v in next(iter(groups.values())).items() if 0 < v.ndim < 3}
     for name, group in groups.items():
         if group.keys() != samples.keys():
             return f"{name} and the fingerprint cover different FFNs"
         for path, values in group.items():
-            if values.dtype != np.float32 or values.shape != (widths.get(path),):
+            if values.dtype != np.float32 or values.shape != shapes.get(path):
                 return f"{path}.{name} has type {values.dtype} and shape {values.shape}"
     for path, sample in samples.items():
         if sample.dtype != np.float32 or sample.ndim != 2:
             return f"{path}.{_FINGERPRINT} has type {sample.dtype} and shape {sample.shape}"
+    return None
+
+
+def _find_routing_defect(
+    groups: Mapping[str, Mapping[str, np.ndarray]], routed: Mapping[str, np.ndarray]
+) -> str | None:
+    """Return the first defect in the tokens of experts, or None; see `_find_defect`."""
+    scores = next(iter(groups.values()))
+    stacks = {path: values.shape[:1] for path, values in scores.items() if values.ndim == 2}
+    if routed.keys() != stacks.keys():
+        return f"{_ROUTED} and the scores cover different stacks of experts"
+    for path, counts in routed.items():
+        if counts.dtype != np.float32 or counts.shape != stacks[path] or counts.min() < 0:
+            return f"{path}.{_ROUTED} has type {counts.dtype} and shape {counts.shape}"
     return None
 
 

@@ -12,6 +12,7 @@ from glass_mlx.prior.file import (
     prior_files,
 )
 from glass_mlx.prior.hub import locate
+from glass_mlx.statistics import Shape
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -40,7 +41,7 @@ def folder_address(folder: Path | None) -> str:
 
 
 def find_prior(
-    widths: Mapping[str, int],
+    shapes: Mapping[str, Shape],
     weights: Fingerprint,
     prior: GlobalPrior | str | Path | None = None,
     folder: Path | None = None,
@@ -50,7 +51,7 @@ def find_prior(
     """Find a model's prior and check that it belongs to the model.
 
     Args:
-        widths: the number of neurons of each FFN of the model, by path.
+        shapes: the number of neurons m of each FFN of the model, or (experts, m), by path.
         weights: the model's fingerprint.
         prior: a prior, the file of a prior, or `hub:user/repo` to fetch it from the hub. Default:
             search the model's folder, the user's cache and this package, in this order. A related
@@ -72,12 +73,12 @@ def find_prior(
             report(f"no {FILE_NAME} in the model's folder {folder}")
     if prior is not None:
         prior = prior if isinstance(prior, GlobalPrior) else GlobalPrior.load(locate(prior))
-        match = prior.fitted(widths, weights)
+        match = prior.fitted(shapes, weights)
         report(f"using {match.title}")
         return match
     relatives = []
     for place in (cached_priors(), packaged_priors()):
-        for candidate in _search(place, widths, weights, report):
+        for candidate in _search(place, shapes, weights, report):
             if candidate.fingerprint.is_same_model(weights):
                 report(f"using {candidate.title}")
                 return candidate
@@ -96,7 +97,7 @@ def find_prior(
 
 def _search(
     folder: Path,
-    widths: Mapping[str, int],
+    shapes: Mapping[str, Shape],
     weights: Fingerprint,
     report: Callable[[str], object],
 ) -> Iterator[GlobalPrior]:
@@ -104,7 +105,7 @@ def _search(
 
     Args:
         folder: the folder.
-        widths: the number of neurons of each FFN of the model, by path.
+        shapes: the number of neurons m of each FFN of the model, or (experts, m), by path.
         weights: the model's fingerprint.
         report: called with one line for each file that cannot be used.
     """
@@ -112,7 +113,7 @@ def _search(
         try:
             if not GlobalPrior.read_fingerprint(file).similarity(weights):
                 continue
-            prior = GlobalPrior.load(file).fitted(widths, weights)
+            prior = GlobalPrior.load(file).fitted(shapes, weights)
         except ValueError as error:  # one damaged file must not block all models
             report(f"skipping a file: {error}")
         else:

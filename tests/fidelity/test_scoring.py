@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
+# With experts alone and beside shared ones, in a module that flattens tokens, and in a list.
+MIXTURES = ("qwen3_moe", "deepseek_v3", "olmoe", "dbrx")
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "olmo", *MIXTURES])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -29,6 +31,7 @@ PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
         {"density": 1.0, "vocabulary": 0.25, "refresh": 8},
     ],
 )
+@pytest.mark.usefixtures("working_olmo")
 def test_scores_match_generation_by_the_engine(kind, changes):
     """Teacher forcing on the engine's text gives the engine's log-probabilities."""
     model = tiny_model(kind)

@@ -1,12 +1,14 @@
 """The latency command, profiles and random models of real shapes."""
 
 import json
+from dataclasses import replace
 
 from glass_mlx.latency.__main__ import main
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
 from glass_mlx.latency.timing import Run, break_even
 from glass_mlx.models import find_ffns, find_head, weight_bytes
 from glass_mlx.reporting.machine import busy_warning, slowdown_warning
+from glass_mlx.session import Session
 from helpers import save_tiny_folder
 
 import profile_decode
@@ -119,3 +121,48 @@ def test_from_break_even_on_every_token_comes_before_the_dense_token():
     assert break_even(dense, runs(0.5, 3, 3.5, 3.9, 4.5)) == 4
     assert break_even(dense, runs(0.5, 1.5, 2, 2, 2)) == 1
     assert break_even(dense, runs(1, 3, 4, 5, 6)) is None
+
+
+MIXTURES = {
+    "qwen3-30b-a3b": {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2},
+    "gpt-oss-20b": {"num_local_experts": 8, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts_are_timed_with_some_of_their_layers(tmp_path, monkeypatch, name):
+    shape, file = SHAPES[name], tmp_path / "out.jsonl"
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {**shape.experts, **MIXTURES[name]}
+    monkeypatch.setitem(SHAPES, name, replace(shape, **sizes, **heads, experts=experts))
+    options = ["--shape", name, "--layers", 2, "--density", 0.5, "--repetitions", 2]
+    run(monkeypatch, *options, "--dtype", "float32", "--generation-tokens", 24, "--json", file)
+    dense, *sliced = (json.loads(line) for line in file.read_text().splitlines())
+    assert len(sliced) == 3
+    model = random_model(name, "float32", None, 64, "affine", layers=2)
+    ffns = find_ffns(model)
+    assert [ffn.shape for ffn in ffns] == [(8, 64)] * 2
+    size = sum(a.nbytes for f in ffns for layer in f.layers.values() for a in layer.values())
+    saved = dense["bytes_per_token"] - sliced[0]["bytes_per_token"]
+    assert saved == pytest.approx(size / 4 / 2, rel=0.05)  # 2 of 8 experts, half of each
+    assert all(row["slice_s"] > 0 and row["renewal_steps"] > 0 for row in sliced)
+    assert dense["model"] == f"{name} (random) 2 layers"
+
+
+def test_the_sizes_of_mixtures_are_those_that_were_published():
+    """Qwen3-30B-A3B has 30.5 billion weights, 3.3 of them active; gpt-oss-20b 20.9 and 3.6.
+
+    Qwen's figure counts the embedding, of which a token reads one row; that of gpt-oss does not.
+    """
+    for name, total, active in (("qwen3-30b-a3b", 30.5, 3.3 - 0.31), ("gpt-oss-20b", 20.9, 3.6)):
+        session = Session(random_model(name, "bfloat16", None, 64, "affine", lazy=True))
+        weights = sum(array.size for _, array in tree_flatten(session.model.parameters()))
+        assert weights / 1e9 == pytest.approx(total, rel=0.01)
+        assert session.weight_bytes / 2e9 == pytest.approx(active, rel=0.03)
+
+
+def test_the_number_of_layers_is_checked(run_command):
+    code, _, error = run_command(main, "--shape", "gpt-oss-20b", "--layers", 0)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "--layers must be at least 1" in error

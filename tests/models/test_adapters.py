@@ -5,20 +5,18 @@ from glass_mlx.models import (
     find_ffns,
     find_head,
     fingerprint,
-    tap,
+    tapped,
     weight_bytes,
 )
 from glass_mlx.models.adapters import AdaptedLinear, bias_of
 from glass_mlx.models.architectures import tiny_model
+from glass_mlx.models.down import add_mean_compensation, put_inputs, take_inputs
 from glass_mlx.models.linear import (
-    add_mean_compensation,
     dense_weight,
     inputs,
     leading_columns,
     outputs,
-    put_inputs,
     put_outputs,
-    take_inputs,
     take_outputs,
 )
 from glass_mlx.slicing import SlicedModel
@@ -29,7 +27,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 TOKENS = mx.array([[1, 7, 3, 200, 9, 54, 21]])
 CASES = pytest.mark.parametrize(
@@ -137,6 +135,51 @@ def test_adapters_of_fused_plain_and_expert_layers(architecture):
     check_invariants(model, lambda m: m(TOKENS))
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_adapters_of_routed_experts(architecture, bits):
+    model = tiny_model(architecture)
+    if bits:
+        nn.quantize(model, 32, bits)
+    add_adapters(model, "lora")
+    ffn = find_ffns(model)[0]
+    assert {type(layer) for layer in ffn.layers.values()} == {LoRASwitchLinear}
+    for tokens in (TOKENS, mx.broadcast_to(TOKENS, (6, 7))):  # in order, and sorted by expert
+        check_invariants(model, lambda m, tokens=tokens: m(tokens))
+    layer = next(iter(ffn.expand.values()))
+    x, experts = mx.random.normal((4, 1, 64)), mx.arange(4)
+    y, bias = layer(x, experts), bias_of(layer)
+    product = x @ dense_weight(layer).swapaxes(-1, -2)
+    assert close(product if bias is None else product + bias[:, None], y)
+    assert close(leading_columns(layer, 20), dense_weight(layer)[..., :20])
+    plain = tiny_model(architecture)
+    if bits:
+        nn.quantize(plain, 32, bits)
+    samples = [fingerprint(m).samples[ffn.path] for m in (model, plain)]
+    assert not np.allclose(*samples)
+
+
+@pytest.mark.parametrize(
+    ("policy", "bits"),
+    [("neuron-major", None), ("neuron-major", 4), ("scatter", 4), ("requantize", 4)],
+)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_moved_slices_of_adapted_experts_equal_new_slices(policy, bits, architecture):
+    model = tiny_model(architecture)
+    if bits:
+        nn.quantize(model, 32, bits)
+    add_adapters(model, "lora")
+    ffns, selections = find_ffns(model), [random_selection(model, seed) for seed in (0, 1)]
+    means = {f.path: MeanCompensation(0.1 * mx.random.normal(f.shape)) for f in ffns}
+    moved, new = (SlicedModel(model, ffns, policy) for _ in range(2))
+    for selection in selections:
+        moved.update(selection, means)
+    new.update(selections[1], means)
+    expected = new.model(TOKENS)
+    error = mx.linalg.norm(moved.model(TOKENS) - expected) / mx.linalg.norm(expected)
+    assert error < (0.1 if policy == "requantize" else 1e-4)
+
+
 @pytest.mark.parametrize(
     ("policy", "bits"),
     [("neuron-major", None), ("neuron-major", 4), ("scatter", 4), ("requantize", 4)],
@@ -163,8 +206,11 @@ def test_outputs_with_a_bias_below_an_adapter_are_not_observed():
     add_adapters(model, "lora")
     (ffn, *_) = find_ffns(model)
     assert bias_of(ffn.contract[1]) is not None
-    (observed,) = tap(ffn, lambda path, x: x, lambda path, y: pytest.fail("observed")).values()
-    observed(mx.zeros((1, 1, ffn.width)))
+    observed = tapped(
+        model, {ffn.path: ffn}, lambda path, x: x, lambda path, y: pytest.fail("observed")
+    )
+    down = dict(observed.named_modules())[f"{ffn.path}.{ffn.contract[0]}"]
+    down(mx.zeros((1, 1, ffn.width)))
 
 
 def test_bytes_count_adapters_and_fingerprints_see_them():

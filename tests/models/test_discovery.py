@@ -16,8 +16,8 @@ def test_ffns_are_found_in_layer_order():
 
 def test_models_that_cannot_be_sliced_are_refused_with_the_reason():
     model = tiny_model("llama")
-    model.model_type = "gemma3n"
-    with pytest.raises(ValueError, match="mean over all neurons"):
+    model.model_type = "bitnet"
+    with pytest.raises(ValueError, match="normalises over all neurons"):
         find_ffns(model)
     with pytest.raises(ValueError, match="no feed-forward network"):
         find_ffns(nn.Linear(2, 2))

@@ -5,10 +5,11 @@ import weakref
 from itertools import pairwise
 
 from glass_mlx import stream_generate
-from glass_mlx.models import find_ffns, tap, with_modules
+from glass_mlx.models import find_ffns, tapped, with_modules
 from glass_mlx.models.architectures import tiny_model
+from glass_mlx.models.down import take_inputs
 from glass_mlx.models.ffn import LAYOUTS
-from glass_mlx.models.linear import dense_weight, take_inputs, take_outputs
+from glass_mlx.models.linear import dense_weight, take_outputs
 from glass_mlx.slicing import slice_model
 from helpers import Network, OneFFN, letter_tokenizer, made_prior, random_selection
 
@@ -67,7 +68,7 @@ def test_a_slice_computes_the_same_as_zeroed_neurons(case):
         mask[kept] = 1
         return hidden * mx.array(mask).astype(hidden.dtype)
 
-    masked, output = with_modules(model, {ffn.path: tap(ffn, zeroed)})(x), sliced(x)
+    masked, output = tapped(model, {ffn.path: ffn}, zeroed)(x), sliced(x)
     scale = mx.abs(masked).max().item() + 1e-3
     tolerance = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}[dtype]
     assert mx.abs(output - masked).max().item() <= tolerance * scale

@@ -1,13 +1,8 @@
 """Slices of linear layers in every quantization mode."""
 
 from glass_mlx.models import DOWN_POLICIES, MeanCompensation
-from glass_mlx.models.linear import (
-    add_mean_compensation,
-    dense_weight,
-    put_inputs,
-    take_inputs,
-    take_outputs,
-)
+from glass_mlx.models.down import add_mean_compensation, put_inputs, take_inputs
+from glass_mlx.models.linear import dense_weight, take_outputs
 from helpers import QUANTIZATION_MODES
 
 import mlx.core as mx

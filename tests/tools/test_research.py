@@ -6,11 +6,15 @@ from glass_mlx import GlassConfig, GlobalPrior, Session, load
 from helpers import made_prior, save_tiny_folder
 
 import add_curves
+import compare_expert_evidence
 import compare_outside
 import compare_priors
 import compare_schedules
 import compare_shortlists
+import mlx.core as mx
+import numpy as np
 import pytest
+import upcycling
 
 
 @pytest.fixture
@@ -70,6 +74,34 @@ def test_curves_of_a_quantized_model_are_measured_as_floats(tmp_path, monkeypatc
     for policy in policies:
         curves = prior.curves(session.conditions(GlassConfig(down_policy=policy)))
         assert curves.density.kl[0] > 0
+
+
+@pytest.mark.parametrize(("kind", "experts"), [("copies", 4), ("clusters", 2)])
+def test_evidence_of_experts_is_compared(folder, tmp_path, monkeypatch, capsys, kind, experts):
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 50]
+    sizes = ["--experts", experts, "--sequences", 4, "--length", 40, "--prior", tmp_path / "prior"]
+    for _ in range(2):  # the second run reads the prior
+        run(monkeypatch, compare_expert_evidence, *arguments, *sizes, "--kind", kind)
+        first, _, _, *rows = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"{kind}: {experts} experts, 2 a token")
+        cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+        kl = {row[1]: float(row[3]) for row in cells}
+        assert len(kl) == len(compare_expert_evidence.WAYS) - (kind == "clusters")
+        assert all(value > 0 for value in kl.values())
+
+
+def test_copies_compute_what_the_dense_model_does(folder):
+    model, _ = load(str(folder))
+    tokens = mx.array([[1, 7, 3, 200, 9, 54, 21]])
+    texts = np.random.default_rng(0).integers(0, 256, (3, 40)).tolist()
+    copies = upcycling.upcycle(model, texts, "copies", 4, 2)
+    assert mx.allclose(copies(tokens), model(tokens), atol=1e-4)
+    clusters = upcycling.upcycle(model, texts, "clusters", 4, 4)  # all experts: all neurons
+    assert mx.allclose(clusters(tokens), model(tokens), atol=1e-4)
+    fewer = upcycling.upcycle(model, texts, "clusters", 4, 2)
+    assert not mx.allclose(fewer(tokens), model(tokens), atol=1e-2)
+    assert {ffn.shape for ffn in Session(copies).ffns} == {(4, 128)}
+    assert {ffn.shape for ffn in Session(clusters).ffns} == {(4, 32)}
 
 
 def test_expectations_of_the_probability_outside_are_compared(

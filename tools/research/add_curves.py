@@ -17,7 +17,8 @@ from glass_mlx.arguments import add_model_argument
 from glass_mlx.calibration.curves import CurveMeasurement, CurveSettings
 from glass_mlx.errors import exit_on_error
 from glass_mlx.models import DOWN_POLICIES, with_modules
-from glass_mlx.models.linear import NeuronMajorLinear, is_linear
+from glass_mlx.models.down import NeuronMajorLinear
+from glass_mlx.models.linear import is_linear
 from glass_mlx.models.precision import dequantize
 from glass_mlx.slicing import SlicedModel
 

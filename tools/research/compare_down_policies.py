@@ -18,7 +18,8 @@ from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.scoring import divergence
 from glass_mlx.models import with_modules
-from glass_mlx.models.linear import NeuronMajorLinear, dense_weight, take_inputs, take_transposed
+from glass_mlx.models.down import NeuronMajorLinear, take_inputs, take_transposed
+from glass_mlx.models.linear import dense_weight
 from glass_mlx.ranking import fuse, ranks
 from glass_mlx.reporting.tables import markdown_table
 from glass_mlx.selection import select
