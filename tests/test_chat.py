@@ -224,6 +224,7 @@ def test_in_a_terminal_lines_can_be_edited_and_interrupted(folder):
         wait_for("KL is bounded by 0.5 nats per token.")
         process.send_signal(signal.SIGINT)
         wait_for("q ends the chat.")
+        wait_for("› ")
         send(b"\x1b[A\x1b[A\n")  # the earlier line again
         wait_for("KL is bounded by 0.5 nats per token.")
         wait_for("› ")

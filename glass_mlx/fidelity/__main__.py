@@ -41,7 +41,7 @@ from glass_mlx.fidelity.evaluation import (
 )
 from glass_mlx.fidelity.frontier import read_speedups
 from glass_mlx.fidelity.methods import (
-    DENSE,
+    BOUNDED,
     METHODS,
     UNFUSED_METHODS,
     Evaluation,
@@ -155,10 +155,9 @@ def setup_arg_parser() -> CommandParser:
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first value that is out of range, before anything is loaded."""
     make_settings(args, _DEFAULT)
-    if args.max_kl and (names := {*args.methods} & {*UNFUSED_METHODS} - {DENSE}):
+    if args.max_kl and BOUNDED not in args.methods:
         raise ValueError(
-            f"a bound on KL decides nothing for {', '.join(sorted(names))}; leave them out of "
-            "--methods, or give --density"
+            f"--max-kl is for the method {BOUNDED}; add it to --methods, or give --density"
         )
     for prior_weight in args.prior_weight:
         check_prior_weight(prior_weight)

@@ -25,6 +25,9 @@ Options = dict[str, Any]
 # The method without slicing.
 DENSE = "dense"
 
+# The method that bounds on KL are for. Other methods are compared at the same shares.
+BOUNDED = "default"
+
 # Static methods select once, after the prompt. The paper's methods are static, rank by mean
 # activations, and keep the same share in every FFN.
 _STATIC: Options = {"warmup": 1, "refresh": 0, "dense_every": 0}
@@ -108,13 +111,18 @@ class Evaluation:
     ) -> None:
         self.session, self.prior, self.settings, self._seed = session, prior, settings, seed
         self.configs = {name: GlassConfig(**options) for name, options in methods.items()}
+        self._pairs = [
+            (name, setting)
+            for setting in settings
+            for name in self.configs
+            if setting.max_kl is None or name in (DENSE, BOUNDED)
+        ]
         self._selectors = {
             (name, setting): make_selector(
-                session, tokenizer, prior, replace(config, **setting._asdict())
+                session, tokenizer, prior, replace(self.configs[name], **setting._asdict())
             )
-            for name, config in self.configs.items()
+            for name, setting in self._pairs
             if name != DENSE
-            for setting in settings
         }
         self._magnitudes = weight_magnitudes(session.ffns) if "magnitude" in methods else {}
         self.quantizations = [*quantizations]
@@ -133,8 +141,7 @@ class Evaluation:
         reading = DenseReading(self.session, sample.text, points)
         outcomes = {
             (name, setting): self._score_method(name, setting, reading, sample, number)
-            for setting in self.settings
-            for name in self.configs
+            for name, setting in self._pairs
         }
         for name, quantization in self._quantizations.items():
             share = quantization.bytes / self._reference_bytes

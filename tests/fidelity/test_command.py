@@ -108,7 +108,10 @@ def test_bad_input_is_reported_in_one_sentence(arguments, tmp_path, monkeypatch,
         (["--ablation", "margins"], "at one --density"),
         (["--vocabulary", 2], "share of the vocabulary"),
         (["--max-kl", 0], "bound on KL must be positive"),
-        (["--max-kl", 1], "decides nothing for oracle"),
+        (["--max-kl", 1, "--methods", "glass"], "--max-kl is for the method default"),
+        (["--latency", "out.jsonl"], "--latency is for plots"),
+        (["--plots", "plots", "--latency", tmp_path / "none"], "there is no file at"),
+        (["--plots", "plots", "--latency", tmp_path / "prompts.txt"], "glass-mlx latency"),
         (["--prior-weight", 3], "between 0 and 1"),
         (["--methods", "glass-impact"], "no statistic 'impact'"),
     ):
@@ -143,3 +146,30 @@ def test_bounds_and_shares_of_the_vocabulary_are_scored(arguments, tmp_path, mon
     assert both["bytes_share"] < ffns["bytes_share"] < 1
     assert bound["bytes_share"] < 1
     assert "curves: what slicing costs is not known yet" in capsys.readouterr().err
+
+
+def test_quantizations_are_scored_and_plotted_beside_the_methods(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    out, latency = tmp_path / "out.jsonl", tmp_path / "latency.jsonl"
+    settings = {"griffin": (None, 0.5, 1.0), "default": (0.6, None, None)}
+    names = ("max_kl", "density", "vocabulary")
+    speeds = [
+        {"method": method, "run_speedup": 1.1} | dict(zip(names, values, strict=True))
+        for method, values in settings.items()
+    ]
+    latency.write_text("".join(json.dumps(row) + "\n" for row in speeds))
+    run(
+        monkeypatch, *arguments, "--json", out, "--plots", tmp_path / "plots", "--max-kl", 0.6,
+        "--density", 0.5, "--methods", "dense", "default", "prompt-only-griffin",
+        "--quantizations", 8, 4, 3, "mixed_3_4", "--latency", latency,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    results = {row["method"]: row for row in lines if row["density"] is None}
+    assert {"8 bits", "4 bits", "3 bits", "mixed_3_4", "default", "dense"} == {*results}
+    assert 0 < results["8 bits"]["kl"] < results["4 bits"]["kl"] < results["3 bits"]["kl"]
+    shares = [results[name]["run_share"] for name in ("3 bits", "mixed_3_4", "4 bits", "8 bits")]
+    assert shares == sorted(shares)
+    assert results["4 bits"]["bytes_share"] == 1
+    assert 0.7 < results["3 bits"]["bytes_share"] < 0.9
+    assert (tmp_path / "plots" / "kl_by_bytes.png").read_bytes()[:4] == b"\x89PNG"
