@@ -4,9 +4,11 @@ import copy
 from dataclasses import dataclass
 
 from glass_mlx.fidelity.scoring import DenseReading, Scores
-from glass_mlx.models.precision import dequantize
+from glass_mlx.models import named_arrays
+from glass_mlx.models.precision import dequantize, set_dtype
 from glass_mlx.session import Session
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
@@ -46,6 +48,9 @@ def quantize(model: nn.Module, name: str) -> Quantization:
     """
     quantized = copy.deepcopy(model)
     dequantize(quantized)
+    arrays = (array for _, array in named_arrays(quantized))
+    dtype = next(array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+    set_dtype(quantized, mx.bfloat16)  # scales take two bytes, as in published models
     if name in QUANT_RECIPES:
         recipe = mixed_quant_predicate_builder(name, quantized, _GROUP_SIZE)
         quantize_model(quantized, {}, _GROUP_SIZE, None, quant_predicate=recipe)  # type: ignore[arg-type]
@@ -53,6 +58,7 @@ def quantize(model: nn.Module, name: str) -> Quantization:
         quantize_model(quantized, {}, _GROUP_SIZE, int(name), quant_predicate=lambda *layer: True)
     read = Session(quantized).weight_bytes
     dequantize(quantized)
+    set_dtype(quantized, dtype)
     return Quantization(quantized, read)
 
 
