@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-# Labels and colors by method. Other methods are drawn in gray with their names.
+# Labels, colors and line styles of series: methods, by bounds on KL or by shares. Others are gray
+# points with their names.
 _STYLES = {
-    "default": ("glass-mlx, by --max-kl", "#0b6e4f"),
-    "glass": ("GLASS as in the paper, by density", "#c8553d"),
-    "prompt-only-griffin": ("GRIFFIN, by density", "#3d5a98"),
+    ("default", "bound"): ("glass-mlx, by --max-kl", "#0b6e4f", "o-"),
+    ("default", "shares"): ("glass-mlx, by --density", "#0b6e4f", "o:"),
+    ("glass", "shares"): ("GLASS as in the paper, by density", "#c8553d", "o-"),
+    ("prompt-only-griffin", "shares"): ("GRIFFIN, by density", "#3d5a98", "o-"),
 }
+_GRAY = "#555555"
 
 # The names that methods have in measurements of latency.
 _LATENCY_METHODS = {"prompt-only-griffin": "griffin"}
@@ -58,18 +61,20 @@ def draw(rows: Sequence[Row], speedups: Mapping[tuple[Any, ...], float] | None) 
         speedups: speed-ups over whole runs, by method and setting; see `read_speedups`.
     """
     panels = 1 if speedups is None else 2
-    figure = new_figure(7.2 * panels, 5)
-    figure.suptitle(f"{rows[0]['model']}: how far from the model, for how many bytes", x=0.5)
-    first, *others = figure.subplots(1, panels, squeeze=False)[0]
+    figure = new_figure(7 if panels == 1 else 11, 5)
+    figure.suptitle(f"{rows[0]['model']}: how far from the model, for how many bytes")
+    ratios = {"width_ratios": [2, 1][:panels]}
+    first, *others = figure.subplots(1, panels, squeeze=False, sharey=True, gridspec_kw=ratios)[0]
     rows = [row for row in rows if row["method"] != "dense" and row["kl"] > 0]
     _draw_panel(first, [(row, float(row["run_share"])) for row in rows])
     first.set_xlabel("bytes of weights per token, over the dense model's (whole run)")
     first.set_ylabel("KL from the dense model, nats per token")
+    first.legend(fontsize=8, loc="upper right")
     for axes in others:
         assert speedups is not None
         measured = [(row, speedups.get(_latency_key(row))) for row in rows]
         _draw_panel(axes, [(row, speedup) for row, speedup in measured if speedup is not None])
-        axes.set_xlabel("measured speed over the dense model's (whole run)")
+        axes.set_xlabel("measured speed over dense (whole run)")
     return figure
 
 
@@ -78,47 +83,46 @@ def _latency_key(row: Row) -> tuple[Any, ...]:
 
 
 def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
-    for method in dict.fromkeys(row["method"] for row, _ in points):
-        mine = sorted(((x, row) for row, x in points if row["method"] == method), key=_first)
-        label, color = _STYLES.get(method, (method, "#777777"))
-        is_quantization = _setting(mine[0][1]) == (None, None, None)
-        x, kl = [x for x, _ in mine], np.array([row["kl"] for _, row in mine])
-        bounds = np.array([row["kl_95"] for _, row in mine])
+    series: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+    for row, x in points:
+        series.setdefault((row["method"], _kind(row)), []).append((x, row))
+    for (method, kind), members in series.items():
+        label, color, style = _STYLES.get((method, kind), (None, _GRAY, "D"))
+        members.sort(key=_first)
+        kl = np.array([row["kl"] for _, row in members])
+        bounds = np.array([row["kl_95"] for _, row in members])
         axes.errorbar(
-            x,
+            [x for x, _ in members],
             kl,
             np.maximum([kl - bounds[:, 0], bounds[:, 1] - kl], 0),
-            fmt="D" if is_quantization else "o-",
-            color="#444444" if is_quantization else color,
-            label=None if is_quantization else label,
-            linewidth=2.2 if method == "default" else 1.4,
+            fmt=style,
+            color=color,
+            label=label,
+            linewidth=2.2 if kind == "bound" else 1.3,
             elinewidth=0.8,
             capsize=2,
             markersize=5,
         )
-        for at, row in mine:
-            name = method if is_quantization else _setting_label(row)
-            axes.annotate(
-                name,
-                (at, row["kl"]),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=7,
-                color="#444444" if is_quantization else color,
-            )
-    axes.axhline(DEFAULT_MAX_KL, color="#0b6e4f", linestyle=":", linewidth=1)
-    axes.annotate(
-        f"default bound {DEFAULT_MAX_KL}",
-        (0, DEFAULT_MAX_KL),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
-        textcoords="offset points",
-        fontsize=7,
-        color="#0b6e4f",
-    )
+        for x, row in members:
+            _annotate(axes, method if label is None else _setting_label(row), (x, row["kl"]), color)
+    bound_color = _STYLES["default", "bound"][1]
+    axes.axhline(DEFAULT_MAX_KL, color=bound_color, linestyle=":", linewidth=1)
     axes.set_yscale("log")
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=8, loc="best")
+    axes.margins(x=0.1)
+    left = axes.get_xlim()[0]
+    _annotate(axes, f"default bound {DEFAULT_MAX_KL}", (left, DEFAULT_MAX_KL), bound_color)
+    axes.grid(alpha=0.25)
+
+
+def _annotate(axes: "Axes", text: str, point: tuple[float, float], color: str) -> None:
+    """Write a text beside a point."""
+    axes.annotate(text, point, xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
+
+
+def _kind(row: Row) -> str:
+    """Return what decides how much is kept: a bound on KL, shares, or nothing."""
+    max_kl, density, _ = _setting(row)
+    return "bound" if max_kl is not None else "shares" if density is not None else "none"
 
 
 def _first(pair: tuple[float, Row]) -> float:
@@ -129,5 +133,4 @@ def _setting_label(row: Row) -> str:
     max_kl, density, vocabulary = _setting(row)
     if max_kl is not None:
         return f"{max_kl:g}"
-    assert density is not None
     return f"{density:g}" if vocabulary in (None, 1) else f"{density:g}, {vocabulary:g}"
