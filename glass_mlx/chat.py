@@ -260,30 +260,37 @@ def _set_budget(chat: Chat, value: str) -> None:
 
 
 def converse(chat: Chat) -> None:
-    """Read lines and answer them until the end of the input."""
+    """Read lines and answer them until the end of the input. An interrupt ends no chat."""
     with suppress(ImportError):  # gives `input` line editing and a history
         import readline  # noqa: F401
-    while True:
+    goes_on = True
+    while goes_on:
         try:
-            line = input("› ").strip()
-        except EOFError:
-            print()
-            return
-        except UnicodeDecodeError:
-            print("This is not valid UTF-8 text.")
-            continue
+            goes_on = _read_and_answer(chat)
         except KeyboardInterrupt:
             print("\nq ends the chat.")
-            continue
-        if line == "q":
-            return
-        if not line or command(chat, line):
-            continue
-        try:
-            chat.answer(line, lambda text: print(text, end="", flush=True))
-        except ValueError as error:
-            print(f"error: {one_line(error)}", end="")
-        print("\n")
+
+
+def _read_and_answer(chat: Chat) -> bool:
+    """Read a line and answer it; return whether the chat goes on."""
+    try:
+        line = input("› ").strip()
+    except EOFError:
+        print()
+        return False
+    except UnicodeDecodeError:
+        print("This is not valid UTF-8 text.")
+        return True
+    if line == "q":
+        return False
+    if not line or command(chat, line):
+        return True
+    try:
+        chat.answer(line, lambda text: print(text, end="", flush=True))
+    except ValueError as error:
+        print(f"error: {one_line(error)}", end="")
+    print("\n")
+    return True
 
 
 def check_flags(args: argparse.Namespace) -> GlassConfig:

@@ -54,6 +54,7 @@ def check_head(model):
     assert mx.array_equal(model(TOKENS), dense)
 
 
+@pytest.mark.usefixtures("working_olmo")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in names()]
 )
