@@ -89,6 +89,17 @@ def save_tiny_folder(folder: Path, architecture: str = "llama", **quantization: 
     return folder
 
 
+def save_chat_folder(folder: Path) -> Path:
+    """Save a tiny model that can chat, and its prior with curves."""
+    save_tiny_folder(folder)
+    prior_with_curves(tiny_model("llama")).save(folder / "glass_prior.safetensors")
+    tokenizer = letter_tokenizer()
+    tokenizer.eos_token = "不"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def add_adapters(model: nn.Module, kind: str, keys: list[str] | None = None) -> dict[str, Any]:
     """Add random adapters to a model in place, as mlx-lm does for training.
 

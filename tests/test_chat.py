@@ -13,8 +13,10 @@ from glass_mlx import chat as chat_command
 from glass_mlx import load, make_prompt_cache, stream_generate
 from glass_mlx.chat import HELP, main, setup_arg_parser
 from glass_mlx.chat_templates import encode
-from glass_mlx.models.architectures import tiny_model
-from helpers import CHAT_TEMPLATE, letter_tokenizer, prior_with_curves, save_tiny_folder
+from helpers import (
+    letter_tokenizer,
+    save_chat_folder,
+)
 
 import pytest
 from mlx_lm.chat import setup_arg_parser as mlx_lm_arg_parser
@@ -22,13 +24,7 @@ from mlx_lm.chat import setup_arg_parser as mlx_lm_arg_parser
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = save_tiny_folder(tmp_path / "tiny")
-    prior_with_curves(tiny_model("llama")).save(folder / "glass_prior.safetensors")
-    tokenizer = letter_tokenizer()
-    tokenizer.eos_token = "不"
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_folder(tmp_path / "tiny")
 
 
 @pytest.fixture

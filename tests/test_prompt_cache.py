@@ -29,8 +29,7 @@ from helpers import (
     chat_tokenizer,
     letter_tokenizer,
     made_prior,
-    prior_with_curves,
-    save_tiny_folder,
+    save_chat_folder,
 )
 
 import mlx.core as mx
@@ -559,13 +558,7 @@ def test_a_cache_in_bfloat16_is_checked_too(tokenizer, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = save_tiny_folder(tmp_path / "tiny")
-    prior_with_curves(tiny_model("llama")).save(folder / "glass_prior.safetensors")
-    tokenizer = letter_tokenizer()
-    tokenizer.eos_token = "不"
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_folder(tmp_path / "tiny")
 
 
 def answer(out):

@@ -146,17 +146,17 @@ class CurveMeasurement:
             A record for `about["curves"]` of a prior.
         """
         plain = replace(config, max_kl=None)
+        configs = [replace(plain, density=share) for share in DENSITIES]
         by_density: list[list[float]] = []
         for n in range(min(self._settings.density_texts, len(self._texts))):
-            configs = [replace(plain, density=share) for share in DENSITIES]
             by_density.append(self._measure("density", n, prior, configs))
             kl = np.array(by_density)
             error = np.max(_standard_error(kl) / np.maximum(kl.mean(0), 1e-9))
             if n + 1 >= _MIN_TEXTS and error < _CLEAR:
                 break
+        configs = [replace(plain, vocabulary=share) for share in VOCABULARIES]
         by_vocabulary: list[list[float]] = []
         for n in range(len(self._texts) if self._session.head is not None else 0):
-            configs = [replace(plain, vocabulary=share) for share in VOCABULARIES]
             by_vocabulary.append(self._measure("vocabulary", n, prior, configs))
         return {
             "density": _curve(DENSITIES, by_density),

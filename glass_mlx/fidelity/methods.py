@@ -127,7 +127,10 @@ class Evaluation:
         self._magnitudes = weight_magnitudes(session.ffns) if "magnitude" in methods else {}
         self.quantizations = [*quantizations]
         self._quantizations = {name: quantize(session.model, name) for name in quantizations}
-        self._reference_bytes = quantize(session.model, REFERENCE).bytes if quantizations else 0
+        self._reference_bytes = 0
+        if quantizations:
+            reference = self._quantizations.get(REFERENCE) or quantize(session.model, REFERENCE)
+            self._reference_bytes = reference.bytes
 
     def score(self, sample: Sample, number: int) -> dict[tuple[str, Setting], Outcome]:
         """Score every method at every setting on one text.
