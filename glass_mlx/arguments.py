@@ -85,6 +85,19 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} must be {limit}, not {value}")
 
 
+def check_minimums(args: argparse.Namespace, **minimums: int) -> None:
+    """Raise ValueError for the first flag below its minimum. Flags without a value are not checked.
+
+    Args:
+        args: the parsed flags.
+        **minimums: the least value of each flag, by its name in `args`.
+    """
+    for name, low in minimums.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+
+
 def _listed(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
 

@@ -18,6 +18,7 @@ from glass_mlx.arguments import (
     CommandParser,
     add_load_arguments,
     add_model_argument,
+    check_minimums,
     load_options,
 )
 from glass_mlx.calibration.first_use import find_or_measure_prior
@@ -64,17 +65,9 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ValueError(reason)
     if args.batch_size != 1:
         raise ValueError("--batch-size must be 1: slices belong to one text; use mlx_lm.benchmark")
-    lows = {
-        "prompt_tokens": 2,
-        "generation_tokens": 2,
-        "num_trials": 1,
-        "prefill_step_size": 1,
-        "delay": 0,
-    }
-    for name, low in lows.items():
-        if getattr(args, name) < low:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} must be at least {low}, not {getattr(args, name)}")
+    check_minimums(
+        args, prompt_tokens=2, generation_tokens=2, num_trials=1, prefill_step_size=1, delay=0
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
+    check_minimums,
     check_sampling_flags,
     load_options,
     path,
@@ -106,10 +107,7 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
         raise ValueError("--release-dense is of no use here: every question needs dense weights")
     if args.dense and args.sliced_only:
         raise ValueError("give either --dense or --sliced-only")
-    for name in ("limit", "max_tokens", "num_shots"):
-        value, low = getattr(args, name), 0 if name == "num_shots" else 1
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    check_minimums(args, limit=1, max_tokens=1, num_shots=0)
     if not isinstance(args.chat_template_args, dict):
         raise ValueError("--chat-template-args must be a JSON object")
     args.min_p, args.min_tokens_to_keep, args.xtc_probability, args.xtc_threshold = 0, 1, 0, 0

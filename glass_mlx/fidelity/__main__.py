@@ -24,6 +24,7 @@ from glass_mlx.arguments import (
     add_load_arguments,
     add_model_argument,
     add_settings_arguments,
+    check_minimums,
     make_settings,
     path,
 )
@@ -161,13 +162,7 @@ def check(args: argparse.Namespace) -> None:
         )
     for prior_weight in args.prior_weight:
         check_prior_weight(prior_weight)
-    for name, value, minimum in (
-        ("--tokens", args.tokens, 2),
-        ("--batch-size", args.batch_size, 1),
-        ("--limit", 1 if args.limit is None else args.limit, 1),
-    ):
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, not {value}")
+    check_minimums(args, tokens=2, batch_size=1, limit=1)
     if args.ablation and (args.json or args.markdown or args.plots or len(args.density) != 1):
         raise ValueError("--ablation prints one table, at one --density, and writes no files")
     check_seed(args.seed)

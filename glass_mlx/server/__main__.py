@@ -22,6 +22,7 @@ from glass_mlx.arguments import (
     add_load_arguments,
     add_model_argument,
     check_cache_flags,
+    check_minimums,
     check_sampling_flags,
 )
 from glass_mlx.config import GlassConfig
@@ -212,16 +213,14 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
         )
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port must be from 0 to 65535, not {args.port}")
-    for name, low in (
-        ("max_tokens", 1),
-        ("max_waiting", 1),
-        ("max_request_bytes", 1),
-        ("prefill_step_size", 1),
-        ("prompt_cache_size", 0),
-    ):
-        if getattr(args, name) < low:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} must be at least {low}, not {getattr(args, name)}")
+    check_minimums(
+        args,
+        max_tokens=1,
+        max_waiting=1,
+        max_request_bytes=1,
+        prefill_step_size=1,
+        prompt_cache_size=0,
+    )
     return config_from(args)
 
 
