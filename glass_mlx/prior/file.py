@@ -240,7 +240,9 @@ def _find_defect(
         return "its description is malformed"
     if not samples or not any(not name.endswith(_SPREAD) for name in groups):
         return "it has no scores"
-    if vocabulary is not None and (vocabulary.dtype != np.float32 or vocabulary.ndim != 1):
+    if vocabulary is not None and (
+        vocabulary.dtype != np.float32 or vocabulary.ndim != 1 or not vocabulary.size
+    ):
         return f"{_VOCABULARY} has type {vocabulary.dtype} and shape {vocabulary.shape}"
     if not {*about.get(_KEPT_DENSE, ())} <= samples.keys():
         return "its list of FFNs to keep dense names FFNs without scores"
