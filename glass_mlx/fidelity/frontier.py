@@ -23,6 +23,8 @@ _STYLES = {
     ("default", "shares"): ("glass-mlx, by --density", "#0b6e4f", "o:"),
     ("glass", "shares"): ("GLASS as in the paper, by density", "#c8553d", "o-"),
     ("prompt-only-griffin", "shares"): ("GRIFFIN, by density", "#3d5a98", "o-"),
+    ("teal", "shares"): ("thresholds as in TEAL (computed), by share", "#8e5aa8", "s-"),
+    ("export", "shares"): ("exported once for all texts, by density", "#b8860b", "^-"),
 }
 _GRAY = "#555555"
 
