@@ -14,6 +14,7 @@ import compare_shortlists
 import mlx.core as mx
 import numpy as np
 import pytest
+import quantize_with_data
 import upcycling
 
 
@@ -113,3 +114,21 @@ def test_expectations_of_the_probability_outside_are_compared(
     kl = {row[2].strip(): float(row[4]) for row in rows}
     assert kl["the truth"] < kl["the mean"]
     assert kl["the truth"] < kl["0.2"]
+
+
+@pytest.mark.parametrize("method", quantize_with_data.METHODS)
+def test_models_are_quantized_with_data(folder, tmp_path, monkeypatch, capsys, method):
+    output = tmp_path / method
+    sizes = ["--samples", 4, "--length", 16, "--group-size", 32, "--bits", 3, "--target-bits", 4.5]
+    arguments = ["--model", folder, "--method", method, "--output", output, *sizes]
+    run(monkeypatch, quantize_with_data, *arguments)
+    assert "64 tokens" in capsys.readouterr().out
+    tokens = mx.array([[1, 7, 3, 200, 9, 54, 21]])
+    model, quantized = (load(str(f), dtype="float32", dequantize=True)[0] for f in (folder, output))
+    error = mx.linalg.norm(quantized(tokens) - model(tokens)) / mx.linalg.norm(model(tokens))
+    assert 0.01 < error.item() < 0.5
+    stored, _ = load(str(output))
+    assert Session(stored).weight_bytes < 0.25 * Session(model).weight_bytes
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, quantize_with_data, *arguments)
+    assert "there is something at" in capsys.readouterr().err
