@@ -82,15 +82,12 @@ def _examples(
 
 
 def _arithmetic(rng: np.random.Generator) -> tuple[str, str]:
-    value = int(rng.integers(10, 40))
+    value = int(rng.integers(1, 10))
     asked, steps = [f"Start with {value}."], []
-    for _ in range(4):
-        change = int(rng.integers(1, 10))
-        sign = "-" if value > 20 and rng.random() < 0.5 else "+"
-        result = value - change if sign == "-" else value + change
-        asked.append(f"{'Take away' if sign == '-' else 'Add'} {change}.")
-        steps.append(f"{value} {sign} {change} = {result}.")
-        value = result
+    for change in (int(n) for n in rng.integers(1, 4, 4)):
+        asked.append(f"Add {change}.")
+        steps.append(f"{value} + {change} = {value + change}.")
+        value += change
     return f"Question: {' '.join(asked)}\nAnswer:", f" {' '.join(steps)} The result is {value}."
 
 
@@ -147,19 +144,17 @@ def _json(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _number_words(n: int) -> str:
-    """Return a number from 0 to 999 in words."""
+    """Return a number from 0 to 99 in words."""
     if n < 20:
         return _ONES[n]
-    if n < 100:
-        return _TENS[n // 10] + (f"-{_ONES[n % 10]}" if n % 10 else "")
-    rest = f" and {_number_words(n % 100)}" if n % 100 else ""
-    return f"{_ONES[n // 100]} hundred{rest}"
+    return _TENS[n // 10] + (f"-{_ONES[n % 10]}" if n % 10 else "")
 
 
 def _numerals(rng: np.random.Generator) -> tuple[str, str]:
-    numbers = [int(n) for n in rng.integers(1, 1000, 10)]
+    numbers = [int(n) for n in rng.integers(11, 100, 8)]
     words = "; ".join(map(_number_words, numbers))
-    return f"Words: {words}\nDigits:", f" {'; '.join(map(str, numbers))}"
+    answer = "; ".join(f"{_number_words(n)} = {n}" for n in numbers)
+    return f"Words: {words}\nDigits:", f" {answer}"
 
 
 def _function(rng: np.random.Generator) -> tuple[str, str, tuple[str, ...]]:
@@ -212,12 +207,12 @@ def _report(rng: np.random.Generator) -> Question:
 
 
 TASKS: dict[str, Task] = {
-    "arithmetic": Task(lambda rng: _examples(rng, 3, _arithmetic), "mark_steps", ("\n",), 96),
+    "arithmetic": Task(lambda rng: _examples(rng, 6, _arithmetic), "mark_steps", ("\n",), 96),
     "copying": Task(lambda rng: _examples(rng, 2, _copying), "mark_words", ("\n",), 128),
     "retrieval": Task(_retrieval, "mark_sentences", ("\n",), 128, 50),
     "json": Task(lambda rng: _examples(rng, 2, _json), "mark_json", ("\n",), 128),
     "code": Task(_code, "mark_code", ("\n\n", "\n#"), 96),
-    "numerals": Task(lambda rng: _examples(rng, 3, _numerals), "mark_list", ("\n",), 96),
+    "numerals": Task(lambda rng: _examples(rng, 3, _numerals), "mark_list", ("\n",), 128),
     "report": Task(_report, "mark_lines", ("\n\n",), 400, 30),
 }
 
