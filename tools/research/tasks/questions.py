@@ -27,6 +27,10 @@ _SYLLABLES = _words(
     "ba be bo da de do fa fi ka ko la le li lo ma me mi mo na no pa ra ri ro sa ta to"
 )
 
+_SUBJECTS = ("The old man", "A small bird", "My neighbor", "The tall woman", "A gray cat")
+_VERBS = ("walked slowly to", "looked for a while at", "often dreamed of", "came back from")
+_PLACES = ("the market", "the river", "the empty station", "a garden", "the house on the hill")
+
 _ONES = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
@@ -100,28 +104,29 @@ def _copying(rng: np.random.Generator) -> tuple[str, str]:
     return f"Text: {words}\nCopy:", f" {words}"
 
 
-def _register(rng: np.random.Generator, entries: int, asked: int) -> tuple[str, str]:
-    """Write a register of numbers, and a question for some of them."""
-    names: list[str] = []
-    while len(names) < entries:
-        name = _pseudo_word(rng).capitalize() + str(rng.choice(_SYLLABLES))
-        if name not in names:
-            names.append(name)
-    numbers = rng.integers(100, 1000, entries)
-    lines = [
-        f"The locker of {name} is number {number} and its door is {rng.choice(_COLORS)}."
-        for name, number in zip(names, numbers, strict=True)
+def _passage(rng: np.random.Generator, fillers: int) -> tuple[str, str]:
+    """Write sentences with four facts among them, and a question for these."""
+    names = [str(name) for name in rng.choice(_NAMES, 4, replace=False)]
+    colors = [str(color) for color in rng.choice(_COLORS, 4, replace=False)]
+    facts = [f"The coat of {n} is {color}." for n, color in zip(names, colors, strict=True)]
+    sentences = [
+        f"{rng.choice(_SUBJECTS)} {rng.choice(_VERBS)} {rng.choice(_PLACES)}."
+        for _ in range(fillers)
     ]
-    chosen = rng.choice(entries, asked, replace=False)
-    question = ", ".join(names[n] for n in chosen)
-    answer = "".join(f" The locker of {names[n]} is number {numbers[n]}." for n in chosen)
-    return "\n".join(lines) + f"\nQuestion: Which lockers have {question}?\nAnswer:", answer
+    for place, fact in zip(sorted(rng.integers(0, fillers, 4)), facts, strict=True):
+        sentences.insert(int(place), fact)
+    order = rng.permutation(4)
+    asked = ", ".join(names[n] for n in order)
+    answer = "".join(f" {facts[n]}" for n in order)
+    text = " ".join(sentences)
+    return f"{text}\nQuestion: What colors are the coats of {asked}?\nAnswer:", answer
 
 
 def _retrieval(rng: np.random.Generator) -> Question:
-    worked, answer = _register(rng, 4, 4)
-    text, expected = _register(rng, 46, 4)
-    return Question(f"{worked}{answer}\n\n{text}", expected)
+    first, second = _passage(rng, 3), _passage(rng, 3)
+    text, expected = _passage(rng, 104)
+    worked = "".join(f"{passage}{answer}\n\n" for passage, answer in (first, second))
+    return Question(worked + text, expected)
 
 
 def _json(rng: np.random.Generator) -> tuple[str, str]:
@@ -130,15 +135,13 @@ def _json(rng: np.random.Generator) -> tuple[str, str]:
         "age": int(rng.integers(18, 90)),
         "city": str(rng.choice(_CITIES)),
         "job": str(rng.choice(_JOBS)),
+        "pets": [str(animal) for animal in rng.choice(_ANIMALS, 2, replace=False)],
         "colors": [str(color) for color in rng.choice(_COLORS, 2, replace=False)],
-        "pet": {"kind": str(rng.choice(_ANIMALS)), "age": int(rng.integers(1, 15))},
-        "married": bool(rng.random() < 0.5),
     }
     text = (
         f"{record['name']} is {record['age']} years old, lives in {record['city']} and works as a "
-        f"{record['job']}. Favorite colors: {' and '.join(record['colors'])}. Pet: a "
-        f"{record['pet']['kind']}, {record['pet']['age']} years old. "
-        f"{'Married' if record['married'] else 'Not married'}."
+        f"{record['job']}. Pets: {' and '.join(record['pets'])}. Favorite colors: "
+        f"{' and '.join(record['colors'])}."
     )
     return f"Text: {text}\nJSON:", f" {json.dumps(record)}"
 
@@ -151,10 +154,9 @@ def _number_words(n: int) -> str:
 
 
 def _numerals(rng: np.random.Generator) -> tuple[str, str]:
-    numbers = [int(n) for n in rng.integers(11, 100, 8)]
-    words = "; ".join(map(_number_words, numbers))
-    answer = "; ".join(f"{_number_words(n)} = {n}" for n in numbers)
-    return f"Words: {words}\nDigits:", f" {answer}"
+    numbers = [int(n) for n in rng.integers(21, 100, 4)]
+    answer = "; ".join(f"{n} = {_number_words(n)}" for n in numbers)
+    return f"Digits: {'; '.join(map(str, numbers))}\nWords:", f" {answer}"
 
 
 def _function(rng: np.random.Generator) -> tuple[str, str, tuple[str, ...]]:
@@ -210,7 +212,7 @@ TASKS: dict[str, Task] = {
     "arithmetic": Task(lambda rng: _examples(rng, 6, _arithmetic), "mark_steps", ("\n",), 96),
     "copying": Task(lambda rng: _examples(rng, 2, _copying), "mark_words", ("\n",), 128),
     "retrieval": Task(_retrieval, "mark_sentences", ("\n",), 128, 50),
-    "json": Task(lambda rng: _examples(rng, 2, _json), "mark_json", ("\n",), 128),
+    "json": Task(lambda rng: _examples(rng, 3, _json), "mark_json", ("\n",), 128),
     "code": Task(_code, "mark_code", ("\n\n", "\n#"), 96),
     "numerals": Task(lambda rng: _examples(rng, 3, _numerals), "mark_list", ("\n",), 128),
     "report": Task(_report, "mark_lines", ("\n\n",), 400, 30),
