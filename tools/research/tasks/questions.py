@@ -27,6 +27,14 @@ _SYLLABLES = _words(
     "ba be bo da de do fa fi ka ko la le li lo ma me mi mo na no pa ra ri ro sa ta to"
 )
 
+_WORDS = _words(
+    "river apple window stone music winter paper bread garden silver mountain letter horse summer "
+    "table forest yellow morning kitchen bottle island market doctor engine flower bridge candle "
+    "ocean planet basket jacket finger shadow tunnel village copper dinner ladder mirror pencil "
+    "rabbit saddle ticket velvet wagon blanket castle desert feather hammer insect jungle lemon "
+    "needle orange pillow ribbon spider temple valley"
+)
+
 _SUBJECTS = ("The old man", "A small bird", "My neighbor", "The tall woman", "A gray cat")
 _VERBS = ("walked slowly to", "looked for a while at", "often dreamed of", "came back from")
 _PLACES = ("the market", "the river", "the empty station", "a garden", "the house on the hill")
@@ -105,26 +113,24 @@ def _copying(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _passage(rng: np.random.Generator, fillers: int) -> tuple[str, str]:
-    """Write sentences with four facts among them, and a question for these."""
-    names = [str(name) for name in rng.choice(_NAMES, 4, replace=False)]
-    colors = [str(color) for color in rng.choice(_COLORS, 4, replace=False)]
-    facts = [f"The coat of {n} is {color}." for n, color in zip(names, colors, strict=True)]
+    """Write sentences with a message of 20 words among them, and ask for the message."""
+    name, words = rng.choice(_NAMES), " ".join(rng.choice(_WORDS, 20, replace=False))
     sentences = [
         f"{rng.choice(_SUBJECTS)} {rng.choice(_VERBS)} {rng.choice(_PLACES)}."
         for _ in range(fillers)
     ]
-    for place, fact in zip(sorted(rng.integers(0, fillers, 4)), facts, strict=True):
-        sentences.insert(int(place), fact)
-    order = rng.permutation(4)
-    asked = ", ".join(names[n] for n in order)
-    answer = "".join(f" {facts[n]}" for n in order)
-    text = " ".join(sentences)
-    return f"{text}\nQuestion: What colors are the coats of {asked}?\nAnswer:", answer
+    message = f"The message for {name} is: {words}."
+    sentences.insert(int(rng.integers(fillers + 1)), message)
+    question = f"Question: What is the message for {name}?"
+    return (
+        f"Text: {' '.join(sentences)}\n{question}\nAnswer: The message for {name} is:",
+        f" {words}.",
+    )
 
 
 def _retrieval(rng: np.random.Generator) -> Question:
-    first, second = _passage(rng, 3), _passage(rng, 3)
-    text, expected = _passage(rng, 104)
+    first, second = _passage(rng, 2), _passage(rng, 4)
+    text, expected = _passage(rng, 84)
     worked = "".join(f"{passage}{answer}\n\n" for passage, answer in (first, second))
     return Question(worked + text, expected)
 
@@ -211,7 +217,7 @@ def _report(rng: np.random.Generator) -> Question:
 TASKS: dict[str, Task] = {
     "arithmetic": Task(lambda rng: _examples(rng, 6, _arithmetic), "mark_steps", ("\n",), 96),
     "copying": Task(lambda rng: _examples(rng, 2, _copying), "mark_words", ("\n",), 128),
-    "retrieval": Task(_retrieval, "mark_sentences", ("\n",), 128, 50),
+    "retrieval": Task(_retrieval, "mark_words", ("\n",), 128, 50),
     "json": Task(lambda rng: _examples(rng, 3, _json), "mark_json", ("\n",), 128),
     "code": Task(_code, "mark_code", ("\n\n", "\n#"), 96),
     "numerals": Task(lambda rng: _examples(rng, 3, _numerals), "mark_list", ("\n",), 128),
