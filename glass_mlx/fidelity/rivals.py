@@ -98,7 +98,7 @@ class Rival:
             return
         warmups = {selector.config.warmup for selector in self._selectors.values()}
         points = [n for n in warmups if n < len(text.written)]
-        own = DenseReading(self._model, text, points, reading.dense)
+        own = DenseReading(self._model, text, points, reference=reading.dense)
         for setting, selector in self._selectors.items():
             scores = score(own, selector)
             scores.bytes *= self.share

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, Setting
+from glass_mlx.config import DEFAULT_MAX_KL, Setting
 from glass_mlx.latency.measured_model import fix_shares, load_model, load_prior, model_title
 from glass_mlx.latency.timing import Settings, measure, summarize, time_run
 from glass_mlx.memory import usable_memory
@@ -62,7 +62,8 @@ def measure_machine(model: str | None, minutes: float) -> dict[str, Any]:
     """
     start, warning, power = time.perf_counter(), busy_warning(), describe_power()
     jobs = [_arguments(model, None), *(_arguments(None, shape) for shape in SHAPES)]
-    results, warnings = [], [warning] if warning else []
+    results: list[dict[str, Any]] = []
+    warnings = [warning] if warning else []
     # The largest come first: one that does not fit leaves its time to the others.
     for number in reversed(range(len(jobs))):
         title, left = model_title(jobs[number]), 60 * minutes - (time.perf_counter() - start)
@@ -118,10 +119,6 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
     session, kept = Session.of(model), [Setting(max_kl=DEFAULT_MAX_KL)]
     if args.shape:
         kept = fix_shares(kept, session, tokenizer, prior)
-    for setting in kept:
-        config = GlassConfig(**setting._asdict(), down_policy=args.down_policy)
-        if setting.max_kl is None:
-            session.check_room_for_slices(config)
     trial = _time_step(session, tokenizer)
     left = seconds - (time.perf_counter() - started)
     runs = 2 * (_REPETITIONS + 1)  # both methods, and a round to warm up
