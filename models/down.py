@@ -150,7 +150,7 @@ def _requantized(layer: nn.Module, indices: np.ndarray) -> nn.Module:
 NEURON_MAJOR, SCATTER = "neuron-major", "scatter"
 
 # How to drop some inputs of a quantized layer. Columns share the scales of their groups, so they
-# cannot be copied unchanged. docs/results.md compares the policies.
+# cannot be copied unchanged. docs/parts.md compares the policies.
 DOWN_POLICIES: dict[str, Callable[[nn.Module, np.ndarray], nn.Module]] = {
     NEURON_MAJOR: lambda layer, indices: take_transposed(layer, indices, transposed_copy(layer)),
     "requantize": _requantized,
