@@ -181,7 +181,7 @@ class CurveMeasurement:
                 if config.density is None:
                     kl.append(float(score_shortlists(reading, selector).mean()))
                 else:
-                    kl.append(float(score(reading, selector).kl.mean()))
+                    kl.append(float(score(reading, selector, masks=True).kl.mean()))
             if not np.isfinite(kl).all():
                 raise ValueError("the model computes probabilities that are not a number")
             results.append([round(value, 6) for value in kl])
