@@ -13,6 +13,7 @@ from glass_mlx import (
 )
 from glass_mlx.calibration.building import CalibrationSettings, calibrate
 from glass_mlx.calibration.impact import measure_impact
+from glass_mlx.calibration.mixture import MeasuredRecipe, Mixture
 from glass_mlx.calibration.moments import SequenceMoments
 from glass_mlx.calibration.texts import Recipe
 from glass_mlx.config import DEFAULT_REFRESH, GlassConfig
@@ -397,10 +398,59 @@ def test_a_prior_measures_every_expert_on_its_own_tokens(model, tokenizer, tmp_p
     draw(prior, tmp_path / "prior.png")
 
 
+@pytest.fixture
+def skewed():
+    """Return a model that seldom chooses two experts, because their logits are never large."""
+    model = tiny_model("qwen3_moe")
+    for layer in model.layers:
+        weight = np.array(layer.mlp.gate.weight)
+        weight[2], weight[3] = weight[2] * 0.2, weight[:2].mean(0)
+        layer.mlp.gate.weight = mx.array(weight)
+    return model
+
+
+def test_measuring_goes_on_while_experts_get_enough_tokens(skewed, tokenizer):
+    for amount in ({"tokens": 200}, {"sequences": 4}):
+        measured = []
+        for factor in (1.0, 4.0):
+            prior = calibrate(skewed, tokenizer, settings(**amount, expert_factor=factor))
+            measured.append((prior.about["tokens"], np.concatenate([*prior.routed.values()])))
+        (few, before), (more, after) = measured
+        assert 150 < few < 260 < more <= 4 * 260
+        assert 0 < before.min() < MIN_EXPERT_TOKENS
+        assert after.min() >= MIN_EXPERT_TOKENS
+
+
+def measured_recipe(tokens, routed):
+    moments = SequenceMoments({"f": (4, 3)}, ("griffin",), 5)
+    moments.routed["f"][:] = np.array(routed) / 2
+    moments.tokens = tokens
+    return MeasuredRecipe(Recipe("bos"), {}, moments, None)
+
+
+def test_texts_are_chosen_that_reach_experts_with_few_tokens():
+    first = measured_recipe(100, [90, 10, 0, 0])
+    second = measured_recipe(50, [40, 2, 8, 0])
+    mixture = Mixture([first, second], ("griffin",))
+    assert mixture.short_experts(8, 1000) == {}  # nothing brings tokens to the last one
+    short = mixture.short_experts(20, 1000)
+    assert short["f"].tolist() == [False, True, True, False]
+    assert mixture.best_recipe(short) is second
+    # The third would need 75 more tokens of the second recipe, and the second 80 of the first.
+    assert mixture.short_experts(20, 80)["f"].tolist() == [False, True, True, False]
+    assert mixture.short_experts(20, 78)["f"].tolist() == [False, False, True, False]
+    assert mixture.short_experts(20, 70) == {}
+    second.exhausted = True
+    assert mixture.short_experts(20, 1000)["f"].tolist() == [False, True, False, False]
+    assert mixture.best_recipe(short) is first
+
+
 def test_an_interrupted_calibration_of_experts_resumes_to_the_same_prior(
-    model, tokenizer, tmp_path, monkeypatch
+    skewed, tokenizer, tmp_path, monkeypatch
 ):
-    expected = calibrate(model, tokenizer, settings())
+    """Also while it measures more than asked for, for experts with few tokens."""
+    few = settings(tokens=200, batch_size=1)
+    expected = calibrate(skewed, tokenizer, few)
     checkpoint, calls = tmp_path / "partial", []
     save = "glass_mlx.calibration.building.save_checkpoint"
     from glass_mlx.calibration.resume import save_checkpoint
@@ -408,13 +458,15 @@ def test_an_interrupted_calibration_of_experts_resumes_to_the_same_prior(
     def interrupted(*arguments):
         save_checkpoint(*arguments)
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) in (1, 6):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(save, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, tokenizer, settings(), checkpoint=checkpoint)
-    prior = calibrate(model, tokenizer, settings(), checkpoint=checkpoint)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(skewed, tokenizer, few, checkpoint=checkpoint)
+    prior = calibrate(skewed, tokenizer, few, checkpoint=checkpoint)
+    assert len(calls) > 6
     assert prior.digest == expected.digest
 
 
