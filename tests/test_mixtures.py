@@ -449,8 +449,9 @@ def test_an_interrupted_calibration_of_experts_resumes_to_the_same_prior(
     skewed, tokenizer, tmp_path, monkeypatch
 ):
     """Also while it measures more than asked for, for experts with few tokens."""
-    few = settings(tokens=200, batch_size=1)
+    few = settings(tokens=100, batch_size=1)
     expected = calibrate(skewed, tokenizer, few)
+    assert expected.about["sequences"] > 4  # three have a hundred tokens
     checkpoint, calls = tmp_path / "partial", []
     save = "glass_mlx.calibration.building.save_checkpoint"
     from glass_mlx.calibration.resume import save_checkpoint
@@ -458,7 +459,7 @@ def test_an_interrupted_calibration_of_experts_resumes_to_the_same_prior(
     def interrupted(*arguments):
         save_checkpoint(*arguments)
         calls.append(1)
-        if len(calls) in (1, 6):
+        if len(calls) in (1, 4):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(save, interrupted)
@@ -466,7 +467,7 @@ def test_an_interrupted_calibration_of_experts_resumes_to_the_same_prior(
         with pytest.raises(KeyboardInterrupt):
             calibrate(skewed, tokenizer, few, checkpoint=checkpoint)
     prior = calibrate(skewed, tokenizer, few, checkpoint=checkpoint)
-    assert len(calls) > 6
+    assert len(calls) > 4
     assert prior.digest == expected.digest
 
 
