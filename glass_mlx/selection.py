@@ -8,7 +8,7 @@ from glass_mlx.budget import Budget
 from glass_mlx.config import GlassConfig, check_density
 from glass_mlx.models import membership
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.ranking import expert_prior_weights, fuse, ranks
+from glass_mlx.ranking import expert_prior_weights, fuse, largest, ranks
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.vocabulary import Shortlister, VocabularyStatistics
 
@@ -147,10 +147,7 @@ def select_counts(scores: Mapping[str, np.ndarray], counts: Mapping[str, int]) -
     Returns:
         The selection. Among equal scores the first neuron is kept.
     """
-    indices = {}
-    for path, values in scores.items():
-        order = np.argsort(-values, axis=-1, kind="stable")
-        indices[path] = np.sort(order[..., : counts[path]], axis=-1).astype(np.int32)
+    indices = {path: largest(values, counts[path]) for path, values in scores.items()}
     return Selection(indices, {path: values.shape[-1] for path, values in scores.items()})
 
 

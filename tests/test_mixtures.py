@@ -21,7 +21,7 @@ from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.generation_report import summary
 from glass_mlx.memory import slice_bytes, without_room
-from glass_mlx.models import find_ffns, find_head, named_arrays, weight_bytes, with_taps
+from glass_mlx.models import Routing, find_ffns, find_head, named_arrays, weight_bytes, with_taps
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw
 from glass_mlx.prior.file import GlobalPrior
@@ -550,3 +550,27 @@ def test_the_impact_of_an_experts_neuron_is_over_its_own_tokens(model):
 def test_impact_on_experts_in_a_list_is_refused():
     with pytest.raises(ValueError, match="experts in a list"):
         measure_impact(tiny_model("dbrx"), PROMPT, [1] * len(PROMPT))
+
+
+def test_single_tokens_are_joined_like_those_of_a_batch(model):
+    """Batches and single tokens in any mixture give the tokens the same numbers."""
+    path = find_ffns(model)[0].path
+    seen: list[Routing] = []
+
+    def observe(at, hidden, *, routing=None):
+        if at == path:
+            seen.append(routing)
+        return hidden
+
+    tapped = with_taps(model, observe)
+    for text in ([3], [1], [4], [1, 5], [9]):
+        mx.eval(tapped(mx.array([text])))
+    for parts in (seen[:3], seen, seen[3:4], seen[:1]):
+        joined = Routing.joined(parts)
+        numbers, start = [], 0
+        for part in parts:
+            numbers += (np.array(part.tokens) + start).tolist()
+            start += part.count
+        assert np.array(joined.tokens).tolist() == numbers
+        assert joined.count == start
+        assert np.array_equal(joined.experts, np.concatenate([p.experts for p in parts]))
