@@ -43,7 +43,7 @@ class Report:
             they were released, slices and cache.
         selection: the kept neurons of each FFN, or None before they are selected.
         shortlist: the kept tokens of the vocabulary, or None if all are kept.
-        whole: the FFNs that are not sliced because memory has no room for their slices.
+        unsliced: the FFNs that are not sliced because memory has no room for their slices.
     """
 
     dense: bool
@@ -67,7 +67,7 @@ class Report:
     held_bytes: int
     selection: Selection | None
     shortlist: Shortlist | None = None
-    whole: frozenset[str] = frozenset()
+    unsliced: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Reporter:
         selector: chooses the neurons.
         dense_bytes: bytes of weights that the dense model reads per token.
         down_policy: how quantized down projections are sliced.
-        whole: the FFNs that are not sliced because there is no room.
+        unsliced: the FFNs that are not sliced because there is no room.
 
     Attributes:
         report: the current report.
@@ -95,7 +95,7 @@ class Reporter:
         selector: Selector,
         dense_bytes: int,
         down_policy: str,
-        whole: Collection[str] = (),
+        unsliced: Collection[str] = (),
     ) -> None:
         config, prior, self._read_shares = selector.config, selector.prior, selector.read_shares
         self.report = Report(
@@ -119,7 +119,7 @@ class Reporter:
             sliced_bytes=dense_bytes,
             held_bytes=mx.get_active_memory(),
             selection=None,
-            whole=frozenset(whole),
+            unsliced=frozenset(unsliced),
         )
 
     def token(self, dense: bool) -> Report:
@@ -161,13 +161,16 @@ class Reporter:
 
 def memory_note(report: Report) -> str | None:
     """Say how many layers are sliced, and what to do about it, if memory has no room for all."""
-    if not report.whole or report.selection is None:
+    if not report.unsliced or report.selection is None:
         return None
-    kept = report.selection.indices
-    sliced = sum(kept[path].shape[-1] < m for path, m in report.selection.widths.items())
-    parts = "experts" if any(kept[path].ndim == 2 for path in report.whole) else "FFNs"
+    kept, widths = report.selection.indices, report.selection.widths
+    is_stack = any(kept[path].ndim == 2 for path in report.unsliced)
+    alike = [path for path in kept if kept[path].ndim == 2 or not is_stack]
+    sliced = sum(kept[path].shape[-1] < widths[path] for path in alike)
+    total = sliced + len(report.unsliced.intersection(alike))
+    parts = "experts" if is_stack else "feed-forward networks"
     return (
-        f"{parts} of {sliced} of {sliced + len(report.whole)} layers are sliced: memory has no "
+        f"{parts} of {sliced} of {total} layers are sliced: memory has no "
         "room for more beside the model. For all of them, free the dense weights with "
         "--release-dense, or save a smaller model once with glass-mlx export"
     )

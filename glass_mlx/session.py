@@ -305,20 +305,20 @@ class Session:
         counts, policy = selector.counts(self.shapes), selector.config.down_policy
         shares = {path: counts[path] / width for path, width in self.widths.items()}
         size, read = _bytes(self.model), self.read_shares
-        whole = without_room(size, self.ffns, shares, policy, read)
+        unsliced = without_room(size, self.ffns, shares, policy, read)
         needed = {ffn.path: slice_bytes(ffn, shares[ffn.path], policy) for ffn in self.ffns}
-        if required and whole and whole == {path for path, held in needed.items() if held}:
+        if required and unsliced and unsliced == {path for path, held in needed.items() if held}:
             raise NoRoomError(size, sum(needed.values()))
-        return whole
+        return unsliced
 
     def sliced_model(
         self,
         down_policy: str,
         reload: Callable[[], nn.Module] | None = None,
-        whole: Collection[str] = (),
+        unsliced: Collection[str] = (),
     ) -> SlicedModel:
         """Return a sliced model that has no slices yet; see `SlicedModel`."""
-        return SlicedModel(self.model, self.ffns, down_policy, reload, self.head, whole)
+        return SlicedModel(self.model, self.ffns, down_policy, reload, self.head, unsliced)
 
     def slice(self, selection: Selection, down_policy: str) -> nn.Module:
         """Return a model that computes only the selected neurons."""

@@ -79,7 +79,7 @@ class SlicedModel:
         reload: loads the model once more without evaluating its arrays. If it is given, each
             FFN's dense weights are released as soon as its slice exists; see `FFN.release`.
         head: its head, to slice it by a shortlist.
-        whole: FFNs that are not sliced whatever is selected, because there is no room for slices.
+        unsliced: FFNs that are not sliced whatever is selected, for want of memory.
 
     Attributes:
         slices: for each FFN, its kept neurons in the slice's order, and its sliced projections.
@@ -92,11 +92,11 @@ class SlicedModel:
         down_policy: str,
         reload: Callable[[], nn.Module] | None = None,
         head: Head | None = None,
-        whole: Collection[str] = (),
+        unsliced: Collection[str] = (),
     ) -> None:
-        self._dense, self._ffns, self._head, self._whole = dense, ffns, head, whole
+        self._dense, self._ffns, self._head, self._unsliced = dense, ffns, head, unsliced
         for ffn in ffns:
-            if ffn.path in whole:
+            if ffn.path in unsliced:
                 ffn.drop_copies()  # of slices for which there was room
         self._policy, self._reload = down_policy, reload
         self.slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
@@ -153,7 +153,7 @@ class SlicedModel:
             changes: list[tuple[FFN, np.ndarray | None]] = []
             for ffn, stream in zip(group, streams, strict=False):
                 indices = selection.indices[ffn.path]
-                if ffn.path in self._whole:
+                if ffn.path in self._unsliced:
                     indices = np.broadcast_to(np.arange(ffn.width, dtype=np.int32), ffn.shape)
                 with mx.stream(stream):
                     changed = self._slice(ffn, indices, first_compensation)

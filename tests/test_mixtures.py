@@ -254,7 +254,7 @@ def test_where_no_slice_fits_a_generation_is_refused_with_what_to_do(model, toke
     )
     assert responses[-1].glass.density_got == 0.5
     leave_room(monkeypatch, model, 1)
-    assert not run(model, tokenizer)[-1].glass.whole
+    assert not run(model, tokenizer)[-1].glass.unsliced
 
 
 def test_as_many_layers_are_sliced_as_fit_into_memory(model, tokenizer, monkeypatch):
@@ -263,7 +263,7 @@ def test_as_many_layers_are_sliced_as_fit_into_memory(model, tokenizer, monkeypa
     ffns = find_ffns(model)
     last = run(model, tokenizer)[-1]
     report = last.glass
-    assert report.whole == {ffn.path for ffn in ffns[2:]}
+    assert report.unsliced == {ffn.path for ffn in ffns[2:]}
     kept = report.selection.indices
     assert [kept[ffn.path].shape for ffn in ffns] == [(4, 32)] * 2 + [(4, 64)] * 2
     assert report.density_got == 0.75
@@ -274,7 +274,7 @@ def test_as_many_layers_are_sliced_as_fit_into_memory(model, tokenizer, monkeypa
     text = summary(last)
     assert "experts of 2 of 4 layers are sliced: memory" in text
     assert "--release-dense" in text
-    assert "are sliced" not in summary(replace(last, glass=replace(report, whole=frozenset())))
+    assert "are sliced" not in summary(replace(last, glass=replace(report, unsliced=frozenset())))
 
 
 def test_what_saves_the_most_per_held_byte_is_sliced_first():
@@ -356,7 +356,7 @@ def test_the_estimate_of_held_bytes_is_what_slices_take():
     held = mx.get_active_memory() - before
     expected = sum(slice_bytes(ffn, 0.5, "neuron-major") for ffn in ffns)
     assert held == pytest.approx(expected, rel=0.05)
-    gone = Session(model).sliced_model("neuron-major", whole={ffn.path for ffn in ffns})
+    gone = Session(model).sliced_model("neuron-major", unsliced={ffn.path for ffn in ffns})
     del sliced
     gone.update(random_selection(model))
     assert mx.get_active_memory() - before < 0.01 * expected

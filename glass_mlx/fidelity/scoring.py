@@ -224,8 +224,8 @@ def score(
     if config.warmup > reading.tokens:
         return scores
     cache, statistics = reading.state(config.warmup)
-    whole = session.without_room(selector, required=not masks)
-    sliced = session.sliced_model(config.down_policy, whole=whole)
+    unsliced = session.without_room(selector, required=not masks)
+    sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
     shortlister = selector.shortlister(statistics.vocabulary)
     if shortlister is not None:
         _warm_up(shortlister, reading, config)
@@ -236,8 +236,8 @@ def score(
         compensation = mean_compensation(statistics)
         sliced.update(selection, compensation)
         sliced_model = sliced.model
-        if masks and whole:
-            masked = [ffn for ffn in session.ffns if ffn.path in whole]
+        if masks and unsliced:
+            masked = [ffn for ffn in session.ffns if ffn.path in unsliced]
             sliced_model = masked_model(sliced_model, masked, selection, compensation)
         scores.selections[start] = sliced.selection
 
