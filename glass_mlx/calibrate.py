@@ -25,7 +25,7 @@ from glass_mlx.calibration.texts import Recipe
 from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
-from glass_mlx.prior.display import describe, draw, expert_lines
+from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw, expert_lines
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import check_repository, locate, publish
 from glass_mlx.statistics import PRIOR_STATISTICS
@@ -89,6 +89,14 @@ def setup_arg_parser() -> CommandParser:
         "reach a Jaccard index of X.",
     )
     group.add_argument(
+        "--expert-factor",
+        type=float,
+        default=defaults.expert_factor,
+        metavar="X",
+        help="In mixtures of experts, measure up to X times as much for experts that have seen "
+        f"fewer than {MIN_EXPERT_TOKENS} tokens; 1 for no more (%(default)s).",
+    )
+    group.add_argument(
         "--length", type=int, default=defaults.length, help="Tokens per sequence (%(default)s)."
     )
     group.add_argument(
@@ -135,6 +143,7 @@ def _settings(args: argparse.Namespace) -> CalibrationSettings:
         temperature=args.temp,
         seed=args.seed,
         until_stable=args.until_stable,
+        expert_factor=args.expert_factor,
         corpus_field=args.corpus_field,
         curve_texts=args.curve_texts,
     )

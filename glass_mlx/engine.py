@@ -88,12 +88,14 @@ class Generation:
     ) -> None:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
-        if reload is None:
-            session.check_room_for_slices(selector.config)
+        # With a reload, dense weights make room for each slice.
+        unsliced = frozenset[str]() if reload else session.without_room(selector)
         self._shortlister = selector.shortlister(statistics.vocabulary)
         self._observer = TokenObserver(statistics.text, self._shortlister)
-        self._slices = session.sliced_model(selector.config.down_policy, reload)
-        self._reporter = Reporter(selector, session.weight_bytes, self._slices.down_policy)
+        self._slices = session.sliced_model(selector.config.down_policy, reload, unsliced)
+        self._reporter = Reporter(
+            selector, session.weight_bytes, self._slices.down_policy, unsliced
+        )
 
     def steps(
         self, progress: Progress | None = None, input_embeddings: mx.array | None = None

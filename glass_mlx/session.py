@@ -1,7 +1,7 @@
 """The facts about a model, found once and used by any number of generations."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from glass_mlx.budget import Budget, spend
 from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
-from glass_mlx.memory import check_room_for_slices
+from glass_mlx.memory import NoRoomError, slice_bytes, without_room
 from glass_mlx.models import (
     FFN,
     Fingerprint,
@@ -261,7 +261,9 @@ class Session:
     ) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""
         size = self.head.size if self.head else 0
-        return Selector(self.resolved(config), self.multiples, size, prior, budget, always)
+        return Selector(
+            self.resolved(config), self.multiples, size, prior, budget, always, self.read_shares
+        )
 
     def spend(self, config: GlassConfig, curves: Curves) -> Budget:
         """Return the shares that read the fewest bytes within a configuration's bound on KL."""
@@ -290,21 +292,33 @@ class Session:
         model = with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
         return ObservedLogits(model, observer.logits)
 
-    def check_room_for_slices(self, config: GlassConfig) -> None:
-        """Raise ValueError if the slices of a generation do not fit into memory.
+    def without_room(self, selector: Selector, required: bool = True) -> frozenset[str]:
+        """Return the FFNs whose slices do not fit into memory; see `memory.without_room`.
 
         Args:
-            config: its configuration, with shares.
+            selector: determines how many neurons each slice keeps, and how it is made.
+            required: whether at least one slice must fit.
+
+        Raises:
+            NoRoomError: if one must, and none does.
         """
-        model_bytes = _bytes(self.model)
-        density, policy = config.shares.density, config.down_policy
-        check_room_for_slices(model_bytes, self.ffns, density, policy)
+        counts, policy = selector.counts(self.shapes), selector.config.down_policy
+        shares = {path: counts[path] / width for path, width in self.widths.items()}
+        size, read = _bytes(self.model), self.read_shares
+        unsliced = without_room(size, self.ffns, shares, policy, read)
+        needed = {ffn.path: slice_bytes(ffn, shares[ffn.path], policy) for ffn in self.ffns}
+        if required and unsliced and unsliced == {path for path, held in needed.items() if held}:
+            raise NoRoomError(size, sum(needed.values()))
+        return unsliced
 
     def sliced_model(
-        self, down_policy: str, reload: Callable[[], nn.Module] | None = None
+        self,
+        down_policy: str,
+        reload: Callable[[], nn.Module] | None = None,
+        unsliced: Collection[str] = (),
     ) -> SlicedModel:
         """Return a sliced model that has no slices yet; see `SlicedModel`."""
-        return SlicedModel(self.model, self.ffns, down_policy, reload, self.head)
+        return SlicedModel(self.model, self.ffns, down_policy, reload, self.head, unsliced)
 
     def slice(self, selection: Selection, down_policy: str) -> nn.Module:
         """Return a model that computes only the selected neurons."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .adapters import bias_of
 from .discovery import find_ffns
@@ -34,8 +35,11 @@ class Routing:
     def joined(parts: Sequence["Routing"]) -> "Routing":
         """Return the routing of several batches one after the other."""
         starts = [0, *accumulate(part.count for part in parts)]
-        tokens = [part.tokens + start for part, start in zip(parts, starts, strict=False)]
         experts = mx.concatenate([part.experts for part in parts])
+        if starts[-1] == len(parts):  # single tokens: known here, at no cost to the device
+            sizes = [part.experts.size for part in parts]
+            return Routing(experts, mx.array(np.repeat(starts[:-1], sizes)), starts[-1])
+        tokens = [part.tokens + start for part, start in zip(parts, starts, strict=False)]
         return Routing(experts, mx.concatenate(tokens), starts[-1])
 
 

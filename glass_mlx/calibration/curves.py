@@ -22,6 +22,7 @@ from glass_mlx.vocabulary import always_kept
 from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -181,7 +182,7 @@ class CurveMeasurement:
                 if config.density is None:
                     kl.append(float(score_shortlists(reading, selector).mean()))
                 else:
-                    kl.append(float(score(reading, selector).kl.mean()))
+                    kl.append(float(score(reading, selector, masks=True).kl.mean()))
             if not np.isfinite(kl).all():
                 raise ValueError("the model computes probabilities that are not a number")
             results.append([round(value, 6) for value in kl])
@@ -196,20 +197,10 @@ class CurveMeasurement:
         Raises:
             ValueError: if no answer is long enough.
         """
-        settings, tokenizer = self._settings, self._tokenizer
-        write = Writer(
-            self._session.model, _TEMPERATURE, [settings.seed, *_SEED], lambda count: None
-        )
-        messages = read_prompts(PROMPTS)[: settings.texts]
-        prompts = [_encode(tokenizer, [message]) for (message,) in messages]
-        lengths = [settings.length] * len(prompts)
-        answers = write(prompts, lengths, stop_sequences(tokenizer), 0)
+        settings = self._settings
+        answers = answer_prompts(self._session.model, self._tokenizer, settings)
         shortest = max(settings.length // 4, 2 * GlassConfig.warmup)
-        texts = [
-            Continuation(prompt, answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
-            if len(answer) >= shortest
-        ]
+        texts = [text for text in answers if len(text.written) >= shortest]
         if not texts:
             raise ValueError("the model writes no text that is long enough to measure a curve on")
         self._texts = texts
@@ -234,6 +225,29 @@ class CurveMeasurement:
             return [Continuation(**text) for text in state["texts"]]
         except (KeyError, TypeError, ValueError):  # damaged: measured again
             return []
+
+
+def answer_prompts(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    settings: CurveSettings,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Continuation]:
+    """Have a model answer prompts of many kinds, as users sample.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        settings: the number of prompts, the length of the answers, and the seed.
+        progress: called with the number of tokens written at each step.
+    """
+    write = Writer(model, _TEMPERATURE, [settings.seed, *_SEED], progress)
+    messages = read_prompts(PROMPTS)[: settings.texts]
+    encoded = [_encode(tokenizer, [message]) for (message,) in messages]
+    prompts = [prompt for prompt in encoded if prompt]  # some tokenizers know no such letters
+    lengths = [settings.length] * len(prompts)
+    answers = write(prompts, lengths, stop_sequences(tokenizer), 0) if prompts else []
+    return [Continuation(*pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def _standard_error(values: np.ndarray) -> Any:

@@ -20,7 +20,7 @@ from glass_mlx.prompt_cache import make_prompt_cache, read_prompt
 from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
-from glass_mlx.slicing import mean_compensation
+from glass_mlx.slicing import masked_model, mean_compensation
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.vocabulary import Shortlister, VocabularyStatistics, log_probabilities
 
@@ -200,19 +200,32 @@ class Scores:
         self.dense[scored] = dense
 
 
-def score(reading: DenseReading, selector: Selector, select: Select | None = None) -> Scores:
+def score(
+    reading: DenseReading,
+    selector: Selector,
+    select: Select | None = None,
+    *,
+    masks: bool = False,
+) -> Scores:
     """Score a selector on a continuation, with slices and renewals as in the engine.
 
     Args:
         reading: the continuation, read with the end of the selector's warm-up among its points.
         selector: determines when neurons are selected, and how they are sliced.
         select: chooses the neurons. Default: the selector.
+        masks: whether to mask the neurons of FFNs for whose slices memory has no room, to score
+            what all slices cost. The bytes are not those of the slices then. Default: such FFNs
+            stay whole, as in the engine.
+
+    Raises:
+        NoRoomError: if there is no room for any slice, nor are masks made.
     """
     config, session, scores = selector.config, reading.session, Scores.exact(reading)
     if config.warmup > reading.tokens:
         return scores
     cache, statistics = reading.state(config.warmup)
-    sliced = session.sliced_model(config.down_policy)
+    unsliced = session.without_room(selector, required=not masks)
+    sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
     shortlister = selector.shortlister(statistics.vocabulary)
     if shortlister is not None:
         _warm_up(shortlister, reading, config)
@@ -220,8 +233,12 @@ def score(reading: DenseReading, selector: Selector, select: Select | None = Non
         # 1) Select and slice. The rows of the head are exact, so its slice is not needed here.
         selection = (select or selector.select)(statistics)
         shortlist = None if shortlister is None else shortlister.choose(reading.read(start))
-        sliced.update(selection, mean_compensation(statistics))
+        compensation = mean_compensation(statistics)
+        sliced.update(selection, compensation)
         sliced_model = sliced.model
+        if masks and unsliced:
+            masked = [ffn for ffn in session.ffns if ffn.path in unsliced]
+            sliced_model = masked_model(sliced_model, masked, selection, compensation)
         scores.selections[start] = sliced.selection
 
         # 2) Run the dense and the sliced model on all tokens of the stretch at once.
