@@ -318,11 +318,11 @@ class SpeculativeDecoder(Decoder):
                     yield Sampled(token, logprobs[number - 1], number <= accepted)
                 except GeneratorExit:
                     self._take(model, number, count)
-                    self._read(token)
+                    self._read_last(model)
                     raise
             self._take(model, len(tokens), count)
         if self.generated == self.limit:
-            self._read(self.tokens[-1])
+            self._read_last(model)
 
     def _pass(self, model: CheckingModel, count: int) -> tuple[list[int], mx.array, int]:
         """Draft tokens, and check them.
@@ -370,8 +370,18 @@ class SpeculativeDecoder(Decoder):
         trim_prompt_cache(self.cache, count + 1 - taken)
         self._draft.keep(len(self.tokens) - 1)
 
+    def _read_last(self, model: CheckingModel) -> None:
+        """Put the last token into the caches, and sample one more token, as mlx-lm's loop does."""
+        self._pass(model, 0)
+        model.take(1)
+        self._catch_up()
+
     def _read(self, token: int) -> None:
         super()._read(token)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let the draft model read what it has not read, so that both caches hold the text."""
         with mx.stream(generation_stream):
             self._draft.read(self.tokens)
         self._both[:] = [*self.cache, *self._draft.cache]  # quantized entries are new objects

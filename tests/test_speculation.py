@@ -160,6 +160,9 @@ def test_a_pass_is_dense_or_sliced_and_only_the_tokens_of_the_text_count(
         **options,
     )
     dense = {n for n, r in enumerate(responses, 1) if r.glass.dense}
+    config = GlassConfig(**options)
+    if is_dense_pass(config, 60, len(dense) - config.warmup):
+        dense.add(61)  # the last token is read, too, and gives a token that nobody wants
     monkeypatch.setattr("glass_mlx.engine.is_dense_token", lambda config, number: number in dense)
     plain = run(model, tokenizer, prompt_cache=caches[1], **options)
     assert tokens_of(responses) == tokens_of(plain)
@@ -167,8 +170,9 @@ def test_a_pass_is_dense_or_sliced_and_only_the_tokens_of_the_text_count(
     assert any(r.from_draft and not r.glass.dense for r in responses)
     a, b = (cache.statistics for cache in caches)
     assert a.text.tokens == b.text.tokens == len(dense) - 1
-    assert a.vocabulary.tokens == b.vocabulary.tokens == len(dense) - 1
-    assert mx.allclose(a.vocabulary.sums, b.vocabulary.sums, rtol=1e-3)
+    assert a.vocabulary.tokens == b.vocabulary.tokens == (vocabulary < 1) * (len(dense) - 1)
+    if vocabulary < 1:
+        assert mx.allclose(a.vocabulary.sums, b.vocabulary.sums, rtol=1e-3)
     for path, scores in b.text.scores("griffin").items():
         np.testing.assert_allclose(a.text.scores("griffin")[path], scores, rtol=1e-3, atol=1e-6)
     for path, outputs in b.text.mean_outputs().items():
@@ -250,9 +254,9 @@ def test_both_caches_hold_the_text_whenever_a_generation_ends(
 
 
 def test_a_conversation_goes_on_with_drafts_and_can_be_trimmed(model, tokenizer):
-    def talk(draft):
+    def talk(draft, dense_every=0):
         cache, texts = glass_mlx.make_prompt_cache(model), []
-        options = RENEWED | {"dense_every": 0, "prompt_cache": cache}
+        options = RENEWED | {"dense_every": dense_every, "prompt_cache": cache}
         if draft is not None:
             cache += make_prompt_cache(draft)
             options |= {"draft_model": draft, "num_draft_tokens": 3}
@@ -263,6 +267,7 @@ def test_a_conversation_goes_on_with_drafts_and_can_be_trimmed(model, tokenizer)
         return texts, cache.tokens
 
     assert talk(model) == talk(sometimes_right(model)) == talk(None)
+    assert talk(never_right(model), dense_every=4) == talk(None, dense_every=4)
 
 
 def test_a_copy_of_a_cache_goes_its_own_way(model, tokenizer):
