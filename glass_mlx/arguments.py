@@ -138,6 +138,29 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft_arguments(parser: "argparse._ActionsContainer") -> None:
+    """Add mlx-lm's flags for speculative decoding."""
+    parser.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="A small model with the same tokenizer, which drafts tokens for the sliced model.",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        default=3,
+        metavar="N",
+        help="Number of tokens to draft at once (default: %(default)s).",
+    )
+
+
+def draft_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn parsed flags into keyword arguments of `load_draft`."""
+    names = ("trust_remote_code", "dtype", "dequantize")
+    options = {name: getattr(args, name) for name in names}
+    return options | {"tokenizer_config": {"trust_remote_code": args.trust_remote_code}}
+
+
 def load_options(
     args: argparse.Namespace, tokenizer_config: dict[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -60,10 +60,6 @@ class Drafting:
         if self.count < 0:
             raise ValueError(f"the number of draft tokens must be at least 0, not {self.count}")
 
-    def make_layers(self, target: nn.Module, max_kv_size: int | None = None) -> list[Any]:
-        """Make the empty entries of both models' prompt cache; see `prompt_cache.make_layers`."""
-        return make_layers(target, max_kv_size) + make_layers(self.model, max_kv_size)
-
     def split(self, target: nn.Module, cache: list[Any]) -> tuple[list[Any], list[Any]]:
         """Return the entries of the target and those of the draft model in a prompt cache.
 
@@ -75,9 +71,8 @@ class Drafting:
         check_layers(target, entries)
         if not draft_entries:
             raise ValueError(
-                "the prompt cache has no entries for the draft model; append those of "
-                "mlx_lm.models.cache.make_prompt_cache(draft_model) while it is empty, or leave "
-                "the draft model out"
+                "the prompt cache has no entries for the draft model; make a new one with "
+                "make_prompt_cache(model, draft_model=draft_model), or leave the draft model out"
             )
         check_layers(self.model, draft_entries)
         return entries, draft_entries

@@ -72,7 +72,8 @@ def stream_generate(
         max_tokens: the maximum number of tokens to generate; -1 for no limit.
         draft_model: a small model with the same tokenizer, for speculative decoding: it drafts
             tokens, and one pass of the sliced model, or of the dense one, checks them. A
-            `prompt_cache` must then have the entries of both models, the draft model's last.
+            `prompt_cache` must then have the entries of both models, the draft model's last, as
+            from `glass_mlx.make_prompt_cache(model, draft_model=draft_model)`.
         config: how to slice. Default: `GlassConfig()`.
         prior: a prior, its file or `hub:user/repo`; None to search for it (see `resolve_prior`)
             and to measure a small one if there is none, which shows its progress on standard
@@ -162,7 +163,7 @@ def _check_drafting(
     if options.get("input_embeddings") is not None:
         raise ValueError("a draft model cannot read input embeddings; leave it out")
     cache = options.get("prompt_cache")
-    cache = cache or drafting.make_layers(model, options.get("max_kv_size"))
+    cache = cache or make_layers(model, options.get("max_kv_size"), drafting.model)
     drafting.check_cache(model, cache, math.inf if max_tokens < 0 else new + max_tokens)
 
 
@@ -238,8 +239,9 @@ def _steps(
     report_progress = options.pop("prompt_progress_callback", None)
     input_embeddings = options.pop("input_embeddings", None)
     max_kv_size = options.pop("max_kv_size", None)
-    make = make_layers if drafting is None else drafting.make_layers
-    cache = options.pop("prompt_cache", None) or make(session.model, max_kv_size)
+    draft_model = None if drafting is None else drafting.model
+    cache = options.pop("prompt_cache", None)
+    cache = cache or make_layers(session.model, max_kv_size, draft_model)
     decoder = _decoder(session.model, cache, prompt, max_tokens, drafting, **options)
     if isinstance(cache, PromptCache):
         record = cache

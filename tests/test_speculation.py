@@ -316,7 +316,7 @@ def test_processors_see_the_text_so_far_at_every_place(model, tokenizer):
 def test_sampling_takes_the_tokens_from_the_target(model, tokenizer):
     """At a temperature, the tokens after the first one follow the target's distribution."""
     counts = {True: np.zeros(256), False: np.zeros(256)}
-    bias = make_logits_processors(logit_bias={token: 6.0 for token in (5, 6, 7)})
+    bias = make_logits_processors(logit_bias=dict.fromkeys((5, 6, 7), 6.0))
     for seed in range(150):
         for has_draft in counts:
             mx.random.seed(seed)

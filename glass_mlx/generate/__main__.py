@@ -17,10 +17,13 @@ from typing import Any
 
 from glass_mlx.arguments import (
     CommandParser,
+    add_draft_arguments,
     add_load_arguments,
     add_model_argument,
     check_cache_flags,
+    check_minimums,
     check_sampling_flags,
+    draft_options,
     load_options,
     path,
 )
@@ -28,7 +31,7 @@ from glass_mlx.cache_file import check_name
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat_templates import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import advice, load
+from glass_mlx.checkpoints.loading import advice, load, load_draft
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
@@ -50,7 +53,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # Flags of mlx_lm.generate that cannot be combined with slicing.
-_REFUSED = ("--draft-model", "--image")
+_REFUSED = ("--image",)
 
 
 def setup_arg_parser() -> CommandParser:
@@ -71,7 +74,7 @@ def setup_arg_parser() -> CommandParser:
     )
     for flag in _REFUSED:
         parser.add_argument(flag, nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--num-draft-tokens", type=int, help=argparse.SUPPRESS)
+    add_draft_arguments(parser)
     parser.add_argument(
         "--save-prompt-cache",
         metavar="FILE",
@@ -102,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         mx.random.seed(args.seed)
     load_model = _loader(args, conversation)
     model, tokenizer = load_model()
+    draft_model = load_draft(args.draft_model, tokenizer, **draft_options(args))
     for token in args.extra_eos_token:
         _add_eos_token(model, tokenizer, token)
     if args.verbose and (hint := advice(model)):
@@ -119,14 +123,18 @@ def run(args: argparse.Namespace) -> None:
         template_options,
     )
     if conversation.cache is None and args.save_prompt_cache:
-        conversation.cache = make_prompt_cache(model, args.max_kv_size)
+        conversation.cache = make_prompt_cache(model, args.max_kv_size, draft_model)
 
     # 4) Generate.
-    options = _generation_options(args, tokenizer) | {"prompt_cache": conversation.cache}
+    options = _generation_options(args, tokenizer) | {
+        "prompt_cache": conversation.cache,
+        "draft_model": draft_model,
+        "num_draft_tokens": args.num_draft_tokens,
+    }
     response = None
     if args.dense:
         if conversation.cache is None:
-            options["prompt_cache"] = make_layers(model, args.max_kv_size)
+            options["prompt_cache"] = make_layers(model, args.max_kv_size, draft_model)
         text = mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
     else:
         session = Session.of(model)
@@ -198,8 +206,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     check_max_tokens(args.max_tokens)
     check_cache_flags(args)
     check_sampling_flags(args)
-    if args.prefill_step_size < 1:
-        raise ValueError(f"--prefill-step-size must be at least 1, not {args.prefill_step_size}")
+    check_minimums(args, prefill_step_size=1, num_draft_tokens=0)
+    if args.dense and args.draft_model and args.max_tokens < 0:
+        raise ValueError("--max-tokens -1 cannot be combined with --dense and --draft-model")
     if args.seed is not None:
         check_seed(args.seed)
 
