@@ -55,16 +55,13 @@ _KV_GROUP_SIZES = (32, 64, 128)
 
 def check_cache_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for the first of mlx-lm's cache flags whose value is of no use."""
-    if args.max_kv_size is not None and args.max_kv_size < 1:
-        raise ValueError(f"--max-kv-size must be at least 1, not {args.max_kv_size}")
+    check_minimums(args, max_kv_size=1, quantized_kv_start=0)
     if args.kv_bits not in (None, *_KV_BITS):
         raise ValueError(f"--kv-bits must be one of {_listed(_KV_BITS)}, not {args.kv_bits}")
     if args.kv_group_size not in _KV_GROUP_SIZES:
         raise ValueError(
             f"--kv-group-size must be one of {_listed(_KV_GROUP_SIZES)}, not {args.kv_group_size}"
         )
-    if args.quantized_kv_start < 0:
-        raise ValueError(f"--quantized-kv-start must be at least 0, not {args.quantized_kv_start}")
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:

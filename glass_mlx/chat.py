@@ -10,7 +10,6 @@ if __name__ == "__main__":  # first, because an interrupt can also come during t
 
 import argparse
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -27,15 +26,14 @@ from glass_mlx.arguments import (
     draft_options,
     load_options,
 )
-from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import advice, load, load_draft
+from glass_mlx.checkpoints.loading import load, load_draft
+from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import check_text, exit_on_error, one_line
 from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
@@ -331,14 +329,10 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a bad value, a model that cannot be used or a prior that does not fit.
     """
     config = check_flags(args)
-    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    given = given_prior(args)
     mx.random.seed(args.seed)
-    model, tokenizer = load(args.model, **load_options(args))
-    if hint := advice(model):
-        print(hint, file=sys.stderr)
-    session, prior = Session.of(model), None
-    if not (args.dense or args.no_prior):
-        prior = find_or_measure_prior(session, tokenizer, given, config, args.model)
+    session, tokenizer = load_session(args)
+    prior = find_prior(args, session, tokenizer, given, config)
     chat = Chat(
         session,
         tokenizer,

@@ -28,17 +28,16 @@ from glass_mlx.arguments import (
     path,
 )
 from glass_mlx.cache_file import check_name
-from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat_templates import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import advice, load, load_draft
+from glass_mlx.checkpoints.loading import load, load_draft
+from glass_mlx.command_model import find_prior, given_prior, note_advice
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
 from glass_mlx.models import check_tokens, vocabulary_size
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
 from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     messages, template_options = _messages(args), _template_options(args)
     conversation = _open_conversation(args)
     config = config_from(args)
-    prior = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    prior = given_prior(args)
 
     # 2) Load the model.
     if args.seed is not None:
@@ -108,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
     draft_model = load_draft(args.draft_model, tokenizer, **draft_options(args))
     for token in args.extra_eos_token:
         _add_eos_token(model, tokenizer, token)
-    if args.verbose and (hint := advice(model)):
-        print(hint, file=sys.stderr)
+    if args.verbose:
+        note_advice(model)
 
     # 3) Encode the new messages.
     if args.verbose and (args.ignore_chat_template or not tokenizer.has_chat_template):
@@ -143,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             tokens,
             config=config,
-            prior=False if args.no_prior else _find_prior(args, session, tokenizer, prior, config),
+            prior=_find_prior(args, session, tokenizer, prior, config) or False,
             reload=(lambda: load_model(lazy=True)[0]) if args.release_dense else None,
             **options,
         )
@@ -301,13 +300,11 @@ def _find_prior(
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | None,
     config: GlassConfig,
-) -> GlobalPrior:
-    """Return the model's prior, and report where it comes from."""
+) -> GlobalPrior | None:
+    """Return the model's prior or None, and report where it comes from."""
     places_searched: list[str] = []
     try:
-        return find_or_measure_prior(
-            session, tokenizer, prior, config, args.model, places_searched.append
-        )
+        return find_prior(args, session, tokenizer, prior, config, places_searched.append)
     finally:
         if args.verbose and places_searched:
             print(f"prior: {'; '.join(places_searched)}", file=sys.stderr)

@@ -11,7 +11,8 @@ from typing import Any
 
 from glass_mlx.arguments import draft_options
 from glass_mlx.calibration.first_use import find_or_measure_budget, find_or_measure_prior
-from glass_mlx.checkpoints.loading import advice, load, load_draft, model_name
+from glass_mlx.checkpoints.loading import load, load_draft, model_name
+from glass_mlx.command_model import note_advice
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import is_library_error, one_line
 from glass_mlx.files import expand_user
@@ -159,8 +160,7 @@ class GlassModelProvider(ModelProvider):
     def _prepare(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str | None) -> None:
         """Find or measure the prior and, for a bound on KL, what slicing costs."""
         session, args = Session(model), self.cli_args
-        if hint := advice(model):
-            print(hint, file=sys.stderr)
+        note_advice(model)
         if not args.dense and not args.no_prior:
             given = None if args.prior is None or name != args.model else locate(args.prior)
             self.prior = find_or_measure_prior(
