@@ -161,6 +161,7 @@ class Generation:
             shortlist,
             self._selector.prior_weight(self._statistics),
             self._session.bytes_of(sliced),
+            None if self._shortlister is None else self._shortlister.measured,
         )
         return sliced
 
