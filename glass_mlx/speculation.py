@@ -71,8 +71,8 @@ class Drafting:
         check_layers(target, entries)
         if not draft_entries:
             raise ValueError(
-                "the prompt cache has no entries for the draft model; make a new one with "
-                "make_prompt_cache(model, draft_model=draft_model), or leave the draft model out"
+                "the prompt cache has no entries for the draft model; make a new one with the "
+                "draft model, or leave the draft model out"
             )
         check_layers(self.model, draft_entries)
         return entries, draft_entries
@@ -176,8 +176,9 @@ class Draft:
         drafts = mx.zeros(0, mx.uint32)
         if count == 0:
             return drafts
-        self.read(text[:-1])
-        unread = mx.array(text[-1:], mx.uint32)
+        if len(text) - self._tokens_read > 2:  # two, if all drafts of the latest pass were right
+            self.read(text[:-1])
+        unread = mx.array(text[self._tokens_read :], mx.uint32)
         for _ in range(count):
             unread, _ = choose(self._logits(unread), drafts)
             mx.async_eval(unread)

@@ -123,7 +123,7 @@ def test_slices_give_the_same_tokens_as_without_drafts(model, tokenizer, make_dr
                 assert np.array_equal(a.glass.selection.indices[path], kept)
 
 
-@pytest.mark.parametrize("architecture", [name for name in FAST if name != "falcon_h1"])
+@pytest.mark.parametrize("architecture", [*FAST[:-1], "dbrx"])  # the last cannot be trimmed
 def test_drafts_that_are_never_right_change_nothing(tokenizer, architecture):
     """Each pass then computes one token, so the same tokens are dense, and count the same."""
     windows = {"sliding_window": 64} if architecture.startswith("gemma") else {}
@@ -220,7 +220,7 @@ def test_warm_up_and_renewals_come_at_the_same_tokens(model, tokenizer):
 
 
 @pytest.mark.parametrize("make_draft", DRAFTERS)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 30])
+@pytest.mark.parametrize("n", [1, 2, 4, 30])
 @pytest.mark.parametrize("is_closed", [False, True])
 def test_both_caches_hold_the_text_whenever_a_generation_ends(
     model, tokenizer, make_draft, n, is_closed
@@ -313,6 +313,7 @@ def test_processors_see_the_text_so_far_at_every_place(model, tokenizer):
     assert all(tokens == text[: len(tokens)] for tokens in seen[:-4])
 
 
+@pytest.mark.slow
 def test_sampling_takes_the_tokens_from_the_target(model, tokenizer):
     """At a temperature, the tokens after the first one follow the target's distribution."""
     counts = {True: np.zeros(256), False: np.zeros(256)}
@@ -334,15 +335,15 @@ def test_sampling_takes_the_tokens_from_the_target(model, tokenizer):
                 counts[has_draft][response.token] += 1
     a, b = (counts[key][[5, 6, 7]] / counts[key].sum() for key in counts)
     assert np.abs(a - b).max() < 0.08
-    mx.random.seed(1)
-    again = [
-        tokens_of(
-            run(model, tokenizer, n=8, sampler=make_sampler(1.0), draft_model=model, **RENEWED)
-        )
-        for _ in range(2)
-        if mx.random.seed(1) is None
-    ]
-    assert again[0] == again[1]
+
+
+def test_the_same_seed_gives_the_same_text(model, tokenizer):
+    texts = []
+    for _ in range(2):
+        mx.random.seed(1)
+        options = RENEWED | {"sampler": make_sampler(1.0), "draft_model": model}
+        texts.append(tokens_of(run(model, tokenizer, n=20, **options)))
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(("own", "other"), [(256, 200), (256, 320), (200, 256)])
