@@ -10,10 +10,9 @@ from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prompt_cache import PromptCache
 from glass_mlx.renewal import is_dense_pass, is_dense_token
 from glass_mlx.session import Session
-from helpers import FAST, letter_tokenizer, made_prior
+from helpers import FAST, SometimesRight, letter_tokenizer, made_prior
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -42,30 +41,12 @@ def model():
     return tiny_model("llama", seed=49)
 
 
-class Drafter(nn.Module):
-    """A draft model that is the target, and proposes something else at some places of the text."""
-
-    def __init__(self, model, is_wrong):
-        super().__init__()
-        self.model = model
-        self._is_wrong = is_wrong
-
-    @property
-    def layers(self):
-        return self.model.layers
-
-    def __call__(self, tokens, cache=None):
-        place = 0 if cache is None else cache[0].offset + tokens.shape[1]
-        logits = self.model(tokens, cache=cache)
-        return -logits if self._is_wrong(place) else logits
-
-
 def never_right(model):
-    return Drafter(model, lambda place: True)
+    return SometimesRight(model, lambda place: False)
 
 
 def sometimes_right(model):
-    return Drafter(model, lambda place: place % 3 == 0 or place % 7 == 2)
+    return SometimesRight(model)
 
 
 DRAFTERS = [lambda model: model, sometimes_right, never_right]
