@@ -262,3 +262,11 @@ def test_a_limit_is_needed_for_dense_text_with_drafts(command, folder):
     flags = ("--dense", "--draft-model", folder, "--max-tokens", -1, "--prompt", "丂")
     code, _, err = command("--model", folder, *flags)
     assert (code, "--max-tokens -1 cannot be combined" in err) == (2, True)
+
+
+@pytest.mark.parametrize("flags", [["--dense"], ["--density", 0.5]])
+def test_drafts_that_could_not_be_taken_back_are_refused(command, folder, flags):
+    flags += ["--draft-model", folder, "--max-kv-size", 16, "--prompt", "丂"]
+    code, out, err = command("--model", folder, *flags)
+    assert (code, out.strip("=\n")) == (2, "")
+    assert "keeps only the latest 16 tokens" in err.splitlines()[-1]

@@ -387,6 +387,9 @@ def test_a_window_that_the_text_fits_into_is_no_hindrance(model, tokenizer):
     cache = [RotatingKVCache(31) for _ in range(8)]
     run(model, tokenizer, draft_model=model, prompt_cache=cache, **options)
     assert {entry.offset for entry in cache} == {30}
+    too_small = [RotatingKVCache(30) for _ in range(8)]
+    with pytest.raises(ValueError, match="keeps only the latest 30 tokens"):
+        run(model, tokenizer, draft_model=model, prompt_cache=too_small, **options)
     with pytest.raises(ValueError, match="keeps only the latest 31 tokens"):
         run(model, tokenizer, draft_model=model, prompt_cache=cache, **options)
 

@@ -41,6 +41,7 @@ from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
+from glass_mlx.speculation import Drafting
 from glass_mlx.streaming import check_max_tokens, collect, stream_generate
 
 import mlx.core as mx
@@ -132,9 +133,7 @@ def run(args: argparse.Namespace) -> None:
     }
     response = None
     if args.dense:
-        if conversation.cache is None:
-            options["prompt_cache"] = make_layers(model, args.max_kv_size, draft_model)
-        text = mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
+        text = _generate_dense(args, model, tokenizer, tokens, options)
     else:
         session = Session.of(model)
         responses = stream_generate(
@@ -158,6 +157,27 @@ def run(args: argparse.Namespace) -> None:
         conversation.save(args.save_prompt_cache, args.model, history)
     if response is not None and args.verbose:
         print(summary(response))
+
+
+def _generate_dense(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    tokens: list[int],
+    options: dict[str, Any],
+) -> str:
+    """Generate with mlx-lm, and return the text.
+
+    Raises:
+        ValueError: if mlx-lm could not take drafts back, which it would not notice.
+    """
+    draft_model = options["draft_model"]
+    if options["prompt_cache"] is None:
+        options["prompt_cache"] = make_layers(model, args.max_kv_size, draft_model)
+    if draft_model is not None:
+        drafting = Drafting(draft_model, args.num_draft_tokens)
+        drafting.check_cache(model, options["prompt_cache"], len(tokens) + args.max_tokens)
+    return mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
 
 
 def _loader(args: argparse.Namespace, conversation: Conversation) -> Callable[..., Any]:
