@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         note_advice(model)
 
     # 3) Encode the new messages.
-    if args.verbose and (args.ignore_chat_template or not tokenizer.has_chat_template):
+    if args.verbose and not _uses_template(args, tokenizer):
         _note_unused_messages(messages)
     tokens = conversation.unread_tokens(
         model,
@@ -126,11 +126,8 @@ def run(args: argparse.Namespace) -> None:
         conversation.cache = make_prompt_cache(model, args.max_kv_size, draft_model)
 
     # 4) Generate.
-    options = _generation_options(args, tokenizer) | {
-        "prompt_cache": conversation.cache,
-        "draft_model": draft_model,
-        "num_draft_tokens": args.num_draft_tokens,
-    }
+    options = _generation_options(args, tokenizer)
+    options |= {"prompt_cache": conversation.cache, "draft_model": draft_model}
     response = None
     if args.dense:
         text = _generate_dense(args, model, tokenizer, tokens, options)
@@ -151,12 +148,16 @@ def run(args: argparse.Namespace) -> None:
 
     # 5) Save the conversation, before a closing line that can fail is printed.
     if args.save_prompt_cache:
-        history = None
-        if tokenizer.has_chat_template and not args.ignore_chat_template:
-            history = with_answer(full_history(conversation.history, messages), text)
+        messages = with_answer(full_history(conversation.history, messages), text)
+        history = messages if _uses_template(args, tokenizer) else None
         conversation.save(args.save_prompt_cache, args.model, history)
     if response is not None and args.verbose:
         print(summary(response))
+
+
+def _uses_template(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> bool:
+    """Return whether messages go through a chat template."""
+    return tokenizer.has_chat_template and not args.ignore_chat_template
 
 
 def _generate_dense(
@@ -311,6 +312,7 @@ def _generation_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -
         "kv_bits": args.kv_bits,
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,
+        "num_draft_tokens": args.num_draft_tokens,
     }
 
 
