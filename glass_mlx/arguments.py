@@ -55,16 +55,13 @@ _KV_GROUP_SIZES = (32, 64, 128)
 
 def check_cache_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for the first of mlx-lm's cache flags whose value is of no use."""
-    if args.max_kv_size is not None and args.max_kv_size < 1:
-        raise ValueError(f"--max-kv-size must be at least 1, not {args.max_kv_size}")
+    check_minimums(args, max_kv_size=1, quantized_kv_start=0)
     if args.kv_bits not in (None, *_KV_BITS):
         raise ValueError(f"--kv-bits must be one of {_listed(_KV_BITS)}, not {args.kv_bits}")
     if args.kv_group_size not in _KV_GROUP_SIZES:
         raise ValueError(
             f"--kv-group-size must be one of {_listed(_KV_GROUP_SIZES)}, not {args.kv_group_size}"
         )
-    if args.quantized_kv_start < 0:
-        raise ValueError(f"--quantized-kv-start must be at least 0, not {args.quantized_kv_start}")
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:
@@ -136,6 +133,29 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Run Python code that comes with the model's files.",
     )
+
+
+def add_draft_arguments(parser: "argparse._ActionsContainer") -> None:
+    """Add mlx-lm's flags for speculative decoding."""
+    parser.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="A small model with the same tokenizer, which drafts tokens for the sliced model.",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        default=3,
+        metavar="N",
+        help="Number of tokens to draft at once (default: %(default)s).",
+    )
+
+
+def draft_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn parsed flags into keyword arguments of `load_draft`."""
+    names = ("trust_remote_code", "dtype", "dequantize")
+    options = {name: getattr(args, name) for name in names}
+    return options | {"tokenizer_config": {"trust_remote_code": args.trust_remote_code}}
 
 
 def load_options(

@@ -22,7 +22,8 @@ from glass_mlx.arguments import (
 from glass_mlx.calibration.building import CalibrationSettings, build
 from glass_mlx.calibration.stability import overall_stability
 from glass_mlx.calibration.texts import Recipe
-from glass_mlx.checkpoints.loading import advice, load, model_name
+from glass_mlx.checkpoints.loading import load, model_name
+from glass_mlx.command_model import note_advice
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
 from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw, expert_lines
@@ -153,8 +154,7 @@ def _build(args: argparse.Namespace) -> GlobalPrior:
     """Measure a prior into `args.output` and print a summary."""
     settings = _settings(args)
     model, tokenizer = load(args.model, lazy=True, **load_options(args))
-    if hint := advice(model):
-        print(hint, file=sys.stderr)
+    note_advice(model)
     start = time.perf_counter()
     report = partial(tqdm.write, file=sys.stderr)  # above the progress bar
     prior = build(model, tokenizer, args.output, settings, model_name(args.model), report)

@@ -7,10 +7,11 @@ from typing import Any
 
 from glass_mlx.decoding import Decoder
 from glass_mlx.generation_report import Report, Reporter
-from glass_mlx.renewal import is_dense_token, stretches
+from glass_mlx.renewal import is_dense_pass, is_dense_token, stretches
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
+from glass_mlx.speculation import CheckingModel, SpeculativeDecoder
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.token_observer import TokenObserver
 from glass_mlx.vocabulary import Shortlist
@@ -51,6 +52,10 @@ class Interleaved(nn.Module):
         model = self.dense if self._is_dense(self._number) else self.sliced
         return model(*args, **kwargs)
 
+    def was_dense(self, number: int) -> bool:
+        """Return whether the dense model computed a token, by its number."""
+        return self._is_dense(number)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -59,11 +64,13 @@ class Step:
     Attributes:
         token: its id.
         logprobs: (vocabulary,) log-probabilities.
+        from_draft: whether a draft model proposed it.
         report: the report up to this token.
     """
 
     token: int
     logprobs: mx.array
+    from_draft: bool
     report: Report
 
 
@@ -126,6 +133,8 @@ class Generation:
 
         # 2) Warm-up. The dense model writes the first tokens, which are observed separately.
         writer = self._session.observed_by_token(self._observer)
+        if isinstance(decoder, SpeculativeDecoder):
+            writer = CheckingModel(writer, self._observer)
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
@@ -154,6 +163,7 @@ class Generation:
             shortlist,
             self._selector.prior_weight(self._statistics),
             self._session.bytes_of(sliced),
+            None if self._shortlister is None else self._shortlister.measured,
         )
         return sliced
 
@@ -180,23 +190,33 @@ class Generation:
 
         run = self._decoder.run(model, unread, until, prompt_progress_callback=evaluate, **options)
         with closing(run):
-            for token, logprobs in run:
+            for sampled in run:
                 if self._statistics.prompt.tokens == 0:
                     raise ValueError(
                         "this model does not run the modules that it exposes; it cannot be sliced"
                     )
-                yield Step(token, logprobs, self._reporter.token(dense=True))
+                yield Step(*sampled, self._reporter.token(dense=True))
 
     def _sliced_steps(
         self, sliced: nn.Module, dense: nn.Module, until: float
     ) -> Generator[Step, None, None]:
         """Generate with the sliced model, up to a total number of generated tokens."""
         config, decoder = self._selector.config, self._decoder
-        model = Interleaved(
-            sliced, dense, decoder.generated, lambda number: is_dense_token(config, number)
-        )
+        model: Interleaved | CheckingModel
+        if isinstance(dense, CheckingModel):
+            model = CheckingModel(dense.dense, self._observer, sliced, self._is_dense_pass_due)
+        else:
+            model = Interleaved(
+                sliced, dense, decoder.generated, lambda number: is_dense_token(config, number)
+            )
         run = decoder.run(model, decoder.last(1), until)
         with closing(run):
-            for token, logprobs in run:
-                is_dense = is_dense_token(config, decoder.generated)
-                yield Step(token, logprobs, self._reporter.token(is_dense))
+            for sampled in run:
+                is_dense = model.was_dense(decoder.generated)
+                yield Step(*sampled, self._reporter.token(is_dense))
+
+    def _is_dense_pass_due(self) -> bool:
+        """Return whether the dense model computes the next pass of speculative decoding."""
+        config = self._selector.config
+        dense = self._reporter.report.dense_tokens - config.warmup
+        return is_dense_pass(config, self._decoder.generated, dense)

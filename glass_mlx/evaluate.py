@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,14 @@ from glass_mlx.arguments import (
     add_model_argument,
     check_minimums,
     check_sampling_flags,
-    load_options,
     path,
 )
-from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
-from glass_mlx.checkpoints.loading import advice, load, model_name
+from glass_mlx.calibration.first_use import make_selector
+from glass_mlx.checkpoints.loading import model_name
+from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.files import write_text
-from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
-from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
 import mlx.core as mx
@@ -157,17 +153,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"this needs lm-evaluation-harness: pip install 'glass-mlx[evaluate]' ({error})"
         ) from error
-    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    given = given_prior(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     mx.random.seed(args.seed)
-    model, tokenizer = load(args.model, **load_options(args))
-    if hint := advice(model):
-        print(hint, file=sys.stderr)
-    session, prior, selector = Session.of(model), None, None
-    if not args.dense:
-        if not args.no_prior:
-            prior = find_or_measure_prior(session, tokenizer, given, config, args.model)
-        selector = make_selector(session, tokenizer, prior, config)
+    session, tokenizer = load_session(args)
+    prior = find_prior(args, session, tokenizer, given, config)
+    selector = None if args.dense else make_selector(session, tokenizer, prior, config)
     sampler = make_sampler(args.temp, args.top_p, top_k=args.top_k)
     lm = GlassLM(
         session, tokenizer, selector, prior, args.max_tokens, args.apply_chat_template, sampler

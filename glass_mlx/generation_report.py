@@ -41,6 +41,11 @@ class Report:
             `dense_bytes` before there are slices.
         held_bytes: bytes of arrays in this process after the latest slicing: dense weights unless
             they were released, slices and cache.
+        measured_tokens: tokens that the dense model computed while shortlists of the current share
+            were in use, up to the latest selection.
+        measured_kl: the mean KL divergence, on these tokens, of the dense model's logits from what
+            the shortlist makes of them, in nats per token: what the vocabulary costs, without the
+            neurons. None without such tokens.
         selection: the kept neurons of each FFN, or None before they are selected.
         shortlist: the kept tokens of the vocabulary, or None if all are kept.
         unsliced: the FFNs that are not sliced because memory has no room for their slices.
@@ -65,6 +70,8 @@ class Report:
     dense_bytes: int
     sliced_bytes: int
     held_bytes: int
+    measured_tokens: int
+    measured_kl: float | None
     selection: Selection | None
     shortlist: Shortlist | None = None
     unsliced: frozenset[str] = frozenset()
@@ -118,6 +125,8 @@ class Reporter:
             dense_bytes=dense_bytes,
             sliced_bytes=dense_bytes,
             held_bytes=mx.get_active_memory(),
+            measured_tokens=0,
+            measured_kl=None,
             selection=None,
             unsliced=frozenset(unsliced),
         )
@@ -135,8 +144,10 @@ class Reporter:
         shortlist: Shortlist | None,
         prior_weight: float,
         sliced_bytes: int,
+        measured: tuple[int, float] | None = None,
     ) -> None:
-        """Record new slices."""
+        """Record new slices, and what shortlists have cost; see `Shortlister.measured`."""
+        measured_tokens, measured_kl = measured or (0, None)
         self.report = replace(
             self.report,
             density_got=selection.read_density(self._read_shares),
@@ -146,6 +157,8 @@ class Reporter:
             selections=self.report.selections + 1,
             sliced_bytes=sliced_bytes,
             held_bytes=mx.get_active_memory(),
+            measured_tokens=measured_tokens,
+            measured_kl=measured_kl,
             selection=selection,
             shortlist=shortlist,
         )

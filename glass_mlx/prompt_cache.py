@@ -247,7 +247,11 @@ def _describe(kinds: list[str]) -> str:
     return f"{len(kinds)} layers ({', '.join(dict.fromkeys(kinds))})"
 
 
-def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None) -> PromptCache:
+def make_prompt_cache(
+    model: nn.Module | Session,
+    max_kv_size: int | None = None,
+    draft_model: nn.Module | None = None,
+) -> PromptCache:
     """Make an empty prompt cache, as `mlx_lm.models.cache.make_prompt_cache` does.
 
     In every turn, pass the cache to `stream_generate` as `prompt_cache`, with the new tokens only.
@@ -255,15 +259,19 @@ def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None
     Args:
         model: the model, or a session of it.
         max_kv_size: the maximum number of tokens in a layer; see `make_layers`.
+        draft_model: the draft model of speculative decoding, whose entries come last.
 
     Raises:
         ValueError: if the model cannot be sliced.
     """
     session = Session.of(model)
-    return PromptCache(make_layers(session.model, max_kv_size), session.empty_statistics())
+    layers = make_layers(session.model, max_kv_size, draft_model)
+    return PromptCache(layers, session.empty_statistics())
 
 
-def make_layers(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+def make_layers(
+    model: nn.Module, max_kv_size: int | None = None, draft_model: nn.Module | None = None
+) -> list[Any]:
     """Make the empty entries of a prompt cache.
 
     mlx-lm bounds only the caches of models that do not make their own, which leaves out most
@@ -272,8 +280,11 @@ def make_layers(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
     Args:
         model: the model.
         max_kv_size: the maximum number of tokens in an entry: the first ones and the latest.
+        draft_model: the draft model of speculative decoding, whose entries come last.
     """
     layers = mlx_lm_cache.make_prompt_cache(model)
+    if draft_model is not None:
+        layers += mlx_lm_cache.make_prompt_cache(draft_model)
     if max_kv_size is None:
         return layers
     sinks = min(_SINKS, max_kv_size // 2)

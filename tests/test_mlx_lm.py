@@ -56,6 +56,11 @@ USED = [
     ("mlx_lm.models.cache", "RotatingKVCache.make_mask", ["N", "window_size", "return_array"]),
     ("mlx_lm.models.cache", "CacheList", []),
     ("mlx_lm.generate", "DEFAULT_QUANTIZED_KV_START", []),
+    (
+        "mlx_lm.generate",
+        "maybe_quantize_kv_cache",
+        ["prompt_cache", "quantized_kv_start", "kv_group_size", "kv_bits"],
+    ),
     ("mlx_lm.models.switch_layers", "SwitchLinear", []),
     ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear", []),
     ("mlx_lm.models.switch_layers", "SwitchLinear.__call__", ["x", "indices", "sorted_indices"]),

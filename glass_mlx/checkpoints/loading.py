@@ -167,6 +167,42 @@ def load(
     return loaded
 
 
+def load_draft(name: str | None, tokenizer: TokenizerWrapper, **options: Any) -> nn.Module | None:
+    """Load a draft model for speculative decoding.
+
+    Args:
+        name: the draft model, as for `load`; None for no draft model.
+        tokenizer: the tokenizer of the model whose text it drafts.
+        **options: further arguments of `load`.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: if it cannot be used, or if its tokenizer is another one.
+    """
+    if name is None:
+        return None
+    model, own = load(name, **options)
+    if not _are_compatible(tokenizer, own):
+        raise ValueError(
+            f"the draft model {name} has another tokenizer than the model; give a smaller model "
+            "of the same family"
+        )
+    return model
+
+
+def _are_compatible(tokenizer: TokenizerWrapper, other: TokenizerWrapper) -> bool:
+    """Return whether the ids that two tokenizers have in common stand for the same tokens.
+
+    Files of one family differ in how many unused tokens they list at the end.
+    """
+    first, second = (
+        {identifier: token for token, identifier in one.get_vocab().items()}
+        for one in (tokenizer, other)
+    )
+    shared = first.keys() & second.keys()
+    return bool(shared) and all(first[identifier] == second[identifier] for identifier in shared)
+
+
 def _set_precision(model: nn.Module, dtype: str | None, dequantize: bool) -> None:
     """Convert a model's weights in place; see `load`."""
     type_of_floats = None if dtype is None else getattr(mx, dtype)

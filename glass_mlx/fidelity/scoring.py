@@ -16,7 +16,7 @@ from glass_mlx.cache_masks import masked_as_one_by_one
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.models import FFN, Routing, with_call, with_replacements, with_taps
-from glass_mlx.prompt_cache import make_prompt_cache, read_prompt
+from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, read_prompt
 from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
@@ -48,6 +48,8 @@ class DenseReading:
         text: the continuation, with at least two written tokens.
         points: the numbers of generated tokens after which the state is kept, such as the ends of
             warm-ups.
+        prompt_cache: a prompt cache into which the prompt was read. It does not change, so several
+            continuations can share it. Default: the prompt is read.
         **options: how the prompt is read, as for `read_prompt`; for example `prefill_step_size`.
 
     Attributes:
@@ -63,6 +65,7 @@ class DenseReading:
         model: nn.Module | Session,
         text: Continuation,
         points: Sequence[int] = (1,),
+        prompt_cache: PromptCache | None = None,
         **options: Any,
     ) -> None:
         self.session = session = Session.of(model)
@@ -71,8 +74,11 @@ class DenseReading:
         self.following = mx.array(text.written[1:])
 
         # 1) Read the prompt as the engine does, which observes a sample of it in the last FFN.
-        prompt_cache = make_prompt_cache(session)
-        read_prompt(session, text.prompt, prompt_cache, **options)
+        if prompt_cache is None:
+            prompt_cache = make_prompt_cache(session)
+            read_prompt(session, text.prompt, prompt_cache, **options)
+        else:
+            prompt_cache = copy.deepcopy(prompt_cache)
         cache, statistics = [*prompt_cache], prompt_cache.statistics
         assert statistics is not None
         self._checkpoints = {0: _Checkpoint(copy.deepcopy(cache), statistics.copy())}

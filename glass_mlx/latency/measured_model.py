@@ -2,7 +2,7 @@
 
 import argparse
 
-from glass_mlx.arguments import add_load_arguments, add_model_argument
+from glass_mlx.arguments import add_load_arguments, add_model_argument, check_minimums
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.checkpoints.loading import DTYPES, load, model_name
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
@@ -49,8 +49,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--layers, --bits, --group-size and --mode are for random weights; give --shape"
         )
-    if args.layers is not None and args.layers < 1:
-        raise ValueError(f"--layers must be at least 1, not {args.layers}")
+    check_minimums(args, layers=1)
     if args.bits is None and (args.group_size, args.mode) != (None, None):
         raise ValueError("--group-size and --mode are for quantized weights; give --bits")
 

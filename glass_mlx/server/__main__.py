@@ -19,6 +19,7 @@ from typing import Any
 from glass_mlx.arguments import (
     CommandParser,
     add_adapter_arguments,
+    add_draft_arguments,
     add_load_arguments,
     add_model_argument,
     check_cache_flags,
@@ -41,7 +42,6 @@ from mlx_lm.utils import _parse_size
 
 # Flags that cannot be combined with slicing, or that a server cannot use.
 _REFUSED = {
-    "draft_model": "--draft-model cannot be combined with slicing; use mlx_lm.server",
     "pipeline": "--pipeline cannot be combined with slicing; use mlx_lm.server",
     "release_dense": "--release-dense is of no use here: the next prompt needs the dense weights",
 }
@@ -55,13 +55,12 @@ def setup_arg_parser() -> CommandParser:
     add_model_argument(parser)
     add_adapter_arguments(parser)
     add_load_arguments(parser)
+    add_draft_arguments(parser)
     _add_http_arguments(parser.add_argument_group("connections"))
     _add_default_arguments(parser.add_argument_group("defaults of requests"))
     _add_cache_arguments(parser.add_argument_group("prompt caches"))
     add_slicing_arguments(parser.add_argument_group("slicing"))
     for flag, options in (
-        ("--draft-model", {}),
-        ("--num-draft-tokens", {"type": int, "default": 3}),
         ("--decode-concurrency", {"type": int}),
         ("--prompt-concurrency", {"type": int}),
         ("--pipeline", {"action": "store_true"}),
@@ -220,6 +219,7 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
         max_request_bytes=1,
         prefill_step_size=1,
         prompt_cache_size=0,
+        num_draft_tokens=0,
     )
     return config_from(args)
 

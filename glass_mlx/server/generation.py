@@ -236,7 +236,8 @@ class GlassResponseGenerator(ResponseGenerator):
         if cache is not None and not unread and trim_prompt_cache(cache, 1):
             unread = prompt[-1:]  # the model must read something to continue from
         if cache is None or not unread:
-            cache = make_prompt_cache(session, self.cli_args.max_kv_size)
+            draft_model = self.model_provider.draft_model
+            cache = make_prompt_cache(session, self.cli_args.max_kv_size, draft_model)
             unread = prompt
         return cache, unread
 
@@ -263,6 +264,8 @@ class GlassResponseGenerator(ResponseGenerator):
                 tokenizer,
                 unread,
                 args.max_tokens,
+                self.model_provider.draft_model,
+                num_draft_tokens=args.num_draft_tokens,
                 config=job.config,
                 prior=self.model_provider.prior or False,
                 sampler=_make_sampler(args, tokenizer),

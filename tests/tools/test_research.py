@@ -6,6 +6,7 @@ from glass_mlx import GlassConfig, GlobalPrior, Session, load
 from helpers import made_prior, save_tiny_folder
 
 import add_curves
+import compare_dense_passes
 import compare_expert_evidence
 import compare_outside
 import compare_priors
@@ -113,3 +114,13 @@ def test_expectations_of_the_probability_outside_are_compared(
     kl = {row[2].strip(): float(row[4]) for row in rows}
     assert kl["the truth"] < kl["the mean"]
     assert kl["the truth"] < kl["0.2"]
+
+
+def test_dense_passes_are_compared(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 60]
+    run(monkeypatch, compare_dense_passes, *arguments, "--rows", 1, 4)
+    lines = capsys.readouterr().out.splitlines()
+    whole, every, some = ([float(cell) for cell in line.split("|")[2:4]] for line in lines[2:5])
+    assert every[0] < some[0] < 1
+    assert whole[0] < 1
+    assert [line.split("|")[1].strip() for line in lines[-2:]] == ["1", "4"]
