@@ -1,6 +1,7 @@
 """Time generations on a random prompt, dense and sliced in turn.
 
 Accepts the flags of `mlx_lm.benchmark` and some more. `glass-mlx latency` measures more closely.
+With `--submit-file`, runs a fixed protocol instead, and writes a file for the README's table.
 """
 
 if __name__ == "__main__":  # first, because an interrupt can also come during the imports below
@@ -9,6 +10,7 @@ if __name__ == "__main__":  # first, because an interrupt can also come during t
     run_command("benchmark")
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from statistics import mean
@@ -19,9 +21,12 @@ from glass_mlx.arguments import (
     add_load_arguments,
     add_model_argument,
     check_minimums,
+    path,
 )
 from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.errors import exit_on_error
+from glass_mlx.files import check_writable, write_text
+from glass_mlx.latency.submission import measure_machine, submission_advice
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.streaming import stream_generate
 
@@ -50,7 +55,49 @@ def setup_arg_parser() -> CommandParser:
     parser.add_argument("--adapter-path", help="A folder with adapters from mlx-lm.")
     add_load_arguments(parser)
     add_slicing_arguments(parser.add_argument_group("slicing"))
+    group = parser.add_argument_group("contributing")
+    group.add_argument(
+        "--submit-file",
+        type=path,
+        metavar="FILE",
+        help="Measure this machine with a fixed protocol, and write the result as JSON. It has "
+        "no names and no serial numbers.",
+    )
+    group.add_argument(
+        "--submit-minutes",
+        type=float,
+        default=10,
+        metavar="N",
+        help="About how long --submit-file may take (%(default)s).",
+    )
     return parser
+
+
+def submit(args: argparse.Namespace) -> None:
+    """Measure this machine with the fixed protocol, and write the result.
+
+    Raises:
+        OSError: if the file cannot be written.
+        ValueError: for a flag that would change the protocol.
+    """
+    parser = setup_arg_parser()
+    for name, value in vars(args).items():
+        is_fixed = name not in ("model", "submit_file", "submit_minutes")
+        if is_fixed and value != parser.get_default(name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--submit-file runs a fixed protocol; leave out --{flag}")
+    if not 0 < args.submit_minutes < float("inf"):
+        raise ValueError(f"--submit-minutes must be positive, not {args.submit_minutes}")
+    check_writable(args.submit_file)
+    found = measure_machine(args.model, args.submit_minutes)
+    write_text(args.submit_file, json.dumps(found, indent=1) + "\n")
+    for result in found["results"]:
+        if "left_out" in result:
+            print(f"{result['model']}: left out, {result['left_out']}")
+            continue
+        dense, sliced = (row["total_tps"] for row in result["rows"])
+        print(f"{result['model']}: {dense:.1f} tokens/s dense, {sliced:.1f} sliced")
+    print(submission_advice(args.submit_file))
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -72,6 +119,9 @@ def run(args: argparse.Namespace) -> None:
         FileNotFoundError: if the model or the prior does not exist.
         ValueError: for a bad value, a model that cannot be used or a prior that does not fit.
     """
+    if args.submit_file:
+        submit(args)
+        return
     check_flags(args)
     config = config_from(args)
     given = given_prior(args)

@@ -197,12 +197,12 @@ def evaluate(
     # The harness's own tasks are thousands of files, which take long to list.
     needs_own = len(folders) < len(tasks)
     manager = TaskManager(include_path=folders or None, include_defaults=needs_own)
-    sliced = _simple_evaluate(lm, tasks, manager, args)
+    sliced = evaluate_once(lm, tasks, manager, args)
     results = {task: dict(values) for task, values in sliced["results"].items()}
     if lm.is_dense or args.sliced_only:
         return results
     lm.is_dense = True
-    dense = _simple_evaluate(lm, tasks, manager, args)
+    dense = evaluate_once(lm, tasks, manager, args)
     changed = flips(dense, sliced)
     for task, values in results.items():
         values["dense"] = dense["results"][task]
@@ -210,9 +210,20 @@ def evaluate(
     return results
 
 
-def _simple_evaluate(
+def evaluate_once(
     lm: Any, tasks: list[str], manager: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
+    """Run all tasks with one model, and return what the harness does.
+
+    Args:
+        lm: a `harness.GlassLM`.
+        tasks: the names of the tasks.
+        manager: the harness's `TaskManager`, which knows them.
+        args: the parsed flags.
+
+    Raises:
+        ValueError: if the harness cannot run a task.
+    """
     import lm_eval
     from mlx_lm.evaluate import chat_template_fn
 

@@ -2,6 +2,7 @@
 
 import copy
 import glob
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, save
 
 Shapes = dict[str, tuple[int, ...]]
+
+# mlx-kld copies the scalars in this file into its records.
+_RECIPE = "quant-recipe.json"
 
 
 def write_sliced_checkpoint(
@@ -51,6 +55,7 @@ def write_sliced_checkpoint(
         try:
             save(temporary, folder, sliced, tokenizer, config, donate_model=False)
             (temporary / "README.md").write_text(_model_card(about), encoding="utf-8")
+            (temporary / _RECIPE).write_text(_recipe(about), encoding="utf-8")
         except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
             raise OSError(f"{output} cannot be written: {one_line(error)}") from error
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
@@ -60,6 +65,12 @@ def write_sliced_checkpoint(
             raise ValueError(
                 f"mlx-lm does not load the sliced checkpoint: {one_line(error)}"
             ) from error
+
+
+def _recipe(about: dict[str, Any]) -> str:
+    """Return what was done to a model as JSON with scalars only."""
+    scalars = {k: v for k, v in about.items() if isinstance(v, str | int | float)}
+    return json.dumps({"method": "glass-mlx export"} | scalars, indent=2) + "\n"
 
 
 def check_output(output: Path) -> None:

@@ -210,6 +210,9 @@ def test_prior_and_answers_are_fused(tmp_path, monkeypatch):
     exported, _ = run(monkeypatch, tmp_path, *options, "--prior-weight", "1")
     metadata = json.loads((tmp_path / "out" / "config.json").read_text())["glass"]
     assert (metadata["prompts"], metadata["prior_weight"], metadata["prior"]) == (2, 1.0, FILE_NAME)
+    recipe = json.loads((tmp_path / "out" / "quant-recipe.json").read_text())
+    assert (recipe["method"], recipe["density"], recipe["prompts"]) == ("glass-mlx export", 0.5, 2)
+    assert all(isinstance(value, str | int | float) for value in recipe.values())
     dense, _ = load(str(folder))
     session, config = Session(dense), GlassConfig(density=0.5, prior_weight=1.0)
     selector = session.selector(config, replace(prior, about={}))

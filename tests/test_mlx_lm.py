@@ -77,6 +77,44 @@ USED = [
     ),
     ("mlx_lm.utils", "load_model", ["model_path", "lazy"]),
     ("mlx_lm.utils", "_parse_size", ["x"]),
+    (
+        "mlx_lm.utils",
+        "quantize_model",
+        ["model", "config", "group_size", "bits", "quant_predicate"],
+    ),
+    ("mlx_lm.convert", "QUANT_RECIPES", []),
+    ("mlx_lm.convert", "mixed_quant_predicate_builder", ["recipe", "model", "group_size"]),
+    (
+        "mlx_lm.quant.awq",
+        "awq_quantize",
+        [
+            *("model", "inputs", "awq_config", "group_size", "bits"),
+            *("embed_group_size", "embed_bits", "n_grid"),
+        ],
+    ),
+    ("mlx_lm.quant.awq", "AWQ_MODEL_CONFIGS", []),
+    ("mlx_lm.quant.awq", "update_config", ["model", "config"]),
+    (
+        "mlx_lm.quant.dwq",
+        "dwq_quantize",
+        [
+            *("model", "target_fn", "opt", "train_data", "valid_data", "batch_size"),
+            *("max_seq_length", "seed", "dtype"),
+        ],
+    ),
+    (
+        "mlx_lm.quant.dynamic_quant",
+        "estimate_sensitivities",
+        ["model", "data", "low_bits", "low_group_size", "high_bits", "high_group_size"],
+    ),
+    (
+        "mlx_lm.quant.dynamic_quant",
+        "estimate_threshold",
+        [
+            *("model", "sensitivities", "target_bpw", "low_bits", "low_group_size", "high_bits"),
+            "high_group_size",
+        ],
+    ),
     ("mlx_lm.tuner.lora", "LoRALinear", ["input_dims", "output_dims", "r", "scale"]),
     ("mlx_lm.tuner.lora", "LoRASwitchLinear.__call__", ["x", "indices", "sorted_indices"]),
     ("mlx_lm.tuner.dora", "DoRALinear", ["input_dims", "output_dims", "r", "scale"]),

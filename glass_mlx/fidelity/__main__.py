@@ -28,6 +28,7 @@ from glass_mlx.arguments import (
     make_settings,
     path,
 )
+from glass_mlx.calibration.curves import PROMPTS as CALIBRATION_PROMPTS
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat_templates import Messages
 from glass_mlx.checkpoints.loading import model_name
@@ -44,6 +45,7 @@ from glass_mlx.fidelity.frontier import read_speedups
 from glass_mlx.fidelity.methods import (
     BOUNDED,
     METHODS,
+    TEAL,
     UNFUSED_METHODS,
     Evaluation,
     choose_methods,
@@ -52,7 +54,9 @@ from glass_mlx.fidelity.plots import plot
 from glass_mlx.fidelity.prompts import WritingSettings, read_prompts
 from glass_mlx.fidelity.quantizations import QUANTIZATIONS, REFERENCE
 from glass_mlx.fidelity.report import BASELINE, format_table, summarize
+from glass_mlx.fidelity.rivals import RivalChoice, make_rivals
 from glass_mlx.fidelity.tasks import TASKS, Sample, write_task
+from glass_mlx.fidelity.thresholds import Thresholds
 from glass_mlx.files import check_writable, is_device, locked
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.reporting.machine import made_with
@@ -65,6 +69,9 @@ from tqdm import tqdm
 PROMPTS = Path(__file__).with_name("test_prompts.txt")
 
 _DEFAULT = Setting(density=0.5, vocabulary=1.0)
+
+# The length of the texts that the thresholds of teal are measured on.
+_THRESHOLD_TOKENS = 96
 
 # The number of texts of a task, unless --limit sets it.
 _TASK_TEXTS = 16
@@ -139,6 +146,20 @@ def setup_arg_parser() -> CommandParser:
         f"or by a recipe of mlx_lm.convert; some of {', '.join(QUANTIZATIONS)}. Their bytes are "
         f"a share of those at {REFERENCE} bits.",
     )
+    parser.add_argument(
+        "--checkpoints",
+        nargs="+",
+        metavar="MODEL",
+        default=[],
+        help="Score other models with the same tokenizer, too: the model quantized otherwise, an "
+        "export of it, or a smaller model of its family.",
+    )
+    parser.add_argument(
+        "--slice-rivals",
+        action="store_true",
+        help=f"Score the method {BOUNDED} on every quantization and checkpoint with the model's "
+        "shapes, too, at every setting.",
+    )
     parser.add_argument("--json", type=path, help="Write one JSON line per method and density.")
     parser.add_argument("--markdown", type=path, help="Write the table to this file, too.")
     parser.add_argument("--plots", type=path, help="Draw plots into this folder.")
@@ -171,7 +192,9 @@ def check(args: argparse.Namespace) -> None:
     check_writable(args.plots, folder=True)
     if args.plots:
         require_matplotlib()
-    elif args.latency:
+    if args.slice_rivals and not (args.quantizations or args.checkpoints):
+        raise ValueError("--slice-rivals is for --quantizations and --checkpoints")
+    if args.latency and not args.plots:
         raise ValueError("--latency is for plots; give --plots, too")
 
 
@@ -191,8 +214,11 @@ def run(args: argparse.Namespace) -> None:
     prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
     methods = choose_methods(args.methods, args.prior_weight, args.prior_weight_methods)
     settings = make_settings(args, _DEFAULT)
+    choice = RivalChoice(args.quantizations, args.checkpoints, args.slice_rivals)
+    rivals = make_rivals(choice, session, tokenizer, prior, settings)
+    thresholds = _make_thresholds(session, tokenizer, args) if TEAL in args.methods else None
     evaluation = Evaluation(
-        session, tokenizer, prior, methods, settings, args.seed, args.quantizations
+        session, tokenizer, prior, methods, settings, args.seed, rivals, thresholds
     )
     samples = make_samples(session, tokenizer, prompts, args)
     if args.ablation:
@@ -225,6 +251,16 @@ def run(args: argparse.Namespace) -> None:
             print(f"Wrote {file}", file=sys.stderr)
     if partial:
         partial.unlink()
+
+
+def _make_thresholds(
+    session: Session, tokenizer: TokenizerWrapper, args: argparse.Namespace
+) -> Thresholds:
+    """Measure the inputs of all linear layers on answers to the prompts that curves are for."""
+    settings = WritingSettings(_THRESHOLD_TOKENS, args.temp, args.seed, args.batch_size)
+    prompts, load_options = read_prompts(CALIBRATION_PROMPTS), (args.dtype, args.dequantize)
+    texts = cached_continuations(session, tokenizer, prompts, settings, load_options)
+    return Thresholds(session, [text for text in texts if text.written])
 
 
 def make_samples(

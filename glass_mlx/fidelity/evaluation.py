@@ -71,7 +71,7 @@ def evaluation_digest(
         about,
         evaluation.settings,
         {name: asdict(config) for name, config in evaluation.configs.items()},
-        evaluation.quantizations,
+        evaluation.rivals,
         [asdict(sample.text) for sample in samples],
         cache_name("", evaluation.session.fingerprint),
         evaluation.prior.digest,

@@ -23,6 +23,8 @@ _STYLES = {
     ("default", "shares"): ("glass-mlx, by --density", "#0b6e4f", "o:"),
     ("glass", "shares"): ("GLASS as in the paper, by density", "#c8553d", "o-"),
     ("prompt-only-griffin", "shares"): ("GRIFFIN, by density", "#3d5a98", "o-"),
+    ("teal", "shares"): ("thresholds as in TEAL (computed), by share", "#8e5aa8", "s-"),
+    ("export", "shares"): ("exported once for all texts, by density", "#b8860b", "^-"),
 }
 _GRAY = "#555555"
 
@@ -69,7 +71,7 @@ def draw(rows: Sequence[Row], speedups: Mapping[tuple[Any, ...], float] | None) 
     _draw_panel(first, [(row, float(row["run_share"])) for row in rows])
     first.set_xlabel("bytes of weights per token, over the dense model's (whole run)")
     first.set_ylabel("KL from the dense model, nats per token")
-    first.legend(fontsize=8, loc="upper right")
+    first.legend(fontsize=8, loc="best")
     for axes in others:
         assert speedups is not None
         measured = [(row, speedups.get(_latency_key(row))) for row in rows]
@@ -104,7 +106,9 @@ def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
             markersize=5,
         )
         for x, row in members:
-            _annotate(axes, method if label is None else _setting_label(row), (x, row["kl"]), color)
+            parts = [] if label else [method]
+            parts += [] if kind == "none" else [_setting_label(row)]
+            _annotate(axes, ", ".join(parts), (x, row["kl"]), color)
     bound_color = _STYLES["default", "bound"][1]
     axes.axhline(DEFAULT_MAX_KL, color=bound_color, linestyle=":", linewidth=1)
     axes.set_yscale("log")

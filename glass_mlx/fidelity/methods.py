@@ -6,10 +6,11 @@ from typing import Any
 
 from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.config import GlassConfig, Setting
-from glass_mlx.fidelity.quantizations import REFERENCE, quantize, score_quantization
 from glass_mlx.fidelity.report import Outcome
+from glass_mlx.fidelity.rivals import Rival
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
 from glass_mlx.fidelity.tasks import Sample
+from glass_mlx.fidelity.thresholds import Thresholds
 from glass_mlx.models import FFN
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.prior.file import GlobalPrior
@@ -24,6 +25,9 @@ Options = dict[str, Any]
 
 # The method without slicing.
 DENSE = "dense"
+
+# Thresholds on the inputs of all linear layers, of which a density is the share that passes.
+TEAL = "teal"
 
 # The method that bounds on KL are for. Other methods are compared at the same shares.
 BOUNDED = "default"
@@ -50,12 +54,15 @@ METHODS: dict[str, Options] = {
     "refresh": {"warmup": 1},
     "uniform": {"uniform": True},
     "default": {},
+    # The neurons of a checkpoint from `glass-mlx export` without prompts, the same for all texts.
+    "export": _STATIC | {"prior_weight": 1.0, "uniform": True},
+    TEAL: {},
     "oracle": _PAPER,
     "oracle-griffin": _PAPER | {"statistic": "griffin"},
 }
 
 # Methods that do not fuse two rankings, so that the prior weight does not matter.
-UNFUSED_METHODS = (DENSE, "random", "magnitude", "oracle", "oracle-griffin")
+UNFUSED_METHODS = (DENSE, "random", "magnitude", "export", TEAL, "oracle", "oracle-griffin")
 
 
 def choose_methods(
@@ -85,18 +92,18 @@ class Evaluation:
         methods: options of `GlassConfig`, by the name of the method.
         settings: the settings to score every method at.
         seed: the seed of random selections.
-        quantizations: names of quantizations of the dense model to score, too.
+        rivals: other models to score, too.
+        thresholds: the thresholds of the method teal.
 
     Attributes:
         session: the dense model's session.
         prior: its prior.
         settings: the settings to score every method at.
         configs: the configuration of each method, without a setting.
-        quantizations: the names of the quantizations.
+        rivals: the identities of the rivals.
 
     Raises:
-        ValueError: if a configuration is not valid, the prior lacks one of its statistics, or a
-            quantization does not suit the model.
+        ValueError: if a configuration is not valid, or the prior lacks one of its statistics.
     """
 
     def __init__(
@@ -107,7 +114,8 @@ class Evaluation:
         methods: Mapping[str, Options],
         settings: Sequence[Setting],
         seed: int,
-        quantizations: Sequence[str] = (),
+        rivals: Sequence[Rival] = (),
+        thresholds: Thresholds | None = None,
     ) -> None:
         self.session, self.prior, self.settings, self._seed = session, prior, settings, seed
         self.configs = {name: GlassConfig(**options) for name, options in methods.items()}
@@ -115,22 +123,18 @@ class Evaluation:
             (name, setting)
             for setting in settings
             for name in self.configs
-            if setting.max_kl is None or name in (DENSE, BOUNDED)
+            if _suits(name, setting)
         ]
         self._selectors = {
             (name, setting): make_selector(
                 session, tokenizer, prior, replace(self.configs[name], **setting._asdict())
             )
             for name, setting in self._pairs
-            if name != DENSE
+            if name not in (DENSE, TEAL)
         }
         self._magnitudes = weight_magnitudes(session.ffns) if "magnitude" in methods else {}
-        self.quantizations = [*quantizations]
-        self._quantizations = {name: quantize(session.model, name) for name in quantizations}
-        self._reference_bytes = 0
-        if quantizations:
-            reference = self._quantizations.get(REFERENCE) or quantize(session.model, REFERENCE)
-            self._reference_bytes = reference.bytes
+        self._rivals, self._thresholds = rivals, thresholds
+        self.rivals = [rival.identity for rival in rivals]
 
     def score(self, sample: Sample, number: int) -> dict[tuple[str, Setting], Outcome]:
         """Score every method at every setting on one text.
@@ -139,18 +143,16 @@ class Evaluation:
             sample: the text.
             number: its number, which the random selection depends on.
         """
-        warmups = {config.warmup for name, config in self.configs.items() if name != DENSE}
+        warmups = {selector.config.warmup for selector in self._selectors.values()}
         points = [n for n in sorted(warmups) if n < len(sample.text.written)]
         reading = DenseReading(self.session, sample.text, points)
         outcomes = {
             (name, setting): self._score_method(name, setting, reading, sample, number)
             for name, setting in self._pairs
         }
-        for name, quantization in self._quantizations.items():
-            share = quantization.bytes / self._reference_bytes
-            scores = score_quantization(reading, quantization, share)
-            method = f"{name} bits" if name.isdigit() else name
-            outcomes[method, Setting()] = Outcome.of(scores, None, sample.answers)
+        for rival in self._rivals:
+            for name, setting, scores in rival.score(reading, sample.text):
+                outcomes[name, setting] = Outcome.of(scores, None, sample.answers)
         return outcomes
 
     def _score_method(
@@ -158,6 +160,11 @@ class Evaluation:
     ) -> Outcome:
         if name == DENSE:
             return Outcome.of(Scores.exact(reading), None, sample.answers)
+        if name == TEAL:
+            assert self._thresholds is not None
+            density = setting.density or 1.0
+            scores = self._thresholds.score(reading, density)
+            return replace(Outcome.of(scores, None, sample.answers), density=density)
         selector = self._selectors[name, setting]
         density = selector.config.shares.density
         ranking = self._fixed_ranking(name, selector.config.statistic, reading, number)
@@ -184,6 +191,13 @@ class Evaluation:
 
     def _select(self, scores: Mapping[str, np.ndarray], density: float) -> Selection:
         return select(scores, density, self.session.multiples)
+
+
+def _suits(name: str, setting: Setting) -> bool:
+    """Return whether a method can be scored at a setting."""
+    if setting.max_kl is not None:
+        return name in (DENSE, BOUNDED)
+    return name != TEAL or setting.vocabulary in (None, 1)
 
 
 def weight_magnitudes(ffns: Iterable[FFN]) -> dict[str, np.ndarray]:

@@ -3,14 +3,12 @@
 import copy
 from dataclasses import dataclass
 
-from glass_mlx.fidelity.scoring import DenseReading, Scores
 from glass_mlx.models import named_arrays
 from glass_mlx.models.precision import dequantize, set_dtype
 from glass_mlx.session import Session
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_lm.utils import quantize_model
 
@@ -60,19 +58,3 @@ def quantize(model: nn.Module, name: str) -> Quantization:
     dequantize(quantized)
     set_dtype(quantized, dtype)
     return Quantization(quantized, read)
-
-
-def score_quantization(reading: DenseReading, quantization: Quantization, share: float) -> Scores:
-    """Score a quantized model on a continuation. The dense model reads the prompt, as for slices.
-
-    Args:
-        reading: the continuation.
-        quantization: the quantized model.
-        share: its bytes per token, over those of the model that it is compared with.
-    """
-    scores = Scores.exact(reading)
-    everything = slice(0, reading.tokens)
-    logprobs = reading.follow(quantization.model)
-    scores.put(everything, reading, logprobs, np.zeros(reading.tokens, bool))
-    scores.bytes[:] = share
-    return scores

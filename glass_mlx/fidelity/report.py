@@ -35,7 +35,7 @@ class Outcome:
             likewise.
         run_bytes: the same, averaged over all tokens, with dense tokens.
         jaccard: agreement with the oracle's selection, one value per FFN. Empty if all tokens are
-            computed densely.
+            computed densely, or no oracle is known.
     """
 
     kl: list[float]
@@ -76,7 +76,7 @@ class Outcome:
             vocabulary=float(np.mean(vocabulary)) if selections else None,
             sliced_bytes=float(scores.bytes[sliced].mean()) if sliced.any() else None,
             run_bytes=float(scores.bytes.mean()),
-            jaccard=np.mean(agreement, axis=0).tolist() if selections else [],
+            jaccard=np.mean(agreement, axis=0).tolist() if agreement else [],
         )
 
     @property
@@ -135,9 +135,10 @@ def summarize(
 
 
 def _means(outcomes: Sequence[Outcome], estimate: _Estimate) -> dict[str, Any]:
-    sliced = [o for o in outcomes if o.density is not None]
+    compared = [o.jaccard for o in outcomes if o.jaccard]
     lengths = [len(o.kl) for o in outcomes]
     generated = sum(o.generated for o in outcomes)
+    top1 = float(np.average([o.agrees for o in outcomes], weights=lengths))
     return {
         "density_got": _mean(o.density for o in outcomes),
         "vocabulary_got": _mean(o.vocabulary for o in outcomes),
@@ -148,8 +149,9 @@ def _means(outcomes: Sequence[Outcome], estimate: _Estimate) -> dict[str, Any]:
         "kl": estimate.kl,
         "kl_95": _interval(estimate.kl_resamples),
         "kl_p99": float(np.percentile(np.concatenate([o.kl for o in outcomes]), 99)),
-        "top1": float(np.average([o.agrees for o in outcomes], weights=lengths)),
-        "jaccard": float(np.mean([o.jaccard for o in sliced])) if sliced else 1.0,
+        "top1": top1,
+        "flip_rate": 1 - top1,
+        "jaccard": float(np.mean(compared)) if compared else 1.0,
         "prompts": len(outcomes),
         "tokens": generated,
         "dense_share": sum(o.dense for o in outcomes) / generated,
@@ -163,7 +165,7 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def _curves(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
-    agreement = [o.jaccard for o in outcomes if o.density is not None]
+    agreement = [o.jaccard for o in outcomes if o.jaccard]
     return {
         "jaccard_by_layer": np.mean(agreement, axis=0).tolist() if agreement else [],
         "kl_by_position": [

@@ -50,6 +50,8 @@ class DenseReading:
             warm-ups.
         prompt_cache: a prompt cache into which the prompt was read. It does not change, so several
             continuations can share it. Default: the prompt is read.
+        reference: (T, vocabulary) log-probabilities of another model for the scored tokens, which
+            scores are measured against. Default: the dense model's own.
         **options: how the prompt is read, as for `read_prompt`; for example `prefill_step_size`.
 
     Attributes:
@@ -58,6 +60,7 @@ class DenseReading:
         following: (T,) the ids of these tokens.
         oracle: statistics of the whole continuation, which a selection cannot know.
         dense: (T, vocabulary) the dense model's log-probabilities of the scored tokens.
+        reference: (T, vocabulary) the log-probabilities that scores are measured against.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class DenseReading:
         text: Continuation,
         points: Sequence[int] = (1,),
         prompt_cache: PromptCache | None = None,
+        reference: mx.array | None = None,
         **options: Any,
     ) -> None:
         self.session = session = Session.of(model)
@@ -97,6 +101,7 @@ class DenseReading:
                 self._checkpoints[stop] = _Checkpoint(copy.deepcopy(cache), statistics.copy())
         self.oracle = statistics.text
         self.dense = log_probabilities(mx.concatenate(logits))
+        self.reference = self.dense if reference is None else reference
 
     def statistics(self, generated: int = 1) -> LocalStatistics:
         """Return the local statistics after some generated tokens, the last of which is unread."""
@@ -177,12 +182,16 @@ class Scores:
 
     @staticmethod
     def exact(reading: DenseReading) -> "Scores":
-        """Return the dense model's own scores."""
+        """Return the dense model's own scores. Its KL is 0, unless the reference is another one."""
+        top, kl, agrees = mx.argmax(reading.dense, axis=-1), np.zeros(reading.tokens), None
+        if reading.reference is not reading.dense:
+            kl = np.array(divergence(reading.reference, reading.dense))
+            agrees = np.array(top == mx.argmax(reading.reference, axis=-1))
         return Scores(
-            kl=np.zeros(reading.tokens),
+            kl=kl,
             nll=np.array(reading.negative_log_likelihood(reading.dense)),
-            agrees=np.ones(reading.tokens, bool),
-            right=np.array(mx.argmax(reading.dense, axis=-1) == reading.following),
+            agrees=np.ones(reading.tokens, bool) if agrees is None else agrees,
+            right=np.array(top == reading.following),
             dense=np.ones(reading.tokens, bool),
             bytes=np.ones(reading.tokens),
         )
@@ -198,10 +207,10 @@ class Scores:
             logprobs: (n, vocabulary) a model's log-probabilities.
             dense: (n,) whether the dense model computed them.
         """
-        dense_logprobs, top = reading.dense[scored], mx.argmax(logprobs, axis=-1)
-        self.kl[scored] = divergence(dense_logprobs, logprobs)
+        reference, top = reading.reference[scored], mx.argmax(logprobs, axis=-1)
+        self.kl[scored] = divergence(reference, logprobs)
         self.nll[scored] = reading.negative_log_likelihood(logprobs, scored.start)
-        self.agrees[scored] = top == mx.argmax(dense_logprobs, axis=-1)
+        self.agrees[scored] = top == mx.argmax(reference, axis=-1)
         self.right[scored] = top == reading.following[scored]
         self.dense[scored] = dense
 

@@ -19,14 +19,14 @@ from dataclasses import replace
 from typing import Any
 
 from glass_mlx.arguments import CommandParser, add_settings_arguments, make_settings, path
-from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.checkpoints.loading import advice
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, Setting, check_seed
+from glass_mlx.config import DEFAULT_MAX_KL, Setting, check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
 from glass_mlx.latency.measured_model import (
     add_model_arguments,
     check_model_arguments,
+    fix_shares,
     load_model,
     load_prior,
     model_title,
@@ -41,7 +41,6 @@ from glass_mlx.latency.timing import (
     time_slicing,
 )
 from glass_mlx.models import named_arrays
-from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.machine import (
     busy_warning,
     describe_machine,
@@ -53,7 +52,6 @@ from glass_mlx.reporting.tables import write_results
 from glass_mlx.session import Session
 
 import mlx.core as mx
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 def setup_arg_parser() -> CommandParser:
@@ -150,21 +148,6 @@ def run(args: argparse.Namespace) -> None:
     }
     rows = summarize(session.weight_bytes, runs, slicing_times)
     report_results(about, rows, args)
-
-
-def fix_shares(
-    settings: list[Setting], session: Session, tokenizer: TokenizerWrapper, prior: GlobalPrior
-) -> list[Setting]:
-    """Replace bounds on KL by the shares that they decide.
-
-    What random weights predict would make the shortlist grow at random.
-    """
-    fixed = []
-    for setting in settings:
-        config = GlassConfig(**setting._asdict())
-        shares = make_selector(session, tokenizer, prior, config).config.shares
-        fixed.append(Setting(density=shares.density, vocabulary=shares.vocabulary))
-    return fixed
 
 
 def report_results(

@@ -3,8 +3,9 @@
 import argparse
 
 from glass_mlx.arguments import add_load_arguments, add_model_argument, check_minimums
-from glass_mlx.calibration.first_use import find_or_measure_prior
+from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
 from glass_mlx.checkpoints.loading import DTYPES, load, model_name
+from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.prior.file import GlobalPrior
@@ -84,3 +85,18 @@ def model_title(args: argparse.Namespace) -> str:
         return model_name(args.model)
     layers = "" if args.layers is None else f" {args.layers} layers"
     return f"{args.shape} (random){layers}{'' if args.bits is None else f' {args.bits} bits'}"
+
+
+def fix_shares(
+    settings: list[Setting], session: Session, tokenizer: TokenizerWrapper, prior: GlobalPrior
+) -> list[Setting]:
+    """Replace bounds on KL by the shares that they decide.
+
+    What random weights predict would make the shortlist grow at random.
+    """
+    fixed = []
+    for setting in settings:
+        config = GlassConfig(**setting._asdict())
+        shares = make_selector(session, tokenizer, prior, config).config.shares
+        fixed.append(Setting(density=shares.density, vocabulary=shares.vocabulary))
+    return fixed

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -93,3 +94,33 @@ def _power() -> str:
     if not supplies:
         return "unknown"
     return "mains" if "1" in supplies else "battery"
+
+
+def describe_model() -> dict[str, str | int]:
+    """Return what identifies a kind of Mac, without serial numbers or names; {} elsewhere."""
+    if platform.system() != "Darwin":
+        return {}
+    found: dict[str, str | int] = {"macos": platform.mac_ver()[0]}
+    if model := _command_output("sysctl", "-n", "hw.model"):
+        found["model"] = model
+    displays = _command_output("system_profiler", "SPDisplaysDataType")
+    if cores := re.search(r"Total Number of Cores: (\d+)", displays):
+        found["gpu_cores"] = int(cores[1])
+    return found
+
+
+def describe_power() -> dict[str, str | int | bool]:
+    """Return the power source and, where macOS tells, the battery's charge and thermal state."""
+    state: dict[str, str | int | bool] = {"power": _power()}
+    if platform.system() != "Darwin":
+        return state
+    if charge := re.search(r"(\d+)%", _command_output("pmset", "-g", "batt")):
+        state["battery_percent"] = int(charge[1])
+    if low_power := re.search(r"lowpowermode\s+(\d)", _command_output("pmset", "-g")):
+        state["low_power_mode"] = low_power[1] == "1"
+    thermal = _command_output("pmset", "-g", "therm")
+    if limits := re.findall(r"(\w*(?:Limit|CPUs|Level))\s*=\s*(\d+)", thermal):
+        state["thermal"] = ", ".join(f"{name} {value}" for name, value in limits)
+    elif "No thermal warning level has been recorded" in thermal:
+        state["thermal"] = "no warning"
+    return state

@@ -161,3 +161,17 @@ def test_divergence_equals_a_hand_computed_value():
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
     expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
     assert divergence(*map(mx.array, (np.log(p), np.log(q)))).item() == pytest.approx(expected)
+
+
+def test_scores_may_be_against_another_model():
+    model = tiny_model("llama")
+    text = Continuation(PROMPT, [5, 9, 77, 31, 5, 200])
+    own = DenseReading(model, text, [3])
+    other = mx.roll(own.dense, 1, axis=-1)
+    reading = DenseReading(model, text, [3], other)
+    assert np.allclose(Scores.exact(reading).kl, divergence(other, own.dense))
+    selector = reading.session.selector(GlassConfig(density=1.0, warmup=3), made_prior(model))
+    scores = score(reading, selector)
+    assert np.allclose(scores.kl, divergence(other, own.dense), rtol=1e-3)
+    assert not scores.agrees.all()
+    assert np.allclose(scores.nll, Scores.exact(own).nll, rtol=1e-3)

@@ -1,10 +1,13 @@
 """The comparison of what counts as prompt and as text in a conversation."""
 
+import sys
+
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.session import Session
 from helpers import CHAT_TEMPLATE, letter_tokenizer, made_prior, save_tiny_folder
 
 import compare_turns
+import pytest
 
 
 def test_every_case_is_scored(tmp_path, monkeypatch, capsys):
@@ -20,6 +23,21 @@ def test_every_case_is_scored(tmp_path, monkeypatch, capsys):
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[2] for row in rows] == [*compare_turns.CASES] * 2
     assert all(float(row[3]) > 0 and row[4] == "2" for row in rows)
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--new-subject"])
+    compare_turns.main()
+    changed = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2] for row in changed] == [row[2] for row in rows]
+    assert [row[3] for row in changed] != [row[3] for row in rows]
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--limit", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        compare_turns.main()
+    assert "at least two prompts" in capsys.readouterr().err
+
+
+def test_the_next_subject_is_the_next_prompt():
+    prompts = [[{"role": "user", "content": text}] for text in "abc"]
+    assert compare_turns.second_prompts(prompts, True) == ["b", "c", "a"]
+    assert len({*compare_turns.second_prompts(prompts, False)}) == 1
 
 
 def test_each_part_of_a_conversation_counts_as_prompt_or_text():

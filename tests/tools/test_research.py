@@ -1,5 +1,6 @@
 """The scripts behind docs/experiments.md, on tiny models."""
 
+import json
 import sys
 
 from glass_mlx import GlassConfig, GlobalPrior, Session, load
@@ -8,6 +9,7 @@ from helpers import made_prior, save_tiny_folder
 import add_curves
 import compare_dense_passes
 import compare_expert_evidence
+import compare_long_texts
 import compare_outside
 import compare_priors
 import compare_schedules
@@ -15,6 +17,7 @@ import compare_shortlists
 import mlx.core as mx
 import numpy as np
 import pytest
+import quantize_with_data
 import upcycling
 
 
@@ -124,3 +127,65 @@ def test_dense_passes_are_compared(folder, tmp_path, monkeypatch, capsys):
     assert every[0] < some[0] < 1
     assert whole[0] < 1
     assert [line.split("|")[1].strip() for line in lines[-2:]] == ["1", "4"]
+
+
+@pytest.mark.parametrize("method", quantize_with_data.METHODS)
+def test_models_are_quantized_with_data(folder, tmp_path, monkeypatch, capsys, method):
+    output = tmp_path / method
+    sizes = ["--samples", 4, "--length", 16, "--group-size", 32, "--bits", 3, "--target-bits", 4.5]
+    arguments = ["--model", folder, "--method", method, "--output", output, *sizes]
+    run(monkeypatch, quantize_with_data, *arguments)
+    assert "64 tokens" in capsys.readouterr().out
+    tokens = mx.array([[1, 7, 3, 200, 9, 54, 21]])
+    model, quantized = (load(str(f), dtype="float32", dequantize=True)[0] for f in (folder, output))
+    error = mx.linalg.norm(quantized(tokens) - model(tokens)) / mx.linalg.norm(model(tokens))
+    assert 0.01 < error.item() < 0.5
+    stored, _ = load(str(output))
+    assert Session(stored).weight_bytes < 0.25 * Session(model).weight_bytes
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, quantize_with_data, *arguments)
+    assert "there is something at" in capsys.readouterr().err
+
+
+def test_long_texts_are_compared_and_continue(folder, tmp_path, monkeypatch, capsys):
+    document, out = tmp_path / "document.txt", tmp_path / "out.jsonl"
+    document.write_text("丁七丄丅丆万丈三上下" * 30)
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 200]
+    arguments += ["--document", document, "--prompt-tokens", 0, 250, "--density", 0.5]
+    # The tiny model's heads are too narrow for a cache of 8 bits.
+    kinds_of_cache = {"plain": {}, "a quarter": {"max_kv_size": 100}}
+    monkeypatch.setattr(compare_long_texts, "caches", lambda tokens: kinds_of_cache)
+    run(monkeypatch, compare_long_texts, *arguments, "--json", out, "--generate")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    scored = [row for row in rows if row["what"] == "kl"]
+    generated = [row for row in rows if row["what"] == "generation"]
+    assert [(row["prompt_tokens"], row["text"]) for row in scored] == [
+        (0, 0), (0, 1), (250, 0), (250, 1),
+    ]  # fmt: skip
+    for row in scored:
+        assert len(row["kl_by_position"]) == 7  # 199 scored tokens
+        assert row["kl"] > 0
+        # The first 16 tokens are dense, so the first 32 are closer than half sliced ones.
+        assert row["kl_by_position"][0] < max(row["kl_by_position"])
+    kinds = [(row["prompt_tokens"], row["cache"], row["method"]) for row in generated]
+    methods = ("dense", "default")
+    assert kinds == [(p, c, m) for p in (0, 250) for c in kinds_of_cache for m in methods]
+    assert all(row["total_tps"] > 0 and row["held_gb"] > 0 for row in generated)
+    scores, generations = capsys.readouterr().out.split("\n\n")
+    assert scores.splitlines()[0].endswith("| KL | to 128 | to 224 |")
+    assert len(scores.splitlines()) == 4
+    assert len(generations.splitlines()) == 2 + len(generated)
+    # What is there is not measured again.
+    monkeypatch.setattr(compare_long_texts, "score", None)
+    monkeypatch.setattr(compare_long_texts, "time_run", None)
+    run(monkeypatch, compare_long_texts, *arguments, "--json", out, "--generate")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+
+
+def test_a_document_must_be_long_enough(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "short.txt").write_text("丁七丄")
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--json"]
+    arguments += [tmp_path / "out.jsonl", "--document", tmp_path / "short.txt"]
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, compare_long_texts, *arguments, "--density", 0.5)
+    assert "the document has 3 tokens, and not 4000" in capsys.readouterr().err

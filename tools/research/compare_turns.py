@@ -1,7 +1,8 @@
 """Compare statistics for selecting neurons in the second answer of a conversation.
 
-The dense model answers each prompt, and then a second prompt that asks for more. The statistics can
-come from different parts of the conversation. For each choice of parts, neurons are selected once,
+The dense model answers each prompt, and then a second prompt that asks for more or, with
+--new-subject, the next prompt of the file. The statistics can come from different parts of the
+conversation. For each choice of parts, neurons are selected once,
 and the sliced model is scored on the rest of the second answer. The table has KL in nats per token,
 as a mean over conversations.
 """
@@ -71,13 +72,35 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument("--limit", type=int, help="Use only the first LIMIT prompts.")
+    parser.add_argument(
+        "--new-subject",
+        action="store_true",
+        help="Let the second prompt be the next one of the file, on another subject.",
+    )
     continuations.add_arguments(parser)
     add_load_arguments(parser)
     return parser
 
 
+def second_prompts(prompts: list[Messages], new_subject: bool) -> list[str]:
+    """Return the second prompt of each conversation: one that asks for more, or the next first one.
+
+    Raises:
+        ValueError: if there is no other subject.
+    """
+    if not new_subject:
+        return [_SECOND_PROMPT] * len(prompts)
+    if len(prompts) < 2:
+        raise ValueError("--new-subject needs at least two prompts")
+    return [messages[-1]["content"] for messages in (*prompts[1:], prompts[0])]
+
+
 def write_conversation(
-    session: Session, tokenizer: TokenizerWrapper, messages: Messages, args: argparse.Namespace
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    messages: Messages,
+    second_prompt: str,
+    args: argparse.Namespace,
 ) -> tuple[list[list[int]], Continuation] | None:
     """Have the dense model answer a prompt and then the second one.
 
@@ -85,6 +108,7 @@ def write_conversation(
         session: the dense model's session.
         tokenizer: its tokenizer.
         messages: the first prompt.
+        second_prompt: what the user says after the answer.
         args: the flags of `continuations.add_arguments`.
 
     Returns:
@@ -94,7 +118,7 @@ def write_conversation(
     settings = continuations.writing_settings(args)
     (first,) = continue_all(session.model, tokenizer, [messages], settings)
     first_turn = [*messages, {"role": "assistant", "content": tokenizer.decode(first.written)}]
-    second_turn = [*first_turn, {"role": "user", "content": _SECOND_PROMPT}]
+    second_turn = [*first_turn, {"role": "user", "content": second_prompt}]
     (second,) = continue_all(session.model, tokenizer, [second_turn], settings)
     if not first.written or len(second.written) <= 2 * GlassConfig.warmup:
         return None
@@ -149,8 +173,10 @@ def compare(args: argparse.Namespace) -> dict[tuple[float, str], list[float]]:
     session, tokenizer = continuations.load_session(args)
     prior = session.find_prior(folder=model_folder(tokenizer))
     results: dict[tuple[float, str], list[float]] = {}
-    for messages in tqdm(read_prompts(args.prompts)[: args.limit], unit="text", file=sys.stderr):
-        conversation = write_conversation(session, tokenizer, messages, args)
+    prompts = read_prompts(args.prompts)[: args.limit]
+    pairs = zip(prompts, second_prompts(prompts, args.new_subject), strict=True)
+    for messages, second in tqdm(pairs, total=len(prompts), unit="text", file=sys.stderr):
+        conversation = write_conversation(session, tokenizer, messages, second, args)
         if conversation is None:
             continue
         parts, answer = conversation
