@@ -84,6 +84,7 @@ def select(
     density: float,
     multiples: Mapping[str, int],
     kept_dense: Collection[str] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> Selection:
     """Keep the neurons with the largest scores.
 
@@ -93,14 +94,17 @@ def select(
         multiples: the multiple that each FFN's number of kept neurons is rounded to; see
             `neurons_to_keep`.
         kept_dense: FFNs that keep all their neurons at the others' expense; see `densities`.
+        sizes: the number of neurons of each FFN of the model, some of which may be in other
+            processes. Default: those of `scores`.
 
     Returns:
         The selection. Among equal scores the first neuron is kept.
     """
-    sizes = {path: values.size for path, values in scores.items()}
+    sizes = sizes or {path: values.size for path, values in scores.items()}
+    shares = densities(sizes, density, kept_dense)
     counts = {
-        path: neurons_to_keep(scores[path].shape[-1], share, multiples[path])
-        for path, share in densities(sizes, density, kept_dense).items()
+        path: neurons_to_keep(values.shape[-1], shares[path], multiples[path])
+        for path, values in scores.items()
     }
     return select_counts(scores, counts)
 
@@ -141,6 +145,7 @@ class Selector:
         prior: the model's prior, or None to select from the local statistics alone.
         budget: how a bound on KL is spent. It is needed if the configuration has no shares.
         always: tokens that are always kept, such as those that end a text.
+        sizes: the number of neurons of each FFN of the whole model; see `select`.
 
     Attributes:
         config: the configuration, with shares.
@@ -160,6 +165,7 @@ class Selector:
         prior: GlobalPrior | None,
         budget: Budget | None = None,
         always: frozenset[int] = frozenset(),
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         if prior is not None and config.prior_statistic not in prior.scores:
             raise ValueError(
@@ -174,6 +180,7 @@ class Selector:
         self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
         self.prior = prior
         self.multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
+        self._sizes = sizes
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
     def shortlister(self, statistics: VocabularyStatistics) -> Shortlister | None:
@@ -221,6 +228,5 @@ class Selector:
 
     def select(self, local: LocalStatistics) -> Selection:
         """Choose the neurons to keep."""
-        return select(
-            self.fuse(local), self.config.shares.density, self.multiples, self._kept_dense
-        )
+        density = self.config.shares.density
+        return select(self.fuse(local), density, self.multiples, self._kept_dense, self._sizes)

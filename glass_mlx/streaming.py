@@ -213,7 +213,7 @@ def _steps(
         record = cache
     else:  # a cache from mlx-lm cannot hold statistics
         record = PromptCache((), session.empty_statistics([selector.config.statistic]))
-    statistics = record.begin(session.shapes)
+    statistics = record.begin(session.shapes, session.total)
     decoder = Decoder(session.model, cache, prompt, max_tokens, **options)
 
     def progress(tokens_read: int, total: int) -> None:

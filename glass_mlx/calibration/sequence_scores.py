@@ -64,7 +64,7 @@ def _streaming_scores(
         tokens of each sequence that were routed to each expert, (S, experts) by stack.
     """
     tokens, mask = pad(sequences)
-    running = NeuronStatistics(session.shapes, statistics, len(sequences))
+    running = NeuronStatistics(session.shapes, statistics, len(sequences), session.total)
 
     def observe(path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
         return running.update(path, hidden, mask, routing)
