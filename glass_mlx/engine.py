@@ -164,9 +164,8 @@ class Generation:
 
     def _check_agreement(self, shortlist: Shortlist | None) -> None:
         """Check that all ranks of a divided model go on with the same tokens."""
-        if (division := self._session.division) is not None:
-            chosen = None if shortlist is None else (shortlist.rows.tobytes(), shortlist.outside)
-            division.ranks.check_agreement(self._decoder.tokens, chosen)
+        chosen = None if shortlist is None else (shortlist.rows.tobytes(), shortlist.outside)
+        self._session.ranks.check_agreement(self._decoder.tokens, chosen)
 
     def _choose_shortlist(self) -> Shortlist | None:
         """Choose the tokens whose logits are computed; None for all."""

@@ -22,6 +22,7 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     check_minimums,
     check_sampling_flags,
     load_options,
@@ -32,8 +33,8 @@ from glass_mlx.checkpoints.loading import advice, load, model_name
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.files import write_text
-from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
+from glass_mlx.models import world
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
@@ -49,6 +50,7 @@ def setup_arg_parser() -> CommandParser:
     add_model_argument(parser)
     add_adapter_arguments(parser)
     add_load_arguments(parser)
+    add_pipeline_argument(parser)
     parser.add_argument(
         "--tasks", nargs="+", required=True, help="Names of tasks, or YAML files that define one."
     )
@@ -157,8 +159,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"this needs lm-evaluation-harness: pip install 'glass-mlx[evaluate]' ({error})"
         ) from error
-    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    given = given_prior(args.prior)
+    ranks = world()
+    ranks.on_first(lambda: args.output_dir.mkdir(parents=True, exist_ok=True))
     mx.random.seed(args.seed)
     model, tokenizer = load(args.model, **load_options(args))
     if hint := advice(model):
@@ -176,7 +179,8 @@ def run(args: argparse.Namespace) -> None:
     name = "_".join(["eval", model_name(args.model).replace("/", "_"), version("lm_eval")])
     if args.num_shots is not None:
         name += f"_{args.num_shots:02d}"
-    write_text(args.output_dir / "_".join([name, *tasks]), json.dumps(results, indent=4))
+    if ranks.is_first:
+        write_text(args.output_dir / "_".join([name, *tasks]), json.dumps(results, indent=4))
     print("Results:")
     print(json.dumps(results, indent=4))
 

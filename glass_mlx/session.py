@@ -18,6 +18,7 @@ from glass_mlx.models import (
     Fingerprint,
     Head,
     ObservedLogits,
+    Ranks,
     base_layer,
     check_tokens,
     division_of,
@@ -149,6 +150,11 @@ class Session:
     def division(self) -> Division | None:
         """How the model is divided over several processes, or None if it is not."""
         return self._facts.division
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that the model is divided over; this one alone if it is not divided."""
+        return self.division.ranks if self.division else Ranks()
 
     @property
     def total(self) -> Total:

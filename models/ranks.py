@@ -5,7 +5,8 @@ must ask in the same order.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from hashlib import sha256
 from typing import Any, TypeVar
@@ -20,16 +21,18 @@ class Ranks:
     """The ranks of a group.
 
     Args:
-        group: the group.
+        group: the group. Default: this process alone.
 
     Attributes:
-        group: the group.
+        group: the group, or None.
         rank: the number of this process, from 0.
         size: the number of processes.
     """
 
-    def __init__(self, group: mx.distributed.Group) -> None:
-        self.group, self.rank, self.size = group, int(group.rank()), int(group.size())
+    def __init__(self, group: mx.distributed.Group | None = None) -> None:
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            self.rank, self.size = group.rank(), group.size()
 
     @property
     def is_first(self) -> bool:
@@ -85,6 +88,17 @@ class Ranks:
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
+
+    @contextmanager
+    def held_by_first(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Enter a context, such as a lock, on rank 0 alone; its error is raised on all ranks."""
+        with ExitStack() as stack:
+
+            def enter() -> None:
+                stack.enter_context(make())
+
+            self.on_first(enter)
+            yield
 
     def check_agreement(self, *values: Any) -> None:
         """Check that values are the same on all ranks.

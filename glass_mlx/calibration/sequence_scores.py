@@ -77,7 +77,11 @@ def _streaming_scores(
     if running.tokens == 0:
         raise ValueError("this model does not run the modules that it exposes")
     scores = {name: running.sequence_scores(name) for name in statistics}
-    return scores, np.array(vocabulary), running.sequence_routed()
+    routed = running.sequence_routed()
+    if session.division is not None:
+        scores = {name: session.division.whole(values) for name, values in scores.items()}
+        routed = {p: counts for part in session.ranks.gather(routed) for p, counts in part.items()}
+    return scores, np.array(vocabulary), routed
 
 
 def _impact_scores(session: Session, sequences: list[Sequence]) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from glass_mlx.arguments import (
     CommandParser,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     check_cache_flags,
     check_sampling_flags,
     load_options,
@@ -33,9 +34,9 @@ from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
-from glass_mlx.models import check_tokens, vocabulary_size
+from glass_mlx.models import check_tokens, vocabulary_size, world
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
@@ -79,6 +80,7 @@ def setup_arg_parser() -> CommandParser:
         "Nothing is saved if the answer is interrupted, also by a pipe whose reader leaves.",
     )
     add_load_arguments(parser)
+    add_pipeline_argument(parser)
     add_slicing_arguments(parser.add_argument_group("slicing"))
     return parser
 
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     messages, template_options = _messages(args), _template_options(args)
     conversation = _open_conversation(args)
     config = config_from(args)
-    prior = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    prior = given_prior(args.prior)
 
     # 2) Load the model.
     if args.seed is not None:
@@ -191,6 +193,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag in _REFUSED:
         if getattr(args, flag[2:].replace("-", "_")):
             raise ValueError(f"{flag} cannot be combined with slicing; use mlx_lm.generate")
+    if world().size > 1:
+        _check_ranks(args)
     if args.save_prompt_cache:
         check_name(args.save_prompt_cache)
         if args.dense:
@@ -202,6 +206,15 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--prefill-step-size must be at least 1, not {args.prefill_step_size}")
     if args.seed is not None:
         check_seed(args.seed)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Check that nothing is asked for that several machines cannot do."""
+    for flag in ("--save-prompt-cache", "--prompt-cache-file", "--adapter-path"):
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
+    if args.prompt == "-":
+        raise ValueError("mlx.launch never ends standard input; give the prompt with --prompt")
 
 
 def _messages(args: argparse.Namespace) -> Messages:
