@@ -158,9 +158,15 @@ class Generation:
         return sliced
 
     def _flush(self) -> None:
-        """Add what is observed to the statistics."""
-        with mx.stream(generation_stream):  # the decode loop's: ranks must sum in the same order
+        """Add what is observed to the statistics.
+
+        Ranks must talk to each other in the same order. So this goes on the stream of the decode
+        loop, and nothing is left on it for later.
+        """
+        with mx.stream(generation_stream):
             self._observer.flush()
+        if self._session.ranks.size > 1:
+            mx.synchronize(generation_stream)
 
     def _check_agreement(self, shortlist: Shortlist | None) -> None:
         """Check that all ranks of a divided model go on with the same tokens."""

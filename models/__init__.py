@@ -2,7 +2,8 @@
 
 from .adapters import base_layer
 from .discovery import QUANTIZED_ACTIVATIONS, find_ffns, has_experts
-from .division import Division, divide, division_of
+from .dividing import divide
+from .division import Division, division_of
 from .down import DOWN_POLICIES, MeanCompensation, default_down_policy
 from .expert_list import ExpertList
 from .ffn import FFN, membership

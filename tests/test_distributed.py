@@ -1,0 +1,127 @@
+"""Several local processes on MLX's ring backend, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import glass_mlx.streaming
+from glass_mlx import Session
+from rank_cases import TOKENS, Case, build, calibrated, generated, whole_prior
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from compare_parts import SelectorInParts
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not mx.distributed.is_available("ring"), reason="this MLX has no ring backend"
+    ),
+]
+
+ROOT = Path(__file__).parents[1]
+CASES = {
+    2: [
+        Case("llama", is_thorough=True),
+        Case("llama", bits=4),
+        Case("deepseek_v3"),
+        Case("gpt_oss"),
+        Case("qwen2", pipeline=True),
+        Case("qwen3_moe", pipeline=True),
+    ],
+    4: [Case("qwen3"), Case("qwen2", pipeline=True, changes={"num_hidden_layers": 4})],
+}
+
+
+def launch(ranks, *arguments, **environment):
+    """Run a Python program on several ranks, and return the finished process."""
+    paths = [ROOT, ROOT / "tests"]
+    variables = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    program = "from mlx._distributed_utils.launch import main; main()"  # that of mlx.launch
+    command = [sys.executable, "-c", program, "--backend", "ring"]
+    command += ["-n", str(ranks), "--python", sys.executable]
+    for name, value in (variables | environment).items():
+        command += ["--env", f"{name}={value}"]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Run all cases; return what each rank computed, by number of ranks and case."""
+    found = {}
+    for ranks, cases in CASES.items():
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        listed = json.dumps([asdict(case) for case in cases])
+        run = launch(ranks, ROOT / "tests" / "rank_worker.py", folder, listed)
+        files = [folder / f"{case.name}-{r}.npz" for case in cases for r in range(ranks)]
+        assert all(file.exists() for file in files), run.stdout + run.stderr
+        for case in cases:
+            found[ranks, case.name] = [
+                dict(np.load(folder / f"{case.name}-{r}.npz")) for r in range(ranks)
+            ]
+    return found
+
+
+EACH = [pytest.param(n, case, id=f"{n}-{case.name}") for n in CASES for case in CASES[n]]
+
+
+@pytest.mark.parametrize(("ranks", "case"), EACH)
+def test_ranks_agree_and_repeat_themselves(results, ranks, case):
+    first, *others = results[ranks, case.name]
+    assert len(first["tokens"]) == TOKENS
+    if case.is_thorough:
+        np.testing.assert_array_equal(first["again"], first["tokens"])
+    np.testing.assert_array_equal(first["whole"], first["dense"])  # density 1
+    for other in others:
+        for name in ("tokens", "logprobs", "dense", "whole"):
+            np.testing.assert_array_equal(other[name], first[name])
+
+
+@pytest.mark.parametrize(("ranks", "case"), EACH)
+def test_sliced_text_is_that_of_one_process_with_the_same_rule(results, ranks, case, monkeypatch):
+    """Tensor-parallel, the rule is that each rank chooses among its neurons."""
+    if not case.pipeline:
+        make = glass_mlx.streaming.make_selector
+        monkeypatch.setattr(
+            "glass_mlx.streaming.make_selector",
+            lambda *args: SelectorInParts(make(*args), ranks),
+        )
+    tokens, logprobs, kept = generated(Session(build(case)), case)
+    found = results[ranks, case.name]
+    np.testing.assert_array_equal(found[0]["tokens"], tokens)
+    np.testing.assert_allclose(found[0]["logprobs"], logprobs, atol=1e-3)
+    for path, indices in kept.items():
+        parts = [part[f"kept {path}"] for part in found if f"kept {path}" in part]
+        if not case.pipeline:
+            width = whole_prior(case).scores["griffin"][path].shape[-1] // ranks
+            assert len({part.shape for part in parts}) == 1
+            parts = [np.concatenate([p + n * width for n, p in enumerate(parts)], axis=-1)]
+        (together,) = parts
+        np.testing.assert_array_equal(together, indices)
+
+
+@pytest.mark.parametrize(("ranks", "case"), EACH)
+def test_slicing_sends_little_more(results, ranks, case):
+    for part in results[ranks, case.name]:
+        print(case.name, part["dense_bytes"], part["bytes"])
+
+
+def test_a_prior_is_that_of_one_process(results):
+    case = CASES[2][0]
+    alone = calibrated(build(case))
+    for part in results[2, case.name]:
+        for path, scores in alone.scores["griffin"].items():
+            np.testing.assert_allclose(part[f"prior {path}"], scores, rtol=1e-3, atol=1e-5)
+            sample = alone.fingerprint.samples[path]
+            np.testing.assert_allclose(part[f"sample {path}"], sample, rtol=1e-4, atol=1e-5)
