@@ -158,15 +158,10 @@ class Generation:
         return sliced
 
     def _flush(self) -> None:
-        """Add what is observed to the statistics.
-
-        Ranks must talk to each other in the same order. So this goes on the stream of the decode
-        loop, and nothing is left on it for later.
-        """
-        with mx.stream(generation_stream):
+        """Add what is observed to the statistics."""
+        with mx.stream(generation_stream):  # in the order of the decode loop; see `Ranks.settle`
             self._observer.flush()
-        if self._session.ranks.size > 1:
-            mx.synchronize(generation_stream)
+        self._session.ranks.settle()
 
     def _check_agreement(self, shortlist: Shortlist | None) -> None:
         """Check that all ranks of a divided model go on with the same tokens."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import generation_stream
 
 T = TypeVar("T")
 
@@ -39,6 +40,15 @@ class Ranks:
         """Whether this is rank 0, which reads and writes files and talks to the user."""
         return self.rank == 0
 
+    def settle(self) -> None:
+        """Wait for the decode loop, which computes ahead, on a stream of its own.
+
+        Ranks must talk to each other in the same order, and streams have no order among them. So
+        this comes before anything that is computed on another stream.
+        """
+        if self.size > 1:
+            mx.synchronize(generation_stream)
+
     def sum(self, array: mx.array) -> mx.array:
         """Return the sum of an array over all ranks, lazily and on the current stream."""
         return mx.distributed.all_sum(array, group=self.group)
@@ -47,6 +57,7 @@ class Ranks:
         """Return the values of all ranks, in their order."""
         if self.size == 1:
             return [value]
+        self.settle()
         data = np.frombuffer(pickle.dumps(value), np.uint8)
         lengths = self._gathered(np.array([len(data)], np.int32))[:, 0]
         padded = np.zeros(lengths.max(), np.uint8)
@@ -65,6 +76,7 @@ class Ranks:
         """Return the value of rank 0. The others' values do not matter."""
         if self.size == 1:
             return value
+        self.settle()
         data = np.frombuffer(pickle.dumps(value) if self.is_first else b"", np.uint8)
         length = int(np.array(self.sum(mx.array([len(data)], mx.int32)))[0])
         if not self.is_first:

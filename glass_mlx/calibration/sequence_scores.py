@@ -36,6 +36,7 @@ def measure_sequences(
     Raises:
         ValueError: if the model has weights, or computes values, that are not finite.
     """
+    session.ranks.settle()
     streaming = tuple(name for name in statistics if name in STATISTICS)
     max_tokens = min(_MAX_READ_TOKENS, _MAX_LOGITS // len(moments.vocabulary))
     group_size = max(1, max_tokens // max(len(sequence.tokens) for sequence in sequences))
