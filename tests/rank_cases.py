@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
-from glass_mlx import GlassConfig, Session, stream_generate
+from glass_mlx import GlassConfig, Session, slicing, stream_generate
 from glass_mlx.calibration.building import CalibrationSettings, calibrate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.file import GlobalPrior
@@ -87,6 +88,9 @@ def generated(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Return tokens (T,), their log-probabilities (T, V), and the kept neurons of the last slices.
 
+    Slices are renewed even where they have nearly all of the selected neurons, which each rank
+    would decide for itself.
+
     Args:
         session: the model's session.
         case: the case.
@@ -94,17 +98,18 @@ def generated(
     """
     prior = whole_prior(case)
     mx.random.seed(5)
-    responses = [
-        *stream_generate(
-            session,
-            tokenizer(),
-            PROMPT,
-            config=CONFIG,
-            prior=prior,
-            sampler=make_sampler(temp=1.0),
-            **({"max_tokens": TOKENS} | options),
-        )
-    ]
+    with patch.object(slicing, "_MIN_OVERLAP", 2.0):
+        responses = [
+            *stream_generate(
+                session,
+                tokenizer(),
+                PROMPT,
+                config=CONFIG,
+                prior=prior,
+                sampler=make_sampler(temp=1.0),
+                **({"max_tokens": TOKENS} | options),
+            )
+        ]
     selection = responses[-1].glass.selection
     kept = selection.indices if selection else {}
     tokens = np.array([response.token for response in responses])

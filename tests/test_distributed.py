@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import glass_mlx.streaming
 from glass_mlx import Session
-from rank_cases import TOKENS, Case, build, calibrated, generated, whole_prior
+from rank_cases import PROMPT, TOKENS, WHOLE_TOKENS, Case, build, calibrated, generated, whole_prior
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +39,7 @@ CASES = {
 
 
 def launch(ranks, *arguments, **environment):
-    """Run a Python program on several ranks, and return the finished process."""
+    """Run a Python program on several ranks, and return what they print."""
     paths = [ROOT, ROOT / "tests"]
     variables = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     program = "from mlx._distributed_utils.launch import main; main()"  # that of mlx.launch
@@ -46,14 +47,19 @@ def launch(ranks, *arguments, **environment):
     command += ["-n", str(ranks), "--python", sys.executable]
     for name, value in (variables | environment).items():
         command += ["--env", f"{name}={value}"]
-    return subprocess.run(
+    process = subprocess.Popen(
         [*command, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        return process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
+        raise
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +69,9 @@ def results(tmp_path_factory):
     for ranks, cases in CASES.items():
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         listed = json.dumps([asdict(case) for case in cases])
-        run = launch(ranks, ROOT / "tests" / "rank_worker.py", folder, listed)
+        out, err = launch(ranks, ROOT / "tests" / "rank_worker.py", folder, listed)
         files = [folder / f"{case.name}-{r}.npz" for case in cases for r in range(ranks)]
-        assert all(file.exists() for file in files), run.stdout + run.stderr
+        assert all(file.exists() for file in files), out + err
         for case in cases:
             found[ranks, case.name] = [
                 dict(np.load(folder / f"{case.name}-{r}.npz")) for r in range(ranks)
@@ -113,8 +119,11 @@ def test_sliced_text_is_that_of_one_process_with_the_same_rule(results, ranks, c
 
 @pytest.mark.parametrize(("ranks", "case"), EACH)
 def test_slicing_sends_little_more(results, ranks, case):
+    """Of an observed token, a rank sends one number per FFN beside what dense decoding sends."""
     for part in results[ranks, case.name]:
-        print(case.name, part["dense_bytes"], part["bytes"])
+        per_token = part["dense_bytes"] / (len(PROMPT) + WHOLE_TOKENS)
+        dense = per_token * (len(PROMPT) + TOKENS)
+        assert dense < part["bytes"] < 1.02 * dense
 
 
 def test_a_prior_is_that_of_one_process(results):
