@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
+from glass_mlx.errors import one_line
 from glass_mlx.models import Ranks, world
 from glass_mlx.rank_watch import RankWatch
 
@@ -36,6 +37,7 @@ def joined(name: str, program: str = "glass-mlx") -> Iterator[Ranks]:
     if ranks.size == 1:
         yield ranks
         return
+    stderr = os.dup(2)
     if not ranks.is_first:
         _redirect_output()
     if name not in DIVIDING:
@@ -43,14 +45,21 @@ def joined(name: str, program: str = "glass-mlx") -> Iterator[Ranks]:
             f"{name} cannot be run by mlx.launch; run it on one machine, without mlx.launch"
         )
     _share_seed(ranks)
-    watch = RankWatch(ranks, program)
+    watch = RankWatch(ranks, program, stderr)
     try:
         yield ranks
-    except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in (None, 0):
+    except SystemExit as end:
+        if end.code in (None, 0):
             watch.done()
         else:
             watch.failed(_last_words())
+        raise
+    except RuntimeError as error:
+        watch.blame_others()  # MLX fails in many ways if another rank has ended
+        watch.failed(one_line(error))
+        raise
+    except BaseException as error:
+        watch.failed(one_line(error))
         raise
     watch.done()
 
@@ -75,7 +84,7 @@ def _last_words() -> str:
     except OSError:  # a terminal or pipe: this is rank 0, which prints for itself
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return lines[-1].partition(" error: ")[2] or lines[-1] if lines else ""
 
 
 def _share_seed(ranks: Ranks) -> None:

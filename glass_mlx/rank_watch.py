@@ -7,6 +7,7 @@ a connection to rank 0 of which nothing is expected but its end.
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -41,14 +42,20 @@ class RankWatch:
     Args:
         ranks: the ranks.
         command: the command's name, which messages start with.
+        stderr: the file descriptor of standard error before any redirection.
     """
 
-    def __init__(self, ranks: Ranks, command: str) -> None:
-        self._ranks, self._command = ranks, command
+    def __init__(self, ranks: Ranks, command: str, stderr: int) -> None:
+        self._ranks, self._command, self._stderr = ranks, command, stderr
         self._connections = _accept(ranks) if ranks.is_first else {0: _connect(ranks)}
         self._is_ending = threading.Event()
         for rank, connection in self._connections.items():
             threading.Thread(target=self._wait, args=(rank, connection), daemon=True).start()
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        threading.Thread(target=self._end_on_request, args=(read_end,), daemon=True).start()
 
     def done(self) -> None:
         """Tell the others that this rank has done all of its work."""
@@ -59,6 +66,10 @@ class RankWatch:
         self._say(_FAILED + reason.encode()[-_LONGEST:])
         if not self._ranks.is_first:
             time.sleep(2 * _GRACE)  # mlx.launch ends all ranks as soon as one has failed
+
+    def blame_others(self) -> None:
+        """Give the watch time to end this process, if another rank has ended."""
+        time.sleep(2 * _GRACE)
 
     def _say(self, message: bytes) -> None:
         self._is_ending.set()
@@ -73,16 +84,34 @@ class RankWatch:
         with suppress(OSError):  # the machine or the link to it is gone
             while part := connection.recv(_LONGEST):
                 message += part
-        if message.startswith(_DONE) or self._is_ending.wait(_GRACE):
+        if message.startswith(_DONE) or self._is_ending.wait(_GRACE if message else 0):
             return
         reason = message[len(_FAILED) :].decode(errors="replace")
+        if message and rank == 0:
+            os._exit(2)  # rank 0 prints the reason
         self._end(f"rank {rank} has failed: {reason}" if reason else f"rank {rank} has ended")
 
+    def _end_on_request(self, signals: int) -> None:
+        """End this process some time after SIGTERM.
+
+        `mlx.launch` sends it to all ranks as soon as one has failed, perhaps before this one knows
+        why. Python's handlers have to wait for MLX, which may wait forever for that rank.
+
+        Args:
+            signals: a file descriptor that gives the number of each signal.
+        """
+        while os.read(signals, 1) != bytes([signal.SIGTERM]):
+            pass
+        time.sleep(_GRACE)
+        os._exit(128 + signal.SIGTERM)
+
     def _end(self, reason: str) -> NoReturn:
-        """End this process, whatever it is doing."""
+        """End this process, whatever it is doing. Without rank 0, rank 1 prints the reason."""
         with suppress(OSError, ValueError):
-            print(f"{self._command}: error: {one_line(reason)}", file=sys.stderr, flush=True)
             sys.stdout.flush()
+            if self._ranks.rank < 2:
+                line = f"{self._command}: error: {one_line(reason)}, so all others end, too\n"
+                os.write(self._stderr, line.encode())
         for connection in self._connections.values():
             with suppress(OSError):
                 connection.sendall(_FAILED + reason.encode()[-_LONGEST:])

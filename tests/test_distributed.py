@@ -134,3 +134,19 @@ def test_a_prior_is_that_of_one_process(results):
             np.testing.assert_allclose(part[f"prior {path}"], scores, rtol=1e-3, atol=1e-5)
             sample = alone.fingerprint.samples[path]
             np.testing.assert_allclose(part[f"sample {path}"], sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "way", "sentence"),
+    [
+        (1, "kill", "glass-mlx: error: rank 1 has ended, so all others end, too"),
+        (0, "kill", "glass-mlx: error: rank 0 has ended, so all others end, too"),
+        (1, "error", "rank 1 has failed: the disk of this machine is full"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_others_with_a_sentence(rank, way, sentence):
+    out, err = launch(2, ROOT / "tests" / "rank_death.py", rank, way)
+    assert out == "rank 0\n"  # the others print nothing
+    assert err.count("error: rank") == 1
+    assert sentence in err
+    assert "Traceback" not in err
