@@ -5,6 +5,7 @@ says why.
 """
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,7 @@ def joined(name: str, program: str = "glass-mlx") -> Iterator[Ranks]:
     stderr = os.dup(2)
     if not ranks.is_first:
         _redirect_output()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 is interrupted, and ends the others
     if name not in DIVIDING:
         raise ValueError(
             f"{name} cannot be run by mlx.launch; run it on one machine, without mlx.launch"

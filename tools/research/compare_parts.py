@@ -105,6 +105,8 @@ def compare(args: argparse.Namespace) -> dict[tuple[float, int], np.ndarray]:
     results: dict[tuple[float, int], list[tuple[float, float]]] = {key: [] for key in selectors}
     points = [GlassConfig.warmup]
     for reading in continuations.read_continuations(session, tokenizer, args, points):
+        if reading.tokens < points[0]:
+            continue  # a text that ends before the first selection
         for key, selector in selectors.items():
             scores = score(reading, selector)
             kept = np.mean([selection.density for selection in scores.selections.values()])
