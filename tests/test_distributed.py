@@ -3,13 +3,18 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import glass_mlx.streaming
 from glass_mlx import Session
+from helpers import save_chat_folder
 from rank_cases import PROMPT, TOKENS, WHOLE_TOKENS, Case, build, calibrated, generated, whole_prior
 
 import mlx.core as mx
@@ -38,8 +43,8 @@ CASES = {
 }
 
 
-def launch(ranks, *arguments, **environment):
-    """Run a Python program on several ranks, and return what they print."""
+def start(ranks, *arguments, **environment):
+    """Start a Python program on several ranks, and return the process of `mlx.launch`."""
     paths = [ROOT, ROOT / "tests"]
     variables = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     program = "from mlx._distributed_utils.launch import main; main()"  # that of mlx.launch
@@ -47,7 +52,7 @@ def launch(ranks, *arguments, **environment):
     command += ["-n", str(ranks), "--python", sys.executable]
     for name, value in (variables | environment).items():
         command += ["--env", f"{name}={value}"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*command, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -55,6 +60,15 @@ def launch(ranks, *arguments, **environment):
         text=True,
         start_new_session=True,
     )
+
+
+def launch(*arguments, **environment):
+    """Run a Python program on several ranks, and return what they print; see `start`."""
+    return finish(start(*arguments, **environment))
+
+
+def finish(process):
+    """Wait for a run's end, and return what its ranks print."""
     try:
         return process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -150,3 +164,55 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence(rank, way, sentence):
     assert err.count("error: rank") == 1
     assert sentence in err
     assert "Traceback" not in err
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+    return save_chat_folder(tmp_path / "tiny")
+
+
+def test_a_command_prints_once(folder):
+    arguments = ["--prompt", "丁七丄丅丆", "--max-tokens", 4, "--density", 0.5, "--warmup", 1]
+    out, err = launch(2, "-m", "glass_mlx.generate", "--model", folder, *arguments)
+    assert out.count("=" * 10) == 2
+    assert "density 0.500 (asked 0.5)" in out
+    assert err.count("prior: using") == 1
+
+
+def test_a_server_answers_after_a_client_has_left_and_ends_with_an_interrupt(folder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["--model", folder, "--port", url.rpartition(":")[2], "--density", 0.5]
+    process = start(2, "-m", "glass_mlx.server", *arguments)
+    try:
+        wait_until_healthy(url)
+        first = complete(url, 12)
+        with suppress(TimeoutError):  # this client leaves in the middle of an answer
+            complete(url, 4000, timeout=2)
+        again = complete(url, 12)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+        _, err = finish(process)
+    assert len(first["choices"][0]["text"]) == 12
+    assert again["choices"] == first["choices"]
+    assert err.count("serving") == 1
+    assert "glass_mlx/" not in err  # no traceback, but perhaps that of mlx.launch itself
+    assert "error: rank" not in err
+
+
+def wait_until_healthy(url):
+    for _ in range(200):
+        with suppress(OSError), urllib.request.urlopen(f"{url}/health") as answer:
+            assert answer.status == 200
+            return
+        time.sleep(0.5)
+    raise TimeoutError("the server does not answer")
+
+
+def complete(url, tokens, timeout=100):
+    """Return the server's completion of a prompt."""
+    body = {"prompt": "丁七丄丅丆", "max_tokens": tokens, "temperature": 1, "seed": 3}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return json.load(answer)

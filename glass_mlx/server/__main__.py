@@ -48,6 +48,9 @@ _REFUSED = {
     "release_dense": "--release-dense is of no use here: the next prompt needs the dense weights",
 }
 
+# Flags whose effect could differ between machines, or that mlx-lm refuses for a divided model.
+_OF_ONE_MACHINE = ("adapter_path", "allow_model_requests", "prompt_cache_bytes")
+
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -204,11 +207,10 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
     if not hasattr(mlx_lm.server, "TextStateMachine"):
         raise ValueError("the server needs mlx-lm 0.32 or newer, which needs Python 3.11 or newer")
     division_options(args)
-    if world().size > 1 and (args.adapter_path or args.prompt_cache_bytes is not None):
-        raise ValueError(
-            "--adapter-path and --prompt-cache-bytes cannot be used with mlx.launch, which divides "
-            "the model"
-        )
+    for name in _OF_ONE_MACHINE if world().size > 1 else ():
+        if getattr(args, name) not in (None, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
     for name, reason in _REFUSED.items():
         if getattr(args, name):
             raise ValueError(reason)

@@ -1,10 +1,12 @@
 """Divided models, as far as one process can tell; see also test_distributed.py."""
 
+import copy
+from contextlib import suppress
 from types import SimpleNamespace
 
 from glass_mlx.models import Ranks, divide, find_ffns, fingerprint
-from glass_mlx.models.architectures import tiny_model
-from glass_mlx.models.division import Division, mark
+from glass_mlx.models.architectures import names, tiny_model
+from glass_mlx.models.division import Division, division_of, mark
 from glass_mlx.models.down import MeanCompensation, add_mean_compensation, put_inputs, take_inputs
 from glass_mlx.models.fingerprints import _signs, _signs_of
 from glass_mlx.models.summed import SummedLinear, is_summed, summed
@@ -126,3 +128,37 @@ def test_ffns_are_those_of_the_whole_model():
     mark(model, Division(Ranks(), False, shapes, frozenset(shapes), frozenset(), 4))
     assert [ffn.path for ffn in find_ffns(model)] == paths[1:]
     assert fingerprint(model).samples.keys() == shapes.keys()
+
+
+def divisible():
+    """Yield the architectures that mlx-lm can divide, and whether into layers."""
+    for name in names():
+        with suppress(Exception):  # without a tiny model, or without FFNs
+            model = tiny_model(name)
+            find_ffns(model)
+            ways = (hasattr(model, "shard"), hasattr(getattr(model, "model", None), "pipeline"))
+            yield from ((name, is_pipeline) for is_pipeline in (False, True) if ways[is_pipeline])
+
+
+@pytest.mark.slow
+def test_every_ffn_of_every_architecture_is_divided():
+    """mlx-lm divides the FFNs that are sliced, in the way that `Division` says."""
+    found = [*divisible()]
+    assert {("llama", False), ("deepseek_v3", False), ("qwen2", True)} <= {*found}
+    for name, is_pipeline in found:
+        try:
+            model = tiny_model(name, num_key_value_heads=4)
+        except ValueError:
+            model = tiny_model(name)
+        paths = {ffn.path for ffn in find_ffns(model)}
+        halves = []
+        for rank in range(2):
+            part = copy.deepcopy(model)
+            divide(part, ranks(2, rank), is_pipeline)
+            halves.append(division_of(part))
+        here = [half.here for half in halves]
+        if is_pipeline:
+            assert here[0] | here[1] == paths, name
+            assert not here[0] & here[1], name
+        else:
+            assert all(half.split == half.here == paths for half in halves), name

@@ -28,11 +28,15 @@ class SelectorInParts(Selector):
     Args:
         selector: the selector that it is like otherwise.
         parts: the number of parts, which are contiguous and of one size.
+        same_count: whether all parts together keep as many neurons as the selector would, and not
+            a multiple that suits the kernels in each part.
     """
 
-    def __init__(self, selector: Selector, parts: int) -> None:
+    def __init__(self, selector: Selector, parts: int, same_count: bool = False) -> None:
         vars(self).update(vars(selector))
         self._parts = parts
+        if same_count:
+            self.multiples = {path: m // parts for path, m in selector.multiples.items()}
 
     def fuse(self, local: LocalStatistics) -> dict[str, np.ndarray]:
         """Return the fused scores (..., m) of each FFN's neurons, ranked within their parts."""
@@ -87,6 +91,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=8, help="Number of prompts (%(default)s).")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5], help="(%(default)s)")
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4], help="(%(default)s)")
+    parser.add_argument(
+        "--same-count", action="store_true", help="Keep as many neurons whatever the parts."
+    )
     parser.add_argument("--prior", type=Path, help="The model's prior.")
     add_load_arguments(parser)
     return parser
@@ -98,7 +105,9 @@ def compare(args: argparse.Namespace) -> dict[tuple[float, int], np.ndarray]:
     prior = find_or_measure_prior(session, tokenizer, args.prior, GlassConfig(density=0.5))
     selectors = {
         (density, parts): SelectorInParts(
-            make_selector(session, tokenizer, prior, GlassConfig(density=density)), parts
+            make_selector(session, tokenizer, prior, GlassConfig(density=density)),
+            parts,
+            args.same_count,
         )
         for density, parts in product(args.density, args.parts)
     }
