@@ -18,13 +18,14 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PROMPT = [*range(40, 52)]
-TOKENS, WHOLE_TOKENS = 18, 6
+TOKENS, WHOLE_TOKENS = 17, 4
 
 # Selections after 10 and after 14 tokens, of half of the neurons and of the vocabulary.
 CONFIG = GlassConfig(density=0.5, vocabulary=0.5, warmup=10, refresh=14)
 
 _WIDTHS = {
     "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
     "intermediate_size": 256,
     "moe_intermediate_size": 256,
     "num_key_value_heads": 4,
@@ -118,5 +119,5 @@ def generated(
 
 def calibrated(model: nn.Module) -> GlobalPrior:
     """Measure a small prior."""
-    settings = CalibrationSettings(sequences=2, length=20, batch_size=2, curve_texts=0)
+    settings = CalibrationSettings(sequences=2, length=18, batch_size=2, curve_texts=0)
     return calibrate(model, tokenizer(), settings)
