@@ -39,7 +39,10 @@ CASES = {
         Case("qwen2", pipeline=True),
         Case("qwen3_moe", pipeline=True),
     ],
-    4: [Case("qwen3"), Case("qwen2", pipeline=True, changes={"num_hidden_layers": 4, "layer_types": None})],
+    4: [
+        Case("qwen3"),
+        Case("qwen2", pipeline=True, changes={"num_hidden_layers": 4, "layer_types": None}),
+    ],
 }
 
 
