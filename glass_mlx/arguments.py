@@ -9,6 +9,7 @@ from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import DTYPES
 from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.files import expand_user
+from glass_mlx.models import world
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -158,6 +159,15 @@ def draft_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | {"tokenizer_config": {"trust_remote_code": args.trust_remote_code}}
 
 
+def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
+    """Add mlx-lm's flag for models that `mlx.launch` runs on several machines."""
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="With mlx.launch, give each machine some of the layers, and not some of the neurons.",
+    )
+
+
 def load_options(
     args: argparse.Namespace, tokenizer_config: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -174,7 +184,21 @@ def load_options(
         "trust_remote_code": args.trust_remote_code,
         "dtype": args.dtype,
         "dequantize": args.dequantize,
-    }
+    } | division_options(args)
+
+
+def division_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn the parsed flag of `add_pipeline_argument` into keyword arguments of `load`.
+
+    Raises:
+        ValueError: if there is only one process to divide the model over.
+    """
+    if not hasattr(args, "pipeline"):  # a command that runs on one machine
+        return {}
+    ranks = world()
+    if args.pipeline and ranks.size == 1:
+        raise ValueError("--pipeline needs several machines: start the command with mlx.launch")
+    return {"ranks": ranks, "pipeline": args.pipeline}
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser, default: str) -> None:

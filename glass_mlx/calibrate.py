@@ -16,6 +16,7 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     load_options,
     path,
 )
@@ -26,6 +27,7 @@ from glass_mlx.checkpoints.loading import load, model_name
 from glass_mlx.command_model import note_advice
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
+from glass_mlx.models import world
 from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw, expert_lines
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import check_repository, locate, publish
@@ -129,6 +131,7 @@ def setup_arg_parser() -> CommandParser:
     )
     add_load_arguments(parser)
     add_adapter_arguments(parser)
+    add_pipeline_argument(parser)
     return parser
 
 
@@ -185,8 +188,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     """
     if args.picture and not args.show:
         raise ValueError("--picture goes with --show")
-    check_writable(args.output)
-    check_writable(args.picture)
+    if world().is_first:
+        check_writable(args.output)
+        check_writable(args.picture)
     if args.push_to_hub is not None:
         check_repository(args.push_to_hub)
 
@@ -205,6 +209,8 @@ def run(args: argparse.Namespace) -> None:
         print(describe(prior))
     else:
         file, prior = args.output, _build(args)
+    if not world().is_first:
+        return
     if args.push_to_hub:
         url, writes_card = publish(prior, file, args.push_to_hub)
         print(f"Published at {url}{'' if writes_card else '; the README.md there was kept'}")

@@ -18,6 +18,7 @@ from glass_mlx.vocabulary import Shortlist
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generation_stream
 
 Progress = Callable[[int, int], None]
 
@@ -116,7 +117,7 @@ class Generation:
         try:
             yield from self._phases(progress, input_embeddings)
         finally:
-            self._observer.flush()
+            self._flush()
 
     def _phases(
         self, progress: Progress | None, input_embeddings: mx.array | None
@@ -150,11 +151,12 @@ class Generation:
 
     def _select_and_slice(self) -> nn.Module:
         """Choose neurons, bring the slices up to date, and return the sliced model."""
-        self._observer.flush()
+        self._flush()
         with self._reporter.timed("select_time"):
             selection = self._selector.select(self._statistics)
             compensation = mean_compensation(self._statistics)
             shortlist = self._choose_shortlist()
+        self._check_agreement(shortlist)
         with self._reporter.timed("slice_time"):
             self._slices.update(selection, compensation, shortlist)
             sliced = self._slices.model
@@ -166,6 +168,17 @@ class Generation:
             None if self._shortlister is None else self._shortlister.measured,
         )
         return sliced
+
+    def _flush(self) -> None:
+        """Add what is observed to the statistics."""
+        with mx.stream(generation_stream):  # in the order of the decode loop; see `Ranks.settle`
+            self._observer.flush()
+        self._session.ranks.settle()
+
+    def _check_agreement(self, shortlist: Shortlist | None) -> None:
+        """Check that all ranks of a divided model go on with the same tokens."""
+        chosen = None if shortlist is None else (shortlist.rows.tobytes(), shortlist.outside)
+        self._session.ranks.check_agreement(self._decoder.tokens, chosen)
 
     def _choose_shortlist(self) -> Shortlist | None:
         """Choose the tokens whose logits are computed; None for all."""

@@ -21,6 +21,7 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     check_minimums,
     check_sampling_flags,
     path,
@@ -31,6 +32,7 @@ from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.files import write_text
+from glass_mlx.models import world
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
 import mlx.core as mx
@@ -45,6 +47,7 @@ def setup_arg_parser() -> CommandParser:
     add_model_argument(parser)
     add_adapter_arguments(parser)
     add_load_arguments(parser)
+    add_pipeline_argument(parser)
     parser.add_argument(
         "--tasks", nargs="+", required=True, help="Names of tasks, or YAML files that define one."
     )
@@ -154,7 +157,8 @@ def run(args: argparse.Namespace) -> None:
             f"this needs lm-evaluation-harness: pip install 'glass-mlx[evaluate]' ({error})"
         ) from error
     given = given_prior(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    ranks = world()
+    ranks.on_first(lambda: args.output_dir.mkdir(parents=True, exist_ok=True))
     mx.random.seed(args.seed)
     session, tokenizer = load_session(args)
     prior = find_prior(args, session, tokenizer, given, config)
@@ -167,7 +171,8 @@ def run(args: argparse.Namespace) -> None:
     name = "_".join(["eval", model_name(args.model).replace("/", "_"), version("lm_eval")])
     if args.num_shots is not None:
         name += f"_{args.num_shots:02d}"
-    write_text(args.output_dir / "_".join([name, *tasks]), json.dumps(results, indent=4))
+    if ranks.is_first:
+        write_text(args.output_dir / "_".join([name, *tasks]), json.dumps(results, indent=4))
     print("Results:")
     print(json.dumps(results, indent=4))
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from glass_mlx.cache_masks import cache_parts
 from glass_mlx.session import Session
-from glass_mlx.statistics import LocalStatistics, Shape
+from glass_mlx.statistics import LocalStatistics, Shape, Total, alone
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,11 +97,12 @@ class PromptCache(list[Any]):
         self._follow_trimming()
         return self._statistics
 
-    def begin(self, shapes: Mapping[str, Shape]) -> LocalStatistics:
+    def begin(self, shapes: Mapping[str, Shape], total: Total = alone) -> LocalStatistics:
         """Begin to read tokens into the cache, which is not intact until `add` records them.
 
         Args:
             shapes: the number of neurons m of each FFN, or (experts, m), by path.
+            total: for a divided model; see `NeuronStatistics`.
 
         Returns:
             The statistics to add the tokens to.
@@ -111,7 +112,7 @@ class PromptCache(list[Any]):
                 package, or belongs to another model.
         """
         self.check("begin a new one")
-        empty = LocalStatistics.empty(shapes)
+        empty = LocalStatistics.empty(shapes, total=total)
         statistics = self._statistics or empty
         if statistics.prompt.shapes != empty.prompt.shapes:
             raise ValueError("the statistics of the prompt cache are of another model")
@@ -178,7 +179,7 @@ class PromptCache(list[Any]):
             if turn.start <= remaining:
                 return turn.before.copy()
             prompt = turn.before.prompt
-        return LocalStatistics.empty(latest.prompt.shapes, latest.prompt.names)
+        return LocalStatistics.empty(prompt.shapes, prompt.names, prompt.total)
 
 
 def token_count(cache: Iterable[Any]) -> int | None:
@@ -321,7 +322,7 @@ def read_prompt(
     """
     session = Session.of(model)
     session.check_tokens(tokens)
-    statistics = cache.begin(session.shapes)
+    statistics = cache.begin(session.shapes, session.total)
 
     def evaluate(tokens_read: int, total: int) -> None:
         mx.eval(statistics.prompt.sums)

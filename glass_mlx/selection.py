@@ -122,18 +122,22 @@ def counts_to_keep(
     multiples: Mapping[str, int],
     kept_dense: Collection[str] = (),
     read_shares: Mapping[str, float] | None = None,
+    whole_shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, int]:
     """Return the number of neurons that each FFN keeps, or each expert of a stack.
 
     Args:
         shapes: (..., m) the shape of arrays over each FFN's neurons, by path.
         density: the share to keep, in (0, 1]; see `select`, also for the other arguments.
+        whole_shapes: the same for the whole model, some of whose neurons may be in other processes.
+            Default: `shapes`.
     """
-    read = read_shares or {}
-    sizes = {path: math.prod(shape) * read.get(path, 1.0) for path, shape in shapes.items()}
+    read, whole = read_shares or {}, whole_shapes or shapes
+    sizes = {path: math.prod(shape) * read.get(path, 1.0) for path, shape in whole.items()}
+    shares = densities(sizes, density, kept_dense)
     return {
-        path: neurons_to_keep(shapes[path][-1], share, multiples[path])
-        for path, share in densities(sizes, density, kept_dense).items()
+        path: neurons_to_keep(shape[-1], shares[path], multiples[path])
+        for path, shape in shapes.items()
     }
 
 
@@ -171,6 +175,7 @@ class Selector:
         budget: how a bound on KL is spent. It is needed if the configuration has no shares.
         always: tokens that are always kept, such as those that end a text.
         read_shares: the share of its experts that a token reads, by the path of each stack.
+        whole_shapes: the shapes of the whole model's FFNs; see `counts_to_keep`.
 
     Attributes:
         config: the configuration, with shares.
@@ -192,6 +197,7 @@ class Selector:
         budget: Budget | None = None,
         always: frozenset[int] = frozenset(),
         read_shares: Mapping[str, float] | None = None,
+        whole_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         if prior is not None and config.prior_statistic not in prior.scores:
             raise ValueError(
@@ -206,7 +212,7 @@ class Selector:
         self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
         self.prior = prior
         self.multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
-        self.read_shares = read_shares or {}
+        self.read_shares, self._whole_shapes = read_shares or {}, whole_shapes
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
     def shortlister(self, statistics: VocabularyStatistics) -> Shortlister | None:
@@ -259,5 +265,11 @@ class Selector:
 
     def counts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return the number of neurons that FFNs of some shapes keep; see `counts_to_keep`."""
-        density = self.config.shares.density
-        return counts_to_keep(shapes, density, self.multiples, self._kept_dense, self.read_shares)
+        return counts_to_keep(
+            shapes,
+            self.config.shares.density,
+            self.multiples,
+            self._kept_dense,
+            self.read_shares,
+            self._whole_shapes,
+        )

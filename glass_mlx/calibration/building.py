@@ -33,7 +33,7 @@ from glass_mlx.prior.display import MIN_EXPERT_TOKENS, stability_lines
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.session import Session
-from glass_mlx.statistics import PRIOR_STATISTICS
+from glass_mlx.statistics import IMPACT, PRIOR_STATISTICS
 from glass_mlx.writing import Writer
 
 import mlx.core as mx
@@ -146,14 +146,19 @@ def build(
         OSError: if a file cannot be written.
         ValueError: if another run is writing the file, or for the reasons given in `calibrate`.
     """
-    check_writable(output)
+    ranks = Session.of(model).ranks
+    ranks.on_first(lambda: check_writable(output))
     partial = None if is_device(output) else output.with_name(f"{output.name}.partial")
-    with locked(output):
-        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)
+
+    def save(prior: GlobalPrior) -> None:
         prior.save(output)
         if partial is not None:
             for file in (partial, _curves_file(partial)):
                 file.unlink(missing_ok=True)
+
+    with ranks.held_by_first(lambda: locked(output)):
+        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)
+        ranks.on_first(lambda: save(prior))
     return prior
 
 
@@ -189,6 +194,9 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     session = Session.of(model)
+    ranks = session.ranks
+    if ranks.size > 1 and IMPACT in settings.statistics:
+        raise ValueError("the statistic impact can be measured on one machine only")
     mixture = _start_mixture(session, tokenizer, settings)
     weights = session.fingerprint
     about = _describe(model, settings, name)
@@ -201,10 +209,11 @@ def calibrate(
         ]
     )
     if checkpoint:
-        restore_checkpoint(checkpoint, mixture, identity)
+        ranks.on_first(lambda: restore_checkpoint(checkpoint, mixture, identity))
+        mixture = ranks.share(mixture)
 
     def save() -> None:
-        if checkpoint:
+        if checkpoint and ranks.is_first:
             save_checkpoint(checkpoint, mixture, identity)
 
     stability = _measure_mixture(session, tokenizer, mixture, settings, save, report)
@@ -223,7 +232,7 @@ def _start_mixture(
         MeasuredRecipe(
             recipe,
             recipe.identity(),
-            SequenceMoments(session.shapes, settings.statistics, session.vocabulary_size),
+            SequenceMoments(session.whole_shapes, settings.statistics, session.vocabulary_size),
             chat_frame(tokenizer) if recipe.kind == "chat" else None,
         )
         for recipe in settings.recipes or default_recipes(tokenizer)

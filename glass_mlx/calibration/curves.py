@@ -110,7 +110,9 @@ class CurveMeasurement:
         self._identity = json.dumps([identity, asdict(settings)])
         self._results: dict[str, list[list[float]]] = {}
         self._always = always_kept(tokenizer)
-        self._texts = self._restore() or self._write_texts()
+        restored = session.ranks.on_first(self._restore)
+        self._results = session.ranks.share(self._results)
+        self._texts = restored or self._write_texts()
 
     def choose_kept_dense(self, prior: GlobalPrior) -> list[str]:
         """Choose FFNs to keep dense at the others' expense: those that lower KL.
@@ -119,7 +121,7 @@ class CurveMeasurement:
         dense gains nothing (docs/experiments.md has figures). The first, the second and the last
         are tried, in this order.
         """
-        paths = [ffn.path for ffn in self._session.ffns]
+        paths = [*self._session.whole_shapes]
         config = GlassConfig(density=_TRIAL_DENSITY)
         kept_dense: list[str] = []
         best: np.ndarray | None = None
@@ -208,7 +210,7 @@ class CurveMeasurement:
         return texts
 
     def _save(self) -> None:
-        if self._partial is not None:
+        if self._partial is not None and self._session.ranks.is_first:
             texts = [asdict(text) for text in self._texts]
             state = {"identity": self._identity, "texts": texts, "results": self._results}
             write_text(self._partial, json.dumps(state))

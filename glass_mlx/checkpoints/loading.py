@@ -14,7 +14,7 @@ from glass_mlx.checkpoints.conversions import converted_builtin, converted_file
 from glass_mlx.checkpoints.folder import check_folder
 from glass_mlx.errors import is_library_error, library_reason
 from glass_mlx.files import expand_user
-from glass_mlx.models import QUANTIZED_ACTIVATIONS, precision
+from glass_mlx.models import QUANTIZED_ACTIVATIONS, Ranks, divide, precision
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,6 +86,8 @@ def load(
     *,
     dtype: str | None = None,
     dequantize: bool = False,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper]: ...
 
 
@@ -102,6 +104,8 @@ def load(
     trust_remote_code: bool = False,
     dtype: str | None = None,
     dequantize: bool = False,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
 
 
@@ -117,6 +121,8 @@ def load(
     *,
     dtype: str | None = None,
     dequantize: bool = False,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Load a model and its tokenizer, as `mlx_lm.load` does.
 
@@ -135,6 +141,9 @@ def load(
             stored; for GGUF files see `resolve`.
         dequantize: whether to convert quantized weights to floats. This uses more memory, but is
             much faster on a CPU.
+        ranks: the processes to divide the model over, as `mlx_lm.utils.sharded_load` does. Each
+            keeps its part of the weights. Default: the whole model in this process.
+        pipeline: whether each rank gets some of the layers, and not some of the neurons.
 
     Returns:
         Model and tokenizer, and with `return_config` the configuration.
@@ -162,6 +171,9 @@ def load(
             **_remote_code_option(trust_remote_code),
         )
         _set_precision(loaded[0], dtype, dequantize)
+    if ranks is not None and ranks.size > 1:
+        divide(loaded[0], ranks, pipeline)
+    with _one_sentence(path_or_hf_repo or DEFAULT_MODEL):
         if not lazy:
             mx.eval(loaded[0].parameters())
     return loaded

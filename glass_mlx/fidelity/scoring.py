@@ -77,6 +77,8 @@ class DenseReading:
         self.tokens = len(text.written) - 1
         self.following = mx.array(text.written[1:])
 
+        session.ranks.settle()
+
         # 1) Read the prompt as the engine does, which observes a sample of it in the last FFN.
         if prompt_cache is None:
             prompt_cache = make_prompt_cache(session)

@@ -20,6 +20,7 @@ from glass_mlx.arguments import (
     add_draft_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     check_cache_flags,
     check_minimums,
     check_sampling_flags,
@@ -36,7 +37,7 @@ from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
-from glass_mlx.models import check_tokens, vocabulary_size
+from glass_mlx.models import check_tokens, vocabulary_size, world
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
@@ -82,6 +83,7 @@ def setup_arg_parser() -> CommandParser:
         "Nothing is saved if the answer is interrupted, also by a pipe whose reader leaves.",
     )
     add_load_arguments(parser)
+    add_pipeline_argument(parser)
     add_slicing_arguments(parser.add_argument_group("slicing"))
     return parser
 
@@ -219,6 +221,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag in _REFUSED:
         if getattr(args, flag[2:].replace("-", "_")):
             raise ValueError(f"{flag} cannot be combined with slicing; use mlx_lm.generate")
+    if world().size > 1:
+        _check_ranks(args)
     if args.save_prompt_cache:
         check_name(args.save_prompt_cache)
         if args.dense:
@@ -231,6 +235,15 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--max-tokens -1 cannot be combined with --dense and --draft-model")
     if args.seed is not None:
         check_seed(args.seed)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Check that nothing is asked for that several machines cannot do."""
+    for flag in ("--save-prompt-cache", "--prompt-cache-file", "--adapter-path", "--draft-model"):
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
+    if args.prompt == "-":
+        raise ValueError("mlx.launch never ends standard input; give the prompt with --prompt")
 
 
 def _messages(args: argparse.Namespace) -> Messages:

@@ -9,7 +9,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from glass_mlx.arguments import draft_options
+from glass_mlx.arguments import division_options, draft_options
 from glass_mlx.calibration.first_use import find_or_measure_budget, find_or_measure_prior
 from glass_mlx.checkpoints.loading import load, load_draft, model_name
 from glass_mlx.command_model import note_advice
@@ -17,7 +17,7 @@ from glass_mlx.config import GlassConfig
 from glass_mlx.errors import is_library_error, one_line
 from glass_mlx.files import expand_user
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.prompt_cache import make_layers
 from glass_mlx.server.errors import RequestError
 from glass_mlx.session import Session
@@ -144,6 +144,7 @@ class GlassModelProvider(ModelProvider):
             trust_remote_code=args.trust_remote_code,
             dtype=args.dtype,
             dequantize=args.dequantize,
+            **division_options(args),
         )
         if args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
@@ -162,7 +163,7 @@ class GlassModelProvider(ModelProvider):
         session, args = Session(model), self.cli_args
         note_advice(model)
         if not args.dense and not args.no_prior:
-            given = None if args.prior is None or name != args.model else locate(args.prior)
+            given = None if args.prior is None or name != args.model else given_prior(args.prior)
             self.prior = find_or_measure_prior(
                 session, tokenizer, given, self.config, name, _report_place
             )

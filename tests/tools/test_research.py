@@ -11,9 +11,11 @@ import compare_dense_passes
 import compare_expert_evidence
 import compare_long_texts
 import compare_outside
+import compare_parts
 import compare_priors
 import compare_schedules
 import compare_shortlists
+import count_sent_bytes
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -42,6 +44,24 @@ def test_schedules_are_compared(folder, tmp_path, monkeypatch, capsys):
     kl, speed = ([float(row.split("|")[n]) for row in (sparse, dense)] for n in (4, 6))
     assert kl[0] > kl[1] > 0
     assert speed[0] > speed[1] > 1
+
+
+def test_choices_in_parts_are_compared(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 50]
+    run(monkeypatch, compare_parts, *arguments, "--parts", 1, 4, "--density", 0.5, "--same-count")
+    _, _, one, four = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    assert float(one[3]) == float(four[3]) == 0.5
+    assert float(one[4]) > 0
+    assert float(four[4]) > 0
+
+
+def test_sent_bytes_are_counted(folder, monkeypatch, capsys):
+    """With a single rank there is nobody to send to."""
+    run(monkeypatch, count_sent_bytes, "--model", folder, "--prompt", "丁七丄", "--tokens", 20)
+    first, _, _, dense, sliced = capsys.readouterr().out.splitlines()
+    assert first == "1 ranks"
+    assert [cell.strip() for cell in dense.split("|")[2:6]] == ["23", "0", "0", "0"]
+    assert [cell.strip() for cell in sliced.split("|")[2:6]] == ["23", "0", "0", "0"]
 
 
 def test_priors_are_compared(folder, tmp_path, monkeypatch, capsys):
