@@ -9,6 +9,7 @@ from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import DTYPES
 from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.files import expand_user
+from glass_mlx.models import world
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -55,16 +56,13 @@ _KV_GROUP_SIZES = (32, 64, 128)
 
 def check_cache_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for the first of mlx-lm's cache flags whose value is of no use."""
-    if args.max_kv_size is not None and args.max_kv_size < 1:
-        raise ValueError(f"--max-kv-size must be at least 1, not {args.max_kv_size}")
+    check_minimums(args, max_kv_size=1, quantized_kv_start=0)
     if args.kv_bits not in (None, *_KV_BITS):
         raise ValueError(f"--kv-bits must be one of {_listed(_KV_BITS)}, not {args.kv_bits}")
     if args.kv_group_size not in _KV_GROUP_SIZES:
         raise ValueError(
             f"--kv-group-size must be one of {_listed(_KV_GROUP_SIZES)}, not {args.kv_group_size}"
         )
-    if args.quantized_kv_start < 0:
-        raise ValueError(f"--quantized-kv-start must be at least 0, not {args.quantized_kv_start}")
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:
@@ -138,6 +136,38 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft_arguments(parser: "argparse._ActionsContainer") -> None:
+    """Add mlx-lm's flags for speculative decoding."""
+    parser.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="A small model with the same tokenizer, which drafts tokens for the sliced model.",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        default=3,
+        metavar="N",
+        help="Number of tokens to draft at once (default: %(default)s).",
+    )
+
+
+def draft_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn parsed flags into keyword arguments of `load_draft`."""
+    names = ("trust_remote_code", "dtype", "dequantize")
+    options = {name: getattr(args, name) for name in names}
+    return options | {"tokenizer_config": {"trust_remote_code": args.trust_remote_code}}
+
+
+def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
+    """Add mlx-lm's flag for models that `mlx.launch` runs on several machines."""
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="With mlx.launch, give each machine some of the layers, and not some of the neurons.",
+    )
+
+
 def load_options(
     args: argparse.Namespace, tokenizer_config: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -154,7 +184,21 @@ def load_options(
         "trust_remote_code": args.trust_remote_code,
         "dtype": args.dtype,
         "dequantize": args.dequantize,
-    }
+    } | division_options(args)
+
+
+def division_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn the parsed flag of `add_pipeline_argument` into keyword arguments of `load`.
+
+    Raises:
+        ValueError: if there is only one process to divide the model over.
+    """
+    if not hasattr(args, "pipeline"):  # a command that runs on one machine
+        return {}
+    ranks = world()
+    if args.pipeline and ranks.size == 1:
+        raise ValueError("--pipeline needs several machines: start the command with mlx.launch")
+    return {"ranks": ranks, "pipeline": args.pipeline}
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser, default: str) -> None:

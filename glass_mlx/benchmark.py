@@ -21,17 +21,12 @@ from glass_mlx.arguments import (
     add_load_arguments,
     add_model_argument,
     check_minimums,
-    load_options,
     path,
 )
-from glass_mlx.calibration.first_use import find_or_measure_prior
-from glass_mlx.checkpoints.loading import load
+from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable, write_text
 from glass_mlx.latency.submission import measure_machine, submission_advice
-from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
-from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.streaming import stream_generate
 
@@ -129,14 +124,11 @@ def run(args: argparse.Namespace) -> None:
         return
     check_flags(args)
     config = config_from(args)
-    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    given = given_prior(args)
     mx.random.seed(0)
-    model, tokenizer = load(
-        args.model,
-        model_config={"quantize_activations": args.quantize_activations},
-        **load_options(args),
+    session, tokenizer = load_session(
+        args, model_config={"quantize_activations": args.quantize_activations}
     )
-    session = Session.of(model)
     tokenizer.eos_token_ids = []  # so that no text ends early
     ids = mx.random.randint(0, session.vocabulary_size, (args.prompt_tokens,))
     options: dict[str, Any] = {
@@ -145,12 +137,10 @@ def run(args: argparse.Namespace) -> None:
         "prefill_step_size": args.prefill_step_size,
     }
     methods: dict[str, Callable[[], Iterator[Any]]] = {
-        "dense": lambda: mlx_lm.stream_generate(model, tokenizer, **options)
+        "dense": lambda: mlx_lm.stream_generate(session.model, tokenizer, **options)
     }
     if not args.dense:
-        prior = None
-        if not args.no_prior:
-            prior = find_or_measure_prior(session, tokenizer, given, config, args.model)
+        prior = find_prior(args, session, tokenizer, given, config)
         methods["sliced"] = lambda: stream_generate(
             session, tokenizer, config=config, prior=prior or False, **options
         )

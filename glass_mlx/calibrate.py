@@ -16,16 +16,19 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     load_options,
     path,
 )
 from glass_mlx.calibration.building import CalibrationSettings, build
 from glass_mlx.calibration.stability import overall_stability
 from glass_mlx.calibration.texts import Recipe
-from glass_mlx.checkpoints.loading import advice, load, model_name
+from glass_mlx.checkpoints.loading import load, model_name
+from glass_mlx.command_model import note_advice
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
-from glass_mlx.prior.display import describe, draw, expert_lines
+from glass_mlx.models import world
+from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw, expert_lines
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.hub import check_repository, locate, publish
 from glass_mlx.statistics import PRIOR_STATISTICS
@@ -89,6 +92,14 @@ def setup_arg_parser() -> CommandParser:
         "reach a Jaccard index of X.",
     )
     group.add_argument(
+        "--expert-factor",
+        type=float,
+        default=defaults.expert_factor,
+        metavar="X",
+        help="In mixtures of experts, measure up to X times as much for experts that have seen "
+        f"fewer than {MIN_EXPERT_TOKENS} tokens; 1 for no more (%(default)s).",
+    )
+    group.add_argument(
         "--length", type=int, default=defaults.length, help="Tokens per sequence (%(default)s)."
     )
     group.add_argument(
@@ -120,6 +131,7 @@ def setup_arg_parser() -> CommandParser:
     )
     add_load_arguments(parser)
     add_adapter_arguments(parser)
+    add_pipeline_argument(parser)
     return parser
 
 
@@ -135,6 +147,7 @@ def _settings(args: argparse.Namespace) -> CalibrationSettings:
         temperature=args.temp,
         seed=args.seed,
         until_stable=args.until_stable,
+        expert_factor=args.expert_factor,
         corpus_field=args.corpus_field,
         curve_texts=args.curve_texts,
     )
@@ -144,8 +157,7 @@ def _build(args: argparse.Namespace) -> GlobalPrior:
     """Measure a prior into `args.output` and print a summary."""
     settings = _settings(args)
     model, tokenizer = load(args.model, lazy=True, **load_options(args))
-    if hint := advice(model):
-        print(hint, file=sys.stderr)
+    note_advice(model)
     start = time.perf_counter()
     report = partial(tqdm.write, file=sys.stderr)  # above the progress bar
     prior = build(model, tokenizer, args.output, settings, model_name(args.model), report)
@@ -176,8 +188,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     """
     if args.picture and not args.show:
         raise ValueError("--picture goes with --show")
-    check_writable(args.output)
-    check_writable(args.picture)
+    if world().is_first:
+        check_writable(args.output)
+        check_writable(args.picture)
     if args.push_to_hub is not None:
         check_repository(args.push_to_hub)
 
@@ -196,6 +209,8 @@ def run(args: argparse.Namespace) -> None:
         print(describe(prior))
     else:
         file, prior = args.output, _build(args)
+    if not world().is_first:
+        return
     if args.push_to_hub:
         url, writes_card = publish(prior, file, args.push_to_hub)
         print(f"Published at {url}{'' if writes_card else '; the README.md there was kept'}")

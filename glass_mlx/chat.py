@@ -10,7 +10,6 @@ if __name__ == "__main__":  # first, because an interrupt can also come during t
 
 import argparse
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -18,27 +17,30 @@ from typing import Any
 
 from glass_mlx.arguments import (
     CommandParser,
+    add_draft_arguments,
     add_load_arguments,
     add_model_argument,
     check_cache_flags,
+    check_minimums,
     check_sampling_flags,
+    draft_options,
     load_options,
 )
-from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import advice, load
+from glass_mlx.checkpoints.loading import load, load_draft
+from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import check_text, exit_on_error, one_line
 from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
-from glass_mlx.prompt_cache import make_prompt_cache
+from glass_mlx.prompt_cache import PromptCache, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.streaming import check_max_tokens, stream_generate
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.chat import setup_arg_parser as mlx_lm_arg_parser
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -65,6 +67,7 @@ def setup_arg_parser() -> CommandParser:
     add_model_argument(parser)
     parser.add_argument("--pipeline", action="store_true", help=argparse.SUPPRESS)
     add_load_arguments(parser)
+    add_draft_arguments(parser)
     add_slicing_arguments(parser.add_argument_group("slicing"))
     return parser
 
@@ -111,6 +114,7 @@ class Chat:
         prior: the model's prior, or None to go without one.
         system_prompt: the system prompt, or None.
         max_kv_size: the maximum size of the cache, or None.
+        draft_model: drafts tokens, or None.
         **options: further arguments of `stream_generate`.
 
     Attributes:
@@ -127,12 +131,13 @@ class Chat:
         prior: GlobalPrior | None,
         system_prompt: str | None = None,
         max_kv_size: int | None = None,
+        draft_model: nn.Module | None = None,
         **options: Any,
     ) -> None:
         self.config, self.last = config, None
         self._session, self._tokenizer, self._prior = session, tokenizer, prior
         self._system_prompt, self._max_kv_size = system_prompt, max_kv_size
-        self._options = options
+        self._draft_model, self._options = draft_model, options
         self.reset()
 
     last: GenerationResponse | None
@@ -170,7 +175,7 @@ class Chat:
             self._session.model, self._tokenizer, messages, False, True, {}
         )
         if conversation.cache is None:
-            conversation.cache = make_prompt_cache(self._session, self._max_kv_size)
+            conversation.cache = self._new_cache()
         answer = ""
         try:
             with (
@@ -197,7 +202,10 @@ class Chat:
         conversation = self.conversation
         conversation.cache = None
         if conversation.history:
-            conversation.cache = make_prompt_cache(self._session, self._max_kv_size)
+            conversation.cache = self._new_cache()
+
+    def _new_cache(self) -> PromptCache:
+        return make_prompt_cache(self._session, self._max_kv_size, self._draft_model)
 
     def _responses(self, unread: list[int], interrupts: Interrupts) -> Any:
         def progress(*_: int) -> None:
@@ -212,6 +220,7 @@ class Chat:
             prior=self._prior or False,
             prompt_cache=self.conversation.cache,
             prompt_progress_callback=progress,
+            draft_model=self._draft_model,
             **self._options,
         )
 
@@ -307,8 +316,7 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
     args.kv_bits, args.kv_group_size, args.quantized_kv_start = None, 64, 0
     check_cache_flags(args)
     check_seed(args.seed)
-    if args.prefill_step_size < 1:
-        raise ValueError(f"--prefill-step-size must be at least 1, not {args.prefill_step_size}")
+    check_minimums(args, prefill_step_size=1, num_draft_tokens=0)
     config = config_from(args)
     return replace(config, max_kl=None, density=1.0, vocabulary=1.0) if args.dense else config
 
@@ -321,14 +329,10 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a bad value, a model that cannot be used or a prior that does not fit.
     """
     config = check_flags(args)
-    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    given = given_prior(args)
     mx.random.seed(args.seed)
-    model, tokenizer = load(args.model, **load_options(args))
-    if hint := advice(model):
-        print(hint, file=sys.stderr)
-    session, prior = Session.of(model), None
-    if not (args.dense or args.no_prior):
-        prior = find_or_measure_prior(session, tokenizer, given, config, args.model)
+    session, tokenizer = load_session(args)
+    prior = find_prior(args, session, tokenizer, given, config)
     chat = Chat(
         session,
         tokenizer,
@@ -336,6 +340,8 @@ def run(args: argparse.Namespace) -> None:
         prior,
         args.system_prompt,
         args.max_kv_size,
+        load_draft(args.draft_model, tokenizer, **draft_options(args)),
+        num_draft_tokens=args.num_draft_tokens,
         max_tokens=args.max_tokens,
         prefill_step_size=args.prefill_step_size,
         sampler=make_sampler(

@@ -52,7 +52,9 @@ def run_command(name: str) -> NoReturn:
     try:
         with exit_on_error("glass-mlx"):
             sys.argv[0] = f"glass-mlx {name}"  # the name in the command's usage
-            importlib.import_module(COMMANDS[name][0]).main()
+            main = importlib.import_module(COMMANDS[name][0]).main
+            with importlib.import_module("glass_mlx.distributed").joined(name):
+                main()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # a second interrupt must not disturb Python's own end
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,8 +11,19 @@ from mlx_lm.generate import generate_step
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
-# A token, and its log-probabilities (vocabulary,).
-Sampled = tuple[int, mx.array]
+
+class Sampled(NamedTuple):
+    """A token.
+
+    Attributes:
+        token: its id.
+        logprobs: (vocabulary,) log-probabilities.
+        from_draft: whether a draft model proposed it.
+    """
+
+    token: int
+    logprobs: mx.array
+    from_draft: bool = False
 
 
 def greedy_sampler(logprobs: mx.array) -> mx.array:
@@ -41,11 +52,14 @@ class _History:
 
         return process
 
+    def text(self, generated: list[int]) -> mx.array:
+        """Return the prompt and some generated tokens, (n,)."""
+        tokens = mx.array(generated, mx.uint32)
+        return tokens if self._prompt is None else mx.concatenate([self._prompt, tokens])
+
     def for_later_run(self, processor: LogitsProcessor, generated: list[int]) -> LogitsProcessor:
         """Return the processor for a run that begins after some generated tokens."""
-        before = mx.array(generated[:-1], mx.uint32)
-        if self._prompt is not None:
-            before = mx.concatenate([self._prompt, before])
+        before = self.text(generated[:-1])
         calls = 0
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -131,14 +145,14 @@ class Decoder:
         )
         for token, logprobs in steps:
             self._add(int(token))
-            yield int(token), logprobs
+            yield Sampled(int(token), logprobs)
         if not is_last_run:
             assert self._latest is not None
             sampled, logprobs = self._latest
             last = int(sampled)
             self._add(last)
             try:
-                yield last, logprobs.squeeze(0)
+                yield Sampled(last, logprobs.squeeze(0))
             except GeneratorExit:
                 self._read(last)
                 raise

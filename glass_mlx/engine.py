@@ -7,16 +7,18 @@ from typing import Any
 
 from glass_mlx.decoding import Decoder
 from glass_mlx.generation_report import Report, Reporter
-from glass_mlx.renewal import is_dense_token, stretches
+from glass_mlx.renewal import is_dense_pass, is_dense_token, stretches
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
+from glass_mlx.speculation import CheckingModel, SpeculativeDecoder
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.token_observer import TokenObserver
 from glass_mlx.vocabulary import Shortlist
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import generation_stream
 
 Progress = Callable[[int, int], None]
 
@@ -51,6 +53,10 @@ class Interleaved(nn.Module):
         model = self.dense if self._is_dense(self._number) else self.sliced
         return model(*args, **kwargs)
 
+    def was_dense(self, number: int) -> bool:
+        """Return whether the dense model computed a token, by its number."""
+        return self._is_dense(number)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -59,11 +65,13 @@ class Step:
     Attributes:
         token: its id.
         logprobs: (vocabulary,) log-probabilities.
+        from_draft: whether a draft model proposed it.
         report: the report up to this token.
     """
 
     token: int
     logprobs: mx.array
+    from_draft: bool
     report: Report
 
 
@@ -88,12 +96,14 @@ class Generation:
     ) -> None:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
-        if reload is None:
-            session.check_room_for_slices(selector.config)
+        # With a reload, dense weights make room for each slice.
+        unsliced = frozenset[str]() if reload else session.without_room(selector)
         self._shortlister = selector.shortlister(statistics.vocabulary)
         self._observer = TokenObserver(statistics.text, self._shortlister)
-        self._slices = session.sliced_model(selector.config.down_policy, reload)
-        self._reporter = Reporter(selector, session.weight_bytes, self._slices.down_policy)
+        self._slices = session.sliced_model(selector.config.down_policy, reload, unsliced)
+        self._reporter = Reporter(
+            selector, session.weight_bytes, self._slices.down_policy, unsliced
+        )
 
     def steps(
         self, progress: Progress | None = None, input_embeddings: mx.array | None = None
@@ -107,7 +117,7 @@ class Generation:
         try:
             yield from self._phases(progress, input_embeddings)
         finally:
-            self._observer.flush()
+            self._flush()
 
     def _phases(
         self, progress: Progress | None, input_embeddings: mx.array | None
@@ -124,6 +134,8 @@ class Generation:
 
         # 2) Warm-up. The dense model writes the first tokens, which are observed separately.
         writer = self._session.observed_by_token(self._observer)
+        if isinstance(decoder, SpeculativeDecoder):
+            writer = CheckingModel(writer, self._observer)
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
@@ -139,11 +151,12 @@ class Generation:
 
     def _select_and_slice(self) -> nn.Module:
         """Choose neurons, bring the slices up to date, and return the sliced model."""
-        self._observer.flush()
+        self._flush()
         with self._reporter.timed("select_time"):
             selection = self._selector.select(self._statistics)
             compensation = mean_compensation(self._statistics)
             shortlist = self._choose_shortlist()
+        self._check_agreement(shortlist)
         with self._reporter.timed("slice_time"):
             self._slices.update(selection, compensation, shortlist)
             sliced = self._slices.model
@@ -152,8 +165,20 @@ class Generation:
             shortlist,
             self._selector.prior_weight(self._statistics),
             self._session.bytes_of(sliced),
+            None if self._shortlister is None else self._shortlister.measured,
         )
         return sliced
+
+    def _flush(self) -> None:
+        """Add what is observed to the statistics."""
+        with mx.stream(generation_stream):  # in the order of the decode loop; see `Ranks.settle`
+            self._observer.flush()
+        self._session.ranks.settle()
+
+    def _check_agreement(self, shortlist: Shortlist | None) -> None:
+        """Check that all ranks of a divided model go on with the same tokens."""
+        chosen = None if shortlist is None else (shortlist.rows.tobytes(), shortlist.outside)
+        self._session.ranks.check_agreement(self._decoder.tokens, chosen)
 
     def _choose_shortlist(self) -> Shortlist | None:
         """Choose the tokens whose logits are computed; None for all."""
@@ -178,23 +203,33 @@ class Generation:
 
         run = self._decoder.run(model, unread, until, prompt_progress_callback=evaluate, **options)
         with closing(run):
-            for token, logprobs in run:
+            for sampled in run:
                 if self._statistics.prompt.tokens == 0:
                     raise ValueError(
                         "this model does not run the modules that it exposes; it cannot be sliced"
                     )
-                yield Step(token, logprobs, self._reporter.token(dense=True))
+                yield Step(*sampled, self._reporter.token(dense=True))
 
     def _sliced_steps(
         self, sliced: nn.Module, dense: nn.Module, until: float
     ) -> Generator[Step, None, None]:
         """Generate with the sliced model, up to a total number of generated tokens."""
         config, decoder = self._selector.config, self._decoder
-        model = Interleaved(
-            sliced, dense, decoder.generated, lambda number: is_dense_token(config, number)
-        )
+        model: Interleaved | CheckingModel
+        if isinstance(dense, CheckingModel):
+            model = CheckingModel(dense.dense, self._observer, sliced, self._is_dense_pass_due)
+        else:
+            model = Interleaved(
+                sliced, dense, decoder.generated, lambda number: is_dense_token(config, number)
+            )
         run = decoder.run(model, decoder.last(1), until)
         with closing(run):
-            for token, logprobs in run:
-                is_dense = is_dense_token(config, decoder.generated)
-                yield Step(token, logprobs, self._reporter.token(is_dense))
+            for sampled in run:
+                is_dense = model.was_dense(decoder.generated)
+                yield Step(*sampled, self._reporter.token(is_dense))
+
+    def _is_dense_pass_due(self) -> bool:
+        """Return whether the dense model computes the next pass of speculative decoding."""
+        config = self._selector.config
+        dense = self._reporter.report.dense_tokens - config.warmup
+        return is_dense_pass(config, self._decoder.generated, dense)

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,18 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     check_minimums,
     check_sampling_flags,
-    load_options,
     path,
 )
-from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
-from glass_mlx.checkpoints.loading import advice, load, model_name
+from glass_mlx.calibration.first_use import make_selector
+from glass_mlx.checkpoints.loading import model_name
+from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.files import write_text
-from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
-from glass_mlx.session import Session
+from glass_mlx.models import world
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
 import mlx.core as mx
@@ -49,6 +47,7 @@ def setup_arg_parser() -> CommandParser:
     add_model_argument(parser)
     add_adapter_arguments(parser)
     add_load_arguments(parser)
+    add_pipeline_argument(parser)
     parser.add_argument(
         "--tasks", nargs="+", required=True, help="Names of tasks, or YAML files that define one."
     )
@@ -157,17 +156,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"this needs lm-evaluation-harness: pip install 'glass-mlx[evaluate]' ({error})"
         ) from error
-    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    given = given_prior(args)
+    ranks = world()
+    ranks.on_first(lambda: args.output_dir.mkdir(parents=True, exist_ok=True))
     mx.random.seed(args.seed)
-    model, tokenizer = load(args.model, **load_options(args))
-    if hint := advice(model):
-        print(hint, file=sys.stderr)
-    session, prior, selector = Session.of(model), None, None
-    if not args.dense:
-        if not args.no_prior:
-            prior = find_or_measure_prior(session, tokenizer, given, config, args.model)
-        selector = make_selector(session, tokenizer, prior, config)
+    session, tokenizer = load_session(args)
+    prior = find_prior(args, session, tokenizer, given, config)
+    selector = None if args.dense else make_selector(session, tokenizer, prior, config)
     sampler = make_sampler(args.temp, args.top_p, top_k=args.top_k)
     lm = GlassLM(
         session, tokenizer, selector, prior, args.max_tokens, args.apply_chat_template, sampler
@@ -176,7 +171,8 @@ def run(args: argparse.Namespace) -> None:
     name = "_".join(["eval", model_name(args.model).replace("/", "_"), version("lm_eval")])
     if args.num_shots is not None:
         name += f"_{args.num_shots:02d}"
-    write_text(args.output_dir / "_".join([name, *tasks]), json.dumps(results, indent=4))
+    if ranks.is_first:
+        write_text(args.output_dir / "_".join([name, *tasks]), json.dumps(results, indent=4))
     print("Results:")
     print(json.dumps(results, indent=4))
 

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # first, because an interrupt can also come during t
     run_command("export")
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from glass_mlx.arguments import (
     load_options,
     path,
 )
+from glass_mlx.calibration.curves import CurveSettings, answer_prompts
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat_templates import Messages
 from glass_mlx.checkpoints.loading import load, model_name
@@ -34,6 +36,7 @@ from glass_mlx.fidelity.prompts import (
     continue_all,
     read_prompts,
 )
+from glass_mlx.fidelity.static import Divergence, compare, read_texts
 from glass_mlx.models import Routing, check_finite, with_taps
 from glass_mlx.models.precision import fuse_adapters
 from glass_mlx.reporting.machine import made_with
@@ -55,6 +58,9 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
+
+# The texts that KL is measured on: enough to tell densities apart, and read in about a minute.
+_SCORED = CurveSettings(texts=8, length=96)
 
 
 def setup_arg_parser() -> CommandParser:
@@ -194,6 +200,54 @@ def _check_flags(args: argparse.Namespace) -> GlassConfig:
     return config
 
 
+def _scored_texts(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: list[Messages],
+    args: argparse.Namespace,
+) -> list[Continuation]:
+    """Have the dense model write the texts to measure KL on.
+
+    These are new answers to the given prompts, or else to prompts of many kinds.
+    """
+    count = min(_SCORED.texts, len(prompts) or _SCORED.texts)
+    with tqdm(total=_SCORED.length * count, desc="KL: writing", unit="tok", leave=False) as bar:
+        if not prompts:
+            return answer_prompts(model, tokenizer, _SCORED, bar.update)
+        seed = (args.seed + 1) % 2**64  # not the answers that neurons were selected by
+        settings = WritingSettings(min(args.tokens, _SCORED.length), args.temp, seed)
+        return continue_all(model, tokenizer, prompts[:count], settings, bar.update)
+
+
+def _slice_and_score(
+    session: Session,
+    selection: Selection,
+    texts: list[Continuation],
+    reload: Callable[[], nn.Module],
+) -> tuple[nn.Module, Divergence | None]:
+    """Slice a model and measure its KL divergence from the dense one.
+
+    Everything that needs the dense weights comes first. Each FFN's are freed once it is sliced, so
+    that both models are never held at once.
+
+    Args:
+        session: the dense model's session.
+        selection: the neurons to keep.
+        texts: the texts to measure KL on.
+        reload: loads the dense model once more, lazily.
+
+    Returns:
+        The sliced model, and its divergence; None without texts.
+    """
+    with tqdm(total=2 * len(texts), desc="KL: reading", unit="text", leave=False) as bar:
+        dense = read_texts(session.model, texts, bar.update)
+        slices = session.sliced_model("requantize", reload)
+        slices.update(selection)
+        sliced = slices.model
+        own = read_texts(sliced, texts, bar.update)
+        return sliced, compare(dense, own) if texts else None
+
+
 def _load(args: argparse.Namespace) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Load the model with everything in its weights, and the configuration of the result.
 
@@ -204,7 +258,6 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, TokenizerWrapper, dict[s
     options = load_options(args)
     model, tokenizer, config = load(args.model, lazy=True, return_config=True, **options)
     fuse_adapters(model)
-    check_finite(model)
     return model, tokenizer, without_float_layers(config, model)
 
 
@@ -223,6 +276,7 @@ def run(args: argparse.Namespace) -> str:
     config = _check_flags(args)
     prompts = read_prompts(args.prompts) if args.prompts else []
     model, tokenizer, model_config = _load(args)
+    check_finite(model)
     session, prior = Session.of(model), None
     if not args.no_prior:
         prior = find_or_measure_prior(session, tokenizer, args.prior, config, args.model)
@@ -233,7 +287,11 @@ def run(args: argparse.Namespace) -> str:
     statistics = observe_answers(session, texts)
     selection, model_config = select_uniformly(session, selector, statistics, model_config)
 
-    # 3) Slice and write.
+    # 3) Slice, and measure what that costs.
+    scored = _scored_texts(model, tokenizer, prompts, args)
+    sliced, divergence = _slice_and_score(session, selection, scored, lambda: _load(args)[0])
+
+    # 4) Write.
     about: dict[str, Any] = made_with() | {
         "model": model_name(args.model),
         "density": round(selection.density, 6),
@@ -243,9 +301,22 @@ def run(args: argparse.Namespace) -> str:
         "prior": None if prior is None else Path(prior.source).name,
         "seed": args.seed,
     }
-    sliced = write_sliced_checkpoint(
-        session, tokenizer, model_config, selection, args.output, about, args.trust_remote_code
+    if divergence is not None:
+        about |= {"kl": round(divergence.kl, 6), "kl_tokens": divergence.tokens}
+    write_sliced_checkpoint(
+        sliced, tokenizer, model_config, args.output, about, args.trust_remote_code
     )
+    return _summary(session, sliced, selection, divergence, args)
+
+
+def _summary(
+    session: Session,
+    sliced: nn.Module,
+    selection: Selection,
+    divergence: Divergence | None,
+    args: argparse.Namespace,
+) -> str:
+    """Return what was written, in three lines."""
     dense_mb, sliced_mb = session.weight_bytes / 1e6, session.bytes_of(sliced) / 1e6
     targets = narrowed_ffns(session.ffns)
     kept = selection.indices[targets[0].path].shape[-1]
@@ -253,10 +324,15 @@ def run(args: argparse.Namespace) -> str:
     places = f"{len(targets)} feed-forward networks"
     if experts is not None:
         places = f"{experts} experts of {len(targets)} layers"
+    texts = "new answers to the prompts" if args.prompts else "its own text"
+    kl = "unknown, because the tokenizer knows no text to measure it on"
+    if divergence is not None:
+        kl = f"{divergence} nats per token ({divergence.tokens} tokens of {texts})"
     return (
         f"Wrote {args.output}: {kept} neurons in each of {places} "
         f"(density {selection.density:.3f}), weights {dense_mb:.1f} -> {sliced_mb:.1f} MB "
-        f"per token\nRun it with: mlx_lm.generate --model {args.output} --prompt ..."
+        f"per token\nKL to the dense model: {kl}\n"
+        f"Run it with: mlx_lm.generate --model {args.output} --prompt ..."
     )
 
 

@@ -1,7 +1,7 @@
 """The report of a generation: the state of the slices, token counts, times and bytes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,8 @@ class Report:
         max_kl: the bound on KL that decided the shares to keep, in nats per token, or None.
         density: the share of neurons asked for.
         vocabulary: the share of the vocabulary asked for.
-        density_got: the share of neurons in the slices; 1 before there are slices.
+        density_got: the share of the neurons that a token reads in the slices; 1 before there are
+            slices.
         vocabulary_got: the share of the vocabulary in the slices; 1 before there are slices.
         outside: the probability that is expected outside of this share; 0 before there are slices.
         prior_weight: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
@@ -40,8 +41,14 @@ class Report:
             `dense_bytes` before there are slices.
         held_bytes: bytes of arrays in this process after the latest slicing: dense weights unless
             they were released, slices and cache.
+        measured_tokens: tokens that the dense model computed while shortlists of the current share
+            were in use, up to the latest selection.
+        measured_kl: the mean KL divergence, on these tokens, of the dense model's logits from what
+            the shortlist makes of them, in nats per token: what the vocabulary costs, without the
+            neurons. None without such tokens.
         selection: the kept neurons of each FFN, or None before they are selected.
         shortlist: the kept tokens of the vocabulary, or None if all are kept.
+        unsliced: the FFNs that are not sliced because memory has no room for their slices.
     """
 
     dense: bool
@@ -63,8 +70,11 @@ class Report:
     dense_bytes: int
     sliced_bytes: int
     held_bytes: int
+    measured_tokens: int
+    measured_kl: float | None
     selection: Selection | None
     shortlist: Shortlist | None = None
+    unsliced: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -81,13 +91,20 @@ class Reporter:
         selector: chooses the neurons.
         dense_bytes: bytes of weights that the dense model reads per token.
         down_policy: how quantized down projections are sliced.
+        unsliced: the FFNs that are not sliced because there is no room.
 
     Attributes:
         report: the current report.
     """
 
-    def __init__(self, selector: Selector, dense_bytes: int, down_policy: str) -> None:
-        config, prior = selector.config, selector.prior
+    def __init__(
+        self,
+        selector: Selector,
+        dense_bytes: int,
+        down_policy: str,
+        unsliced: Collection[str] = (),
+    ) -> None:
+        config, prior, self._read_shares = selector.config, selector.prior, selector.read_shares
         self.report = Report(
             dense=True,
             max_kl=selector.budget.max_kl if selector.budget else None,
@@ -108,7 +125,10 @@ class Reporter:
             dense_bytes=dense_bytes,
             sliced_bytes=dense_bytes,
             held_bytes=mx.get_active_memory(),
+            measured_tokens=0,
+            measured_kl=None,
             selection=None,
+            unsliced=frozenset(unsliced),
         )
 
     def token(self, dense: bool) -> Report:
@@ -124,17 +144,21 @@ class Reporter:
         shortlist: Shortlist | None,
         prior_weight: float,
         sliced_bytes: int,
+        measured: tuple[int, float] | None = None,
     ) -> None:
-        """Record new slices."""
+        """Record new slices, and what shortlists have cost; see `Shortlister.measured`."""
+        measured_tokens, measured_kl = measured or (0, None)
         self.report = replace(
             self.report,
-            density_got=selection.density,
+            density_got=selection.read_density(self._read_shares),
             vocabulary_got=shortlist.share if shortlist else 1.0,
             outside=shortlist.outside if shortlist else 0.0,
             prior_weight=prior_weight,
             selections=self.report.selections + 1,
             sliced_bytes=sliced_bytes,
             held_bytes=mx.get_active_memory(),
+            measured_tokens=measured_tokens,
+            measured_kl=measured_kl,
             selection=selection,
             shortlist=shortlist,
         )
@@ -148,13 +172,32 @@ class Reporter:
         self.report = replace(self.report, **{name: getattr(self.report, name) + elapsed})
 
 
+def memory_note(report: Report) -> str | None:
+    """Say how many layers are sliced, and what to do about it, if memory has no room for all."""
+    if not report.unsliced or report.selection is None:
+        return None
+    kept, widths = report.selection.indices, report.selection.widths
+    is_stack = any(kept[path].ndim == 2 for path in report.unsliced)
+    alike = [path for path in kept if kept[path].ndim == 2 or not is_stack]
+    sliced = sum(kept[path].shape[-1] < widths[path] for path in alike)
+    total = sliced + len(report.unsliced.intersection(alike))
+    parts = "experts" if is_stack else "feed-forward networks"
+    return (
+        f"{parts} of {sliced} of {total} layers are sliced: memory has no "
+        "room for more beside the model. For all of them, free the dense weights with "
+        "--release-dense, or save a smaller model once with glass-mlx export"
+    )
+
+
 def summary(response: GenerationResponse) -> str:
-    """Return the closing lines of a generation: mlx-lm's, and two or three on the slicing."""
+    """Return the closing lines of a generation: mlx-lm's, and two to four on the slicing."""
     glass = response.glass
     assert glass is not None
     expectation = ""
     if glass.max_kl is not None:
         expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
+    note = memory_note(glass)
+    memory = f"\nGLASS: {note}" if note else ""
     return (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, "
@@ -167,5 +210,5 @@ def summary(response: GenerationResponse) -> str:
         f"{glass.sliced_bytes / 1e6:.1f} MB per token\n"
         f"GLASS: {glass.dense_tokens} tokens dense, {glass.selections} selections: select "
         f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s; "
-        f"{glass.held_bytes / 1e9:.3f} GB held{expectation}"
+        f"{glass.held_bytes / 1e9:.3f} GB held{expectation}{memory}"
     )

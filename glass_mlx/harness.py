@@ -10,6 +10,7 @@ from glass_mlx.chat_templates import encode_text
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
 from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, read_prompt
 from glass_mlx.selection import Selector
 from glass_mlx.server.stop_words import StopWords
 from glass_mlx.session import Session
@@ -26,9 +27,10 @@ from tqdm import tqdm
 class GlassLM(MLXLM):
     """mlx-lm's class for the harness, with a sliced model.
 
-    Contexts are read by the dense model. Continuations are scored by the slices that are selected
-    from the context; running texts as if the model had written them. What is generated comes from
-    the engine itself.
+    Contexts are read by the dense model, which also computes the first token of a continuation, as
+    it does in the engine. The other tokens are scored by the slices that are selected from the
+    context; running texts as if the model had written them. What is generated comes from the engine
+    itself.
 
     Args:
         session: the model's session.
@@ -58,7 +60,8 @@ class GlassLM(MLXLM):
         self._selector, self._prior, self._sampler = selector, prior, sampler
         self._static = None
         if selector is not None:
-            config = replace(selector.config, warmup=1, refresh=0, dense_every=0)
+            # In `_score` the last token of the context counts as the first one of the text.
+            config = replace(selector.config, warmup=2, refresh=0, dense_every=0)
             self._static = make_selector(session, tokenizer, prior, config)
         self._max_tokens, self.is_dense = max_tokens, selector is None
         if use_chat_template is None:
@@ -66,6 +69,7 @@ class GlassLM(MLXLM):
         self.use_chat_template = use_chat_template
         # What the dense model gives comes with what the slices give.
         self._dense_scores: dict[Any, tuple[float, bool]] = {}
+        self._latest_context: PromptCache | None = None
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is the greedy one."""
@@ -91,14 +95,23 @@ class GlassLM(MLXLM):
         before, after = self._split(context, continuation, is_running)
         if not after:
             return 0.0, True
-        # The last token of the context is read by the slices, which predict what follows it.
+        # What follows the last token of the context is scored, too, so that token is in the text.
         text = Continuation(before[:-1], [before[-1], *after])
         selector = self._selector if is_running else self._static
         points = (1,) if selector is None else (selector.config.warmup,)
-        reading = DenseReading(self._session, text, points)
+        reading = DenseReading(self._session, text, points, self._read(text.prompt))
         dense = _total(Scores.exact(reading))
         self._dense_scores[key] = dense
         return dense if self.is_dense or selector is None else _total(score(reading, selector))
+
+    def _read(self, context: list[int]) -> PromptCache:
+        """Return a prompt cache with a context. The choices of a question come one by one."""
+        cache = self._latest_context
+        if cache is None or cache.tokens != context:
+            cache = make_prompt_cache(self._session)
+            read_prompt(self._session, context, cache)
+            self._latest_context = cache
+        return cache
 
     def _split(
         self, context: str, continuation: str, is_running: bool

@@ -1,10 +1,31 @@
-"""Whether the slices of a model fit into memory beside the model."""
+"""Which slices of a model fit into memory beside the model."""
 
 import os
+from collections.abc import Mapping
 
 from glass_mlx.models import FFN
 
 import mlx.core as mx
+
+# The share of the memory that is left to prompt caches and to what a step computes.
+_RESERVE = 0.05
+
+
+class NoRoomError(ValueError):
+    """The error that no slice of a model fits into memory beside the model.
+
+    Args:
+        model_bytes: the bytes of the model's weights.
+        needed: the bytes of all slices.
+    """
+
+    def __init__(self, model_bytes: int, needed: int) -> None:
+        super().__init__(
+            f"slices need about {needed / 1e9:.1f} GB beside the {model_bytes / 1e9:.1f} GB of the "
+            f"model, and this machine has {usable_memory() / 1e9:.1f} GB for both; free the dense "
+            "weights with --release-dense (in Python reload, dense_every=0, refresh=0), keep less "
+            "with --density, or save a smaller model once with glass-mlx export"
+        )
 
 
 def usable_memory() -> int:
@@ -18,39 +39,51 @@ def usable_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def slice_bytes(ffns: list[FFN], density: float, down_policy: str) -> int:
-    """Return about how many bytes the slices of some FFNs hold beside the dense weights.
+def slice_bytes(ffn: FFN, share: float, down_policy: str) -> int:
+    """Return about how many bytes the slice of an FFN holds beside its dense weights.
 
     Args:
-        ffns: the FFNs.
-        density: the share of the neurons that the slices keep.
+        ffn: the FFN.
+        share: the share of its neurons that the slice keeps. If it keeps all, there is no slice.
         down_policy: a key of `models.DOWN_POLICIES`, for quantized down projections.
     """
-    if density == 1:
+    if share == 1:
         return 0
-    kept = density * sum(ffn.neuron_bytes(down_policy) for ffn in ffns)
-    return round(kept) + sum(ffn.copied_bytes(down_policy) for ffn in ffns)
+    return round(share * ffn.neuron_bytes(down_policy)) + ffn.copied_bytes(down_policy)
 
 
-def check_room_for_slices(
-    model_bytes: int, ffns: list[FFN], density: float, down_policy: str
-) -> None:
-    """Check that slices fit into memory beside the dense weights.
+def without_room(
+    model_bytes: int,
+    ffns: list[FFN],
+    shares: Mapping[str, float],
+    down_policy: str,
+    read_shares: Mapping[str, float],
+) -> frozenset[str]:
+    """Return the FFNs whose slices do not fit into memory beside the dense weights.
+
+    Those slices are made that save the most bytes per token for a byte that they hold. Among equal
+    ones, which is all in most models, the first are made.
 
     Args:
         model_bytes: the bytes of the model's weights.
         ffns: its FFNs.
-        density: the share of the neurons that the slices keep.
+        shares: the share of its neurons that the slice of each FFN keeps, by path.
         down_policy: a key of `models.DOWN_POLICIES`.
+        read_shares: the share of its experts that a token reads, by the path of each stack.
 
-    Raises:
-        ValueError: if they do not fit, with what to do.
+    Returns:
+        The paths of the FFNs to keep whole. It is empty if all slices fit.
     """
-    needed, usable = slice_bytes(ffns, density, down_policy), usable_memory()
-    if needed and model_bytes + needed > usable:
-        raise ValueError(
-            f"slices need about {needed / 1e9:.1f} GB beside the {model_bytes / 1e9:.1f} GB of the "
-            f"model, and this machine has {usable / 1e9:.1f} GB for both; free the dense weights "
-            "with --release-dense (in Python reload, dense_every=0, refresh=0), keep less with "
-            "--density, or save a smaller model once with glass-mlx export"
-        )
+    held = {f.path: slice_bytes(f, shares[f.path], down_policy) for f in ffns}
+    saved = {
+        f.path: (1 - shares[f.path]) * f.neuron_bytes(down_policy) * read_shares.get(f.path, 1.0)
+        for f in ffns
+    }
+    wanted = sorted((p for p in held if held[p]), key=lambda p: -saved[p] / held[p])
+    room, left_out = (1 - _RESERVE) * usable_memory() - model_bytes, []
+    for path in wanted:
+        if held[path] <= room:
+            room -= held[path]
+        else:
+            left_out.append(path)
+    return frozenset(left_out)

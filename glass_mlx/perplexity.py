@@ -11,7 +11,6 @@ if __name__ == "__main__":  # first, because an interrupt can also come during t
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,18 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
-    load_options,
+    check_minimums,
 )
-from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
+from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.calibration.texts import read_documents
 from glass_mlx.chat_templates import encode, encode_text
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import advice, load
+from glass_mlx.command_model import find_prior, given_prior, load_session
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
 from glass_mlx.files import expand_user
-from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
@@ -90,8 +87,7 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
     """
     if args.release_dense:
         raise ValueError("--release-dense is of no use here: every sample needs the dense weights")
-    if args.sequence_length < 4:
-        raise ValueError(f"--sequence-length must be at least 4, not {args.sequence_length}")
+    check_minimums(args, sequence_length=4)
     if args.num_samples < 1 and args.num_samples != -1:
         raise ValueError(f"--num-samples must be at least 1, or -1, not {args.num_samples}")
     check_seed(args.seed)
@@ -182,21 +178,15 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a bad value, a model that cannot be used or data that cannot be read.
     """
     config = check_flags(args)
-    given = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    given = given_prior(args)
     np.random.seed(args.seed)
     mx.random.seed(args.seed)
-    model, tokenizer = load(args.model, **load_options(args))
-    if hint := advice(model):
-        print(hint, file=sys.stderr)
+    session, tokenizer = load_session(args)
     samples = load_samples(args, tokenizer)
-    session, selector = Session.of(model), None
     for sample in samples:
         session.check_tokens(sample)
-    if not args.dense:
-        prior = None
-        if not args.no_prior:
-            prior = find_or_measure_prior(session, tokenizer, given, config, args.model)
-        selector = make_selector(session, tokenizer, prior, config)
+    prior = find_prior(args, session, tokenizer, given, config)
+    selector = None if args.dense else make_selector(session, tokenizer, prior, config)
     start = time.perf_counter()
     dense, sliced = measure(session, samples, selector)
     print(f"Model: {args.model or DEFAULT_MODEL}")

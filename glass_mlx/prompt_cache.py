@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from glass_mlx.cache_masks import cache_parts
 from glass_mlx.session import Session
-from glass_mlx.statistics import LocalStatistics, Shape
+from glass_mlx.statistics import LocalStatistics, Shape, Total, alone
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,11 +97,12 @@ class PromptCache(list[Any]):
         self._follow_trimming()
         return self._statistics
 
-    def begin(self, shapes: Mapping[str, Shape]) -> LocalStatistics:
+    def begin(self, shapes: Mapping[str, Shape], total: Total = alone) -> LocalStatistics:
         """Begin to read tokens into the cache, which is not intact until `add` records them.
 
         Args:
             shapes: the number of neurons m of each FFN, or (experts, m), by path.
+            total: for a divided model; see `NeuronStatistics`.
 
         Returns:
             The statistics to add the tokens to.
@@ -111,7 +112,7 @@ class PromptCache(list[Any]):
                 package, or belongs to another model.
         """
         self.check("begin a new one")
-        empty = LocalStatistics.empty(shapes)
+        empty = LocalStatistics.empty(shapes, total=total)
         statistics = self._statistics or empty
         if statistics.prompt.shapes != empty.prompt.shapes:
             raise ValueError("the statistics of the prompt cache are of another model")
@@ -178,7 +179,7 @@ class PromptCache(list[Any]):
             if turn.start <= remaining:
                 return turn.before.copy()
             prompt = turn.before.prompt
-        return LocalStatistics.empty(latest.prompt.shapes, latest.prompt.names)
+        return LocalStatistics.empty(prompt.shapes, prompt.names, prompt.total)
 
 
 def token_count(cache: Iterable[Any]) -> int | None:
@@ -247,7 +248,11 @@ def _describe(kinds: list[str]) -> str:
     return f"{len(kinds)} layers ({', '.join(dict.fromkeys(kinds))})"
 
 
-def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None) -> PromptCache:
+def make_prompt_cache(
+    model: nn.Module | Session,
+    max_kv_size: int | None = None,
+    draft_model: nn.Module | None = None,
+) -> PromptCache:
     """Make an empty prompt cache, as `mlx_lm.models.cache.make_prompt_cache` does.
 
     In every turn, pass the cache to `stream_generate` as `prompt_cache`, with the new tokens only.
@@ -255,15 +260,19 @@ def make_prompt_cache(model: nn.Module | Session, max_kv_size: int | None = None
     Args:
         model: the model, or a session of it.
         max_kv_size: the maximum number of tokens in a layer; see `make_layers`.
+        draft_model: the draft model of speculative decoding, whose entries come last.
 
     Raises:
         ValueError: if the model cannot be sliced.
     """
     session = Session.of(model)
-    return PromptCache(make_layers(session.model, max_kv_size), session.empty_statistics())
+    layers = make_layers(session.model, max_kv_size, draft_model)
+    return PromptCache(layers, session.empty_statistics())
 
 
-def make_layers(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+def make_layers(
+    model: nn.Module, max_kv_size: int | None = None, draft_model: nn.Module | None = None
+) -> list[Any]:
     """Make the empty entries of a prompt cache.
 
     mlx-lm bounds only the caches of models that do not make their own, which leaves out most
@@ -272,8 +281,11 @@ def make_layers(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
     Args:
         model: the model.
         max_kv_size: the maximum number of tokens in an entry: the first ones and the latest.
+        draft_model: the draft model of speculative decoding, whose entries come last.
     """
     layers = mlx_lm_cache.make_prompt_cache(model)
+    if draft_model is not None:
+        layers += mlx_lm_cache.make_prompt_cache(draft_model)
     if max_kv_size is None:
         return layers
     sinks = min(_SINKS, max_kv_size // 2)
@@ -310,7 +322,7 @@ def read_prompt(
     """
     session = Session.of(model)
     session.check_tokens(tokens)
-    statistics = cache.begin(session.shapes)
+    statistics = cache.begin(session.shapes, session.total)
 
     def evaluate(tokens_read: int, total: int) -> None:
         mx.eval(statistics.prompt.sums)

@@ -52,3 +52,20 @@ def is_dense_token(config: GlassConfig, number: int) -> bool:
     if config.dense_every == 0 or config.is_dense:
         return False
     return after_warmup % config.dense_every == 0
+
+
+def is_dense_pass(config: GlassConfig, generated: int, dense: int) -> bool:
+    """Return whether the dense model computes the next pass of speculative decoding.
+
+    A pass computes one token or several, all with one model. The dense model keeps its share of
+    tokens: it computes a pass when its next token is due, and then as many fewer as came with it.
+    In passes of one token these are the tokens of `is_dense_token`.
+
+    Args:
+        config: the configuration, with its warm-up and `dense_every`.
+        generated: the number of tokens so far, at least the warm-up's.
+        dense: how many of those after the warm-up the dense model computed.
+    """
+    if config.dense_every == 0 or config.is_dense:
+        return False
+    return (generated + 1 - config.warmup) // config.dense_every > dense

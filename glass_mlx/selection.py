@@ -8,7 +8,7 @@ from glass_mlx.budget import Budget
 from glass_mlx.config import GlassConfig, check_density
 from glass_mlx.models import membership
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.ranking import expert_prior_weights, fuse, ranks
+from glass_mlx.ranking import expert_prior_weights, fuse, largest, ranks
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.vocabulary import Shortlister, VocabularyStatistics
 
@@ -38,6 +38,18 @@ class Selection:
         }
         return sum(kept.values()) / sum(total.values())
 
+    def read_density(self, read_shares: Mapping[str, float]) -> float:
+        """Return the share that is kept of the neurons that a token reads.
+
+        Args:
+            read_shares: the share of its experts that a token reads, by the path of each stack.
+        """
+        kept, total = 0.0, 0.0
+        for path, indices in self.indices.items():
+            read = math.prod(indices.shape[:-1]) * read_shares.get(path, 1.0)
+            kept, total = kept + read * indices.shape[-1], total + read * self.widths[path]
+        return kept / total
+
 
 def neurons_to_keep(width: int, density: float, multiple: int = 1) -> int:
     """Return the number of neurons that an FFN keeps.
@@ -59,13 +71,13 @@ def neurons_to_keep(width: int, density: float, multiple: int = 1) -> int:
 
 
 def densities(
-    sizes: Mapping[str, int], density: float, kept_dense: Collection[str]
+    sizes: Mapping[str, float], density: float, kept_dense: Collection[str]
 ) -> dict[str, float]:
     """Distribute a density over FFNs: some stay dense, and the others share the rest equally.
 
     Args:
-        sizes: the number of neurons of each FFN, of all experts of a stack.
-        density: the share of all neurons to keep, in (0, 1].
+        sizes: the number of neurons of each FFN that a token reads.
+        density: the share of all these neurons to keep, in (0, 1].
         kept_dense: the FFNs that keep all their neurons. If this would leave less than half of
             `density` for the others, all FFNs get `density`.
 
@@ -84,6 +96,7 @@ def select(
     density: float,
     multiples: Mapping[str, int],
     kept_dense: Collection[str] = (),
+    read_shares: Mapping[str, float] | None = None,
 ) -> Selection:
     """Keep the neurons with the largest scores.
 
@@ -93,16 +106,39 @@ def select(
         multiples: the multiple that each FFN's number of kept neurons is rounded to; see
             `neurons_to_keep`.
         kept_dense: FFNs that keep all their neurons at the others' expense; see `densities`.
+        read_shares: the share of its experts that a token reads, by stack. Default: all.
 
     Returns:
         The selection. Among equal scores the first neuron is kept.
     """
-    sizes = {path: values.size for path, values in scores.items()}
-    counts = {
-        path: neurons_to_keep(scores[path].shape[-1], share, multiples[path])
-        for path, share in densities(sizes, density, kept_dense).items()
-    }
+    shapes = {path: values.shape for path, values in scores.items()}
+    counts = counts_to_keep(shapes, density, multiples, kept_dense, read_shares)
     return select_counts(scores, counts)
+
+
+def counts_to_keep(
+    shapes: Mapping[str, tuple[int, ...]],
+    density: float,
+    multiples: Mapping[str, int],
+    kept_dense: Collection[str] = (),
+    read_shares: Mapping[str, float] | None = None,
+    whole_shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, int]:
+    """Return the number of neurons that each FFN keeps, or each expert of a stack.
+
+    Args:
+        shapes: (..., m) the shape of arrays over each FFN's neurons, by path.
+        density: the share to keep, in (0, 1]; see `select`, also for the other arguments.
+        whole_shapes: the same for the whole model, some of whose neurons may be in other processes.
+            Default: `shapes`.
+    """
+    read, whole = read_shares or {}, whole_shapes or shapes
+    sizes = {path: math.prod(shape) * read.get(path, 1.0) for path, shape in whole.items()}
+    shares = densities(sizes, density, kept_dense)
+    return {
+        path: neurons_to_keep(shape[-1], shares[path], multiples[path])
+        for path, shape in shapes.items()
+    }
 
 
 def select_counts(scores: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Selection:
@@ -115,10 +151,7 @@ def select_counts(scores: Mapping[str, np.ndarray], counts: Mapping[str, int]) -
     Returns:
         The selection. Among equal scores the first neuron is kept.
     """
-    indices = {}
-    for path, values in scores.items():
-        order = np.argsort(-values, axis=-1, kind="stable")
-        indices[path] = np.sort(order[..., : counts[path]], axis=-1).astype(np.int32)
+    indices = {path: largest(values, counts[path]) for path, values in scores.items()}
     return Selection(indices, {path: values.shape[-1] for path, values in scores.items()})
 
 
@@ -141,12 +174,15 @@ class Selector:
         prior: the model's prior, or None to select from the local statistics alone.
         budget: how a bound on KL is spent. It is needed if the configuration has no shares.
         always: tokens that are always kept, such as those that end a text.
+        read_shares: the share of its experts that a token reads, by the path of each stack.
+        whole_shapes: the shapes of the whole model's FFNs; see `counts_to_keep`.
 
     Attributes:
         config: the configuration, with shares.
         prior: the model's prior, or None.
         budget: how a bound on KL is spent, or None.
         multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
+        read_shares: see above.
 
     Raises:
         ValueError: if the prior lacks the statistic that the configuration names.
@@ -160,6 +196,8 @@ class Selector:
         prior: GlobalPrior | None,
         budget: Budget | None = None,
         always: frozenset[int] = frozenset(),
+        read_shares: Mapping[str, float] | None = None,
+        whole_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         if prior is not None and config.prior_statistic not in prior.scores:
             raise ValueError(
@@ -174,6 +212,7 @@ class Selector:
         self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
         self.prior = prior
         self.multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
+        self.read_shares, self._whole_shapes = read_shares or {}, whole_shapes
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
     def shortlister(self, statistics: VocabularyStatistics) -> Shortlister | None:
@@ -221,6 +260,16 @@ class Selector:
 
     def select(self, local: LocalStatistics) -> Selection:
         """Choose the neurons to keep."""
-        return select(
-            self.fuse(local), self.config.shares.density, self.multiples, self._kept_dense
+        scores = self.fuse(local)
+        return select_counts(scores, self.counts({p: s.shape for p, s in scores.items()}))
+
+    def counts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return the number of neurons that FFNs of some shapes keep; see `counts_to_keep`."""
+        return counts_to_keep(
+            shapes,
+            self.config.shares.density,
+            self.multiples,
+            self._kept_dense,
+            self.read_shares,
+            self._whole_shapes,
         )

@@ -1,22 +1,26 @@
 """The facts about a model, found once and used by any number of generations."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.budget import Budget, spend
 from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
-from glass_mlx.memory import check_room_for_slices
+from glass_mlx.memory import NoRoomError, slice_bytes, without_room
 from glass_mlx.models import (
     FFN,
+    Division,
     Fingerprint,
     Head,
     ObservedLogits,
+    Ranks,
     base_layer,
     check_tokens,
+    division_of,
     find_ffns,
     find_head,
     named_arrays,
@@ -32,7 +36,7 @@ from glass_mlx.prior.hub import PREFIX
 from glass_mlx.prior.lookup import find_prior
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.slicing import SlicedModel, slice_model
-from glass_mlx.statistics import STATISTICS, LocalStatistics
+from glass_mlx.statistics import STATISTICS, LocalStatistics, Total, alone
 from glass_mlx.token_observer import TokenObserver
 
 import mlx.nn as nn
@@ -48,7 +52,8 @@ class _Facts:
         model: the model.
 
     Attributes:
-        ffns: its FFNs in the order of the layers.
+        division: how it is divided over several processes, or None if it is not.
+        ffns: its FFNs in the order of the layers, as far as they are here.
         head: its head, or None if it cannot be sliced.
         read_shares: the share of its experts that a token reads, by stack.
         weight_bytes: the bytes of weights that it reads per token.
@@ -57,18 +62,28 @@ class _Facts:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.division = division_of(model)
         self.ffns = find_ffns(model)
         self.head = find_head(model)
         self.read_shares = read_shares(model, self.ffns)
         self.weight_bytes = weight_bytes(model, self.head, self.read_shares)
         self.vocabulary_size = self.head.size if self.head else vocabulary_size(model)
         self.latest_prior: _FoundPrior | None = None
+        self._latest_part: tuple[GlobalPrior, GlobalPrior] | None = None
         self._arrays = [(path, weakref.ref(array)) for path, array in named_arrays(model)]
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """A sample of the weights of each FFN."""
-        return sample_weights(self.ffns)
+        return sample_weights(self.ffns, self.division)
+
+    def part_of(self, prior: GlobalPrior) -> GlobalPrior:
+        """Return the part of a prior of the whole model that is of the neurons in this process."""
+        if self.division is None:
+            return prior
+        if self._latest_part is None or self._latest_part[0] is not prior:
+            self._latest_part = prior, prior.part(self.division.parts)
+        return self._latest_part[1]
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether a model has the arrays that these facts were found with."""
@@ -127,8 +142,28 @@ class Session:
 
     @property
     def ffns(self) -> list[FFN]:
-        """The FFNs of the model in the order of the layers."""
+        """The FFNs of the model in the order of the layers, as far as they are in this process."""
         return self._facts.ffns
+
+    @property
+    def division(self) -> Division | None:
+        """How the model is divided over several processes, or None if it is not."""
+        return self._facts.division
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that the model is divided over; this one alone if it is not divided."""
+        return self.division.ranks if self.division else Ranks()
+
+    @property
+    def total(self) -> Total:
+        """Turns sums over the neurons in this process into sums over all; see `Total`."""
+        return self.division.total if self.division else alone
+
+    @property
+    def whole_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The `shapes` of the whole model, of which this process may hold a part."""
+        return self.division.shapes if self.division else self.shapes
 
     @property
     def head(self) -> Head | None:
@@ -182,7 +217,13 @@ class Session:
             f"{layer.bits}-bit" if "scales" in layer else str(layer.weight.dtype).split(".")[-1]
             for layer in layers
         }
-        return " and ".join(sorted(formats))
+        return " and ".join(self._of_all_layers(formats))
+
+    def _of_all_layers(self, names: Iterable[str]) -> list[str]:
+        """Return names that apply to any layer of the model, sorted."""
+        if self.division is not None and self.division.is_pipeline:
+            names = chain.from_iterable(self.division.ranks.gather([*names]))
+        return sorted({*names})
 
     @property
     def refresh(self) -> int:
@@ -194,7 +235,14 @@ class Session:
         """
         sizes = {ffn.path: sum(_bytes(layer) for layer in ffn.layers.values()) for ffn in self.ffns}
         read = sum(size * self.read_shares.get(path, 1.0) for path, size in sizes.items())
-        return DEFAULT_REFRESH * round(sum(sizes.values()) / read)
+        ratio = self._over_layers(sum(sizes.values())) / self._over_layers(read)
+        return DEFAULT_REFRESH * round(ratio)
+
+    def _over_layers(self, value: float) -> float:
+        """Return the sum of a value over the ranks of a pipeline, or the value without one."""
+        if self.division is None or not self.division.is_pipeline:
+            return value
+        return sum(self.division.ranks.gather(value))
 
     def resolved(self, config: GlassConfig) -> GlassConfig:
         """Return a configuration with the values that depend on the model."""
@@ -204,7 +252,8 @@ class Session:
         """Return the conditions on which KL depends in addition to shares; see `conditions`."""
         weights = self.weight_format
         if "bit" in weights:
-            weights += f", {self.sliced_model(config.down_policy).down_policy}"
+            policies = self.sliced_model(config.down_policy).down_policy.split(", ")
+            weights += f", {', '.join(self._of_all_layers(policies))}"
         return conditions(self.resolved(config), weights)
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
@@ -236,6 +285,25 @@ class Session:
             ValueError: if the given prior, or the one in the model's folder, is damaged or belongs
                 to another model, or if it cannot be downloaded.
         """
+        if self.division is None or isinstance(prior, GlobalPrior):
+            return self._find_prior(prior, folder, name, report)
+        # Files are rank 0's. What all ranks must do together comes before that.
+        lines, _ = list[str](), self.fingerprint
+        match, lines = self.division.ranks.on_first(
+            lambda: (self._find_prior(prior, folder, name, lines.append), lines)
+        )
+        for line in lines:
+            report(line)
+        return match
+
+    def _find_prior(
+        self,
+        prior: GlobalPrior | str | Path | None,
+        folder: Path | None,
+        name: str,
+        report: Callable[[str], object],
+    ) -> GlobalPrior:
+        """Find a prior in this process; see `find_prior`."""
         latest = self._facts.latest_prior
         if latest is not None and latest.answers(prior, folder):
             for line in latest.lines:
@@ -247,7 +315,7 @@ class Session:
             lines.append(line)
             report(line)
 
-        match = find_prior(self.shapes, self.fingerprint, prior, folder, name, record)
+        match = find_prior(self.whole_shapes, self.fingerprint, prior, folder, name, record)
         states = _states(prior, folder, match)
         self._facts.latest_prior = _FoundPrior(match, prior, folder, states, tuple(lines))
         return match
@@ -261,7 +329,17 @@ class Session:
     ) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""
         size = self.head.size if self.head else 0
-        return Selector(self.resolved(config), self.multiples, size, prior, budget, always)
+        part = None if prior is None else self._facts.part_of(prior)
+        return Selector(
+            self.resolved(config),
+            self.multiples,
+            size,
+            part,
+            budget,
+            always,
+            self.read_shares,
+            self.whole_shapes,
+        )
 
     def spend(self, config: GlassConfig, curves: Curves) -> Budget:
         """Return the shares that read the fewest bytes within a configuration's bound on KL."""
@@ -269,12 +347,13 @@ class Session:
             ffn.neuron_bytes(config.down_policy) * self.read_shares.get(ffn.path, 1.0)
             for ffn in self.ffns
         )
+        neuron_bytes = self._over_layers(neuron_bytes)
         head_bytes = self.head.bytes if self.head else 0
         return spend(config.max_kl or DEFAULT_MAX_KL, curves, neuron_bytes, head_bytes)
 
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
         """Return local statistics without any tokens; see `LocalStatistics.empty`."""
-        return LocalStatistics.empty(self.shapes, names)
+        return LocalStatistics.empty(self.shapes, names, self.total)
 
     def observed_on_prompt(self, local: LocalStatistics) -> nn.Module:
         """Return the model with its FFNs observed for the statistics of the prompt."""
@@ -290,21 +369,33 @@ class Session:
         model = with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
         return ObservedLogits(model, observer.logits)
 
-    def check_room_for_slices(self, config: GlassConfig) -> None:
-        """Raise ValueError if the slices of a generation do not fit into memory.
+    def without_room(self, selector: Selector, required: bool = True) -> frozenset[str]:
+        """Return the FFNs whose slices do not fit into memory; see `memory.without_room`.
 
         Args:
-            config: its configuration, with shares.
+            selector: determines how many neurons each slice keeps, and how it is made.
+            required: whether at least one slice must fit.
+
+        Raises:
+            NoRoomError: if one must, and none does.
         """
-        model_bytes = _bytes(self.model)
-        density, policy = config.shares.density, config.down_policy
-        check_room_for_slices(model_bytes, self.ffns, density, policy)
+        counts, policy = selector.counts(self.shapes), selector.config.down_policy
+        shares = {path: counts[path] / width for path, width in self.widths.items()}
+        size, read = _bytes(self.model), self.read_shares
+        unsliced = without_room(size, self.ffns, shares, policy, read)
+        needed = {ffn.path: slice_bytes(ffn, shares[ffn.path], policy) for ffn in self.ffns}
+        if required and unsliced and unsliced == {path for path, held in needed.items() if held}:
+            raise NoRoomError(size, sum(needed.values()))
+        return unsliced
 
     def sliced_model(
-        self, down_policy: str, reload: Callable[[], nn.Module] | None = None
+        self,
+        down_policy: str,
+        reload: Callable[[], nn.Module] | None = None,
+        unsliced: Collection[str] = (),
     ) -> SlicedModel:
         """Return a sliced model that has no slices yet; see `SlicedModel`."""
-        return SlicedModel(self.model, self.ffns, down_policy, reload, self.head)
+        return SlicedModel(self.model, self.ffns, down_policy, reload, self.head, unsliced)
 
     def slice(self, selection: Selection, down_policy: str) -> nn.Module:
         """Return a model that computes only the selected neurons."""

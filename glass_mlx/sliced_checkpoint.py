@@ -13,8 +13,6 @@ from glass_mlx.errors import one_line
 from glass_mlx.files import locked, replacing
 from glass_mlx.models import FFN, find_ffns, named_arrays
 from glass_mlx.prior.lookup import model_folder
-from glass_mlx.selection import Selection
-from glass_mlx.session import Session
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -27,27 +25,22 @@ _RECIPE = "quant-recipe.json"
 
 
 def write_sliced_checkpoint(
-    session: Session,
+    sliced: nn.Module,
     tokenizer: TokenizerWrapper,
     config: dict[str, Any],
-    selection: Selection,
     output: Path,
     about: dict[str, Any],
     trust_remote_code: bool = False,
-) -> nn.Module:
+) -> None:
     """Write a sliced model as a checkpoint.
 
     Args:
-        session: the session of the dense model, which was loaded from a folder.
-        tokenizer: its tokenizer.
+        sliced: the sliced model.
+        tokenizer: its tokenizer, which was loaded from the dense model's folder.
         config: the configuration of the sliced model.
-        selection: the neurons to keep.
         output: the folder to write, which must not exist.
         about: a description of the selection, for the configuration's entry "glass".
         trust_remote_code: whether code in the model's folder may run.
-
-    Returns:
-        The sliced model.
 
     Raises:
         OSError: if the checkpoint cannot be written.
@@ -58,7 +51,6 @@ def write_sliced_checkpoint(
     if folder is None:
         raise ValueError("the model was not loaded from a folder with its files")
     config = config | {"glass": about}
-    sliced = session.slice(selection, "requantize")
     with locked(output), replacing(output, folder=True) as temporary:
         try:
             save(temporary, folder, sliced, tokenizer, config, donate_model=False)
@@ -73,7 +65,6 @@ def write_sliced_checkpoint(
             raise ValueError(
                 f"mlx-lm does not load the sliced checkpoint: {one_line(error)}"
             ) from error
-    return sliced
 
 
 def _recipe(about: dict[str, Any]) -> str:

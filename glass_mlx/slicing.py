@@ -1,7 +1,7 @@
 """A model that computes only selected neurons and logits, with constants for all others."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -10,11 +10,13 @@ from glass_mlx.models import (
     BackedOffModel,
     Head,
     MeanCompensation,
+    Routing,
     SlicedHead,
     find_ffns,
     membership,
     with_head,
     with_modules,
+    with_taps,
 )
 from glass_mlx.selection import Selection
 from glass_mlx.statistics import MEAN, LocalStatistics
@@ -77,6 +79,7 @@ class SlicedModel:
         reload: loads the model once more without evaluating its arrays. If it is given, each
             FFN's dense weights are released as soon as its slice exists; see `FFN.release`.
         head: its head, to slice it by a shortlist.
+        unsliced: FFNs that are not sliced whatever is selected, for want of memory.
 
     Attributes:
         slices: for each FFN, its kept neurons in the slice's order, and its sliced projections.
@@ -89,8 +92,12 @@ class SlicedModel:
         down_policy: str,
         reload: Callable[[], nn.Module] | None = None,
         head: Head | None = None,
+        unsliced: Collection[str] = (),
     ) -> None:
-        self._dense, self._ffns, self._head = dense, ffns, head
+        self._dense, self._ffns, self._head, self._unsliced = dense, ffns, head, unsliced
+        for ffn in ffns:
+            if ffn.path in unsliced:
+                ffn.drop_copies()  # of slices for which there was room
         self._policy, self._reload = down_policy, reload
         self.slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
         self._is_compensated = False
@@ -145,8 +152,11 @@ class SlicedModel:
             group = self._ffns[start : start + len(streams)]
             changes: list[tuple[FFN, np.ndarray | None]] = []
             for ffn, stream in zip(group, streams, strict=False):
+                indices = selection.indices[ffn.path]
+                if ffn.path in self._unsliced:
+                    indices = np.broadcast_to(np.arange(ffn.width, dtype=np.int32), ffn.shape)
                 with mx.stream(stream):
-                    changed = self._slice(ffn, selection.indices[ffn.path], first_compensation)
+                    changed = self._slice(ffn, indices, first_compensation)
                     if changed.any() and self.slices[ffn.path][1]:
                         experts = None if ffn.experts is None else np.flatnonzero(changed)
                         changes.append((ffn, experts))
@@ -228,6 +238,36 @@ def slice_model(
     sliced = SlicedModel(model, find_ffns(model) if ffns is None else ffns, down_policy)
     sliced.update(selection)
     return sliced.model
+
+
+def masked_model(
+    model: nn.Module,
+    ffns: list[FFN],
+    selection: Selection,
+    compensation: Mapping[str, MeanCompensation],
+) -> nn.Module:
+    """Return a model that computes what slices of some FFNs would, but needs no memory for slices.
+
+    It computes all neurons, and replaces those that are not selected by constants. The given model
+    does not change.
+
+    Args:
+        model: the model.
+        ffns: the FFNs. Experts in a list cannot be masked, and stay whole.
+        selection: the neurons to keep.
+        compensation: the constants that replace the other neurons, by FFN. Default: zero.
+    """
+    kept, constants = {}, {}
+    for ffn in ffns:
+        kept[ffn.path] = mx.array(membership(selection.indices[ffn.path], ffn.width))
+        means = compensation.get(ffn.path)
+        constants[ffn.path] = mx.zeros(ffn.shape) if means is None else means.inputs
+
+    def mask(path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
+        rows = ... if routing is None else routing.experts
+        return mx.where(kept[path][rows], hidden, constants[path][rows].astype(hidden.dtype))
+
+    return with_taps(model, mask, ffns=ffns)
 
 
 @cache

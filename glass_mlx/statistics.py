@@ -44,10 +44,18 @@ class _Chunk:
     weight: mx.array
 
     @staticmethod
-    def of(hidden: mx.array, mask: mx.array | None) -> "_Chunk":
-        """Return a chunk of hidden vectors (..., m); without a mask (...), all count."""
+    def of(
+        hidden: mx.array, mask: mx.array | None, total: Callable[[mx.array], mx.array]
+    ) -> "_Chunk":
+        """Return a chunk of hidden vectors.
+
+        Args:
+            hidden: (..., m) the hidden vectors.
+            mask: (...), 1 for tokens that count and 0 for the others. None: all count.
+            total: turns the sums of squares (...) of these neurons into those of all neurons.
+        """
         squares = _squares(hidden)
-        norm = mx.sqrt(squares.sum(-1))
+        norm = mx.sqrt(total(squares.sum(-1)))
         weight = mx.where(norm > _MIN_NORM, 1 / mx.maximum(norm, _MIN_NORM), 0)
         if mask is None:
             return _Chunk(hidden, squares, mx.ones_like(weight), weight)
@@ -100,6 +108,15 @@ STATISTICS: dict[str, _Statistic] = {
 MEAN = "mean"
 _SUMS = STATISTICS | {MEAN: (_mean_terms, _identity)}
 
+# Turns sums over the neurons of an FFN in this process into sums over all of its neurons, by path.
+Total = Callable[[str, mx.array], mx.array]
+
+
+def alone(path: str, sums: mx.array) -> mx.array:
+    """Return sums over the neurons of an FFN, all of which are in this process."""
+    return sums
+
+
 # Entries of a state in addition to the sums of the statistics.
 _OUTPUTS, _TOKENS, _ROUTED = "outputs", "tokens", "routed"
 
@@ -130,6 +147,8 @@ class NeuronStatistics:
         shapes: the number of neurons m of each FFN, or (experts, m), by its path in the model.
         names: which statistics to keep, keys of `STATISTICS` or `MEAN`.
         sequences: the number of sequences S in a batch, for `sequence_scores`.
+        total: for a divided model, whose ||h_t|| is over the neurons of all ranks. Default: all
+            neurons are here.
 
     Raises:
         ValueError: for an unknown statistic.
@@ -140,6 +159,7 @@ class NeuronStatistics:
         shapes: Mapping[str, Shape],
         names: tuple[str, ...] = ("activation",),
         sequences: int = 1,
+        total: Total = alone,
     ) -> None:
         for name in names:
             if name not in _SUMS:
@@ -153,12 +173,12 @@ class NeuronStatistics:
                 self.sums[path][_ROUTED] = mx.zeros((sequences, axes[0]), mx.float32)
         self.outputs: dict[str, mx.array] = {}
         self.dtype = mx.float32  # the dtype of the hidden vectors, once there are any
-        self._sequences = sequences
+        self._sequences, self.total = sequences, total
         self._tokens = {path: np.zeros(sequences) for path in shapes}
 
     def copy(self) -> "NeuronStatistics":
         """Return a copy that later updates do not change."""
-        other = NeuronStatistics({}, self.names, self._sequences)
+        other = NeuronStatistics({}, self.names, self._sequences, self.total)
         other.sums = {path: dict(sums) for path, sums in self.sums.items()}
         other._tokens, other.dtype = dict(self._tokens), self.dtype
         other.outputs = dict(self.outputs)
@@ -199,7 +219,9 @@ class NeuronStatistics:
     def _add(self, path: str, hidden: mx.array, mask: np.ndarray | None) -> None:
         """Add the tokens of a single FFN; see `update`."""
         values = hidden.reshape(self._sequences, -1, hidden.shape[-1])
-        chunk = _Chunk.of(values, None if mask is None else mx.array(mask))
+        chunk = _Chunk.of(
+            values, None if mask is None else mx.array(mask), partial(self.total, path)
+        )
         sums = self.sums[path]
         for name in self.names:
             factors, vectors = _SUMS[name][0](chunk)
@@ -221,7 +243,7 @@ class NeuronStatistics:
         row_mask = None
         if mask is not None:
             row_mask = segments.ordered(mx.array(mask).reshape(-1)[routing.tokens])
-        chunk = _Chunk.of(segments.ordered(hidden), row_mask)
+        chunk = _Chunk.of(segments.ordered(hidden), row_mask, partial(self.total, path))
         for name in self.names:
             sums[name] = segments.add(sums[name], *_SUMS[name][0](chunk))
         ones = mx.ones((hidden.shape[0], 1), mx.float32)
@@ -369,16 +391,20 @@ class LocalStatistics:
     vocabulary: VocabularyStatistics = field(default_factory=VocabularyStatistics)
 
     @staticmethod
-    def empty(shapes: Mapping[str, Shape], names: Iterable[str] = STATISTICS) -> "LocalStatistics":
+    def empty(
+        shapes: Mapping[str, Shape], names: Iterable[str] = STATISTICS, total: Total = alone
+    ) -> "LocalStatistics":
         """Return statistics without any tokens.
 
         Args:
             shapes: the number of neurons m of each FFN, or (experts, m), by its path.
             names: which statistics to keep, keys of `STATISTICS`.
+            total: for a divided model; see `NeuronStatistics`.
         """
         names = tuple(names)
         return LocalStatistics(
-            NeuronStatistics(shapes, names), NeuronStatistics(shapes, (*names, MEAN))
+            NeuronStatistics(shapes, names, total=total),
+            NeuronStatistics(shapes, (*names, MEAN), total=total),
         )
 
     def copy(self) -> "LocalStatistics":

@@ -1,9 +1,10 @@
 """Text in, text out: `stream_generate` and `generate`, with mlx-lm's signatures."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +18,12 @@ from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prompt_cache import PromptCache, check_layers, make_layers, trim_to_shared
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
+from glass_mlx.speculation import (
+    DEFAULT_DRAFT_TOKENS,
+    CacheQuantization,
+    Drafting,
+    SpeculativeDecoder,
+)
 from glass_mlx.statistics import MIN_GENERATED_TOKENS
 from glass_mlx.vocabulary import biased_tokens
 
@@ -45,6 +52,7 @@ def stream_generate(
     config: GlassConfig | None = None,
     prior: GlobalPrior | str | Path | Literal[False] | None = None,
     reload: Callable[[], nn.Module] | None = None,
+    num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text with the neurons and the vocabulary that matter for the prompt.
@@ -62,7 +70,10 @@ def stream_generate(
             `glass_mlx.make_prompt_cache`, only the part that is not in the cache is read, and what
             the cache holds beyond the messages is trimmed from it.
         max_tokens: the maximum number of tokens to generate; -1 for no limit.
-        draft_model: must be None; speculative decoding cannot be combined with slicing.
+        draft_model: a small model with the same tokenizer, for speculative decoding: it drafts
+            tokens, and one pass of the sliced model, or of the dense one, checks them. A
+            `prompt_cache` must then have the entries of both models, the draft model's last, as
+            from `glass_mlx.make_prompt_cache(model, draft_model=draft_model)`.
         config: how to slice. Default: `GlassConfig()`.
         prior: a prior, its file or `hub:user/repo`; None to search for it (see `resolve_prior`)
             and to measure a small one if there is none, which shows its progress on standard
@@ -72,6 +83,7 @@ def stream_generate(
             released as soon as its slice exists. When they are needed again, they are loaded from
             the model's files. This saves memory, but every dense token and every renewal loads
             the weights, so it goes with `dense_every=0` and `refresh=0`.
+        num_draft_tokens: the number of tokens that the draft model drafts at once.
         **kwargs: fields of `GlassConfig`, such as `density`, which replace those of `config`. All
             others are passed on to `mlx_lm.generate.generate_step`. With a `prompt_cache` from
             `glass_mlx.make_prompt_cache` only the new tokens are read, and the statistics of
@@ -88,8 +100,7 @@ def stream_generate(
     tokenizer = _wrapped(tokenizer)
     config = _pop_config(config, kwargs)
     check_max_tokens(max_tokens)
-    if draft_model is not None:
-        raise ValueError("a draft model cannot be combined with slicing; use mlx_lm for that")
+    drafting = None if draft_model is None else Drafting(draft_model, num_draft_tokens)
     tokens = _encode(tokenizer, prompt, messages, kwargs.get("prompt_cache"))
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
@@ -97,13 +108,14 @@ def stream_generate(
         _check_statistics(tokens, kwargs.get("prompt_cache"), config)
     session, model_prior = Session.of(model), None
     session.check_tokens(cast(list[int], tokens.tolist()))
+    if drafting is not None:
+        _check_drafting(drafting, session.model, tokens.size, max_tokens, kwargs)
     detokenizer = new_detokenizer(tokenizer)
     if prior is not False:
         model_prior = find_or_measure_prior(session, tokenizer, prior, config)
     biased = biased_tokens(kwargs.get("logits_processors") or ())
     selector = make_selector(session, tokenizer, model_prior, config, biased)
-    kwargs.pop("num_draft_tokens", None)  # mlx-lm ignores it, too, without a draft model
-    steps = _steps(session, selector, tokens, max_tokens, reload, **kwargs)
+    steps = _steps(session, selector, tokens, max_tokens, reload, drafting, **kwargs)
     return _responses(steps, session.model, tokenizer, detokenizer, tokens.size, max_tokens)
 
 
@@ -134,6 +146,25 @@ def _check_statistics(tokens: mx.array, cache: list[Any] | None, config: GlassCo
     read_before = getattr(cache, "tokens", ())
     if len(read_before) + tokens.size == 1 and config.warmup <= MIN_GENERATED_TOKENS:
         raise ValueError("a prompt of one token does not tell which neurons matter; use a prior")
+
+
+def _check_drafting(
+    drafting: Drafting, model: nn.Module, new: int, max_tokens: int, options: dict[str, Any]
+) -> None:
+    """Raise ValueError if a generation with drafts, of so many new tokens, cannot be carried out.
+
+    Args:
+        drafting: the draft model.
+        model: the model.
+        new: the number of tokens to read.
+        max_tokens: the maximum number of tokens to generate, or -1.
+        options: the options of the generation.
+    """
+    if options.get("input_embeddings") is not None:
+        raise ValueError("a draft model cannot read input embeddings; leave it out")
+    cache = options.get("prompt_cache")
+    cache = cache or make_layers(model, options.get("max_kv_size"), drafting.model)
+    drafting.check_cache(model, cache, math.inf if max_tokens < 0 else new + max_tokens)
 
 
 def _wrapped(tokenizer: Tokenizer) -> TokenizerWrapper:
@@ -201,20 +232,22 @@ def _steps(
     prompt: mx.array,
     max_tokens: int,
     reload: Callable[[], nn.Module] | None,
+    drafting: Drafting | None,
     **options: Any,
 ) -> Generator[Step, None, None]:
     """Generate tokens, and record them in the prompt cache when the generation ends."""
     report_progress = options.pop("prompt_progress_callback", None)
     input_embeddings = options.pop("input_embeddings", None)
     max_kv_size = options.pop("max_kv_size", None)
-    cache = options.pop("prompt_cache", None) or make_layers(session.model, max_kv_size)
-    check_layers(session.model, cache)
+    draft_model = None if drafting is None else drafting.model
+    cache = options.pop("prompt_cache", None)
+    cache = cache or make_layers(session.model, max_kv_size, draft_model)
+    decoder = _decoder(session.model, cache, prompt, max_tokens, drafting, **options)
     if isinstance(cache, PromptCache):
         record = cache
     else:  # a cache from mlx-lm cannot hold statistics
         record = PromptCache((), session.empty_statistics([selector.config.statistic]))
-    statistics = record.begin(session.shapes)
-    decoder = Decoder(session.model, cache, prompt, max_tokens, **options)
+    statistics = record.begin(session.shapes, session.total)
 
     def progress(tokens_read: int, total: int) -> None:
         record.follow_prompt(tokens_read, total)
@@ -228,6 +261,29 @@ def _steps(
         record.add(decoder.tokens, prompt.size)
         raise
     record.add(decoder.tokens, prompt.size)
+
+
+def _decoder(
+    model: nn.Module,
+    cache: list[Any],
+    prompt: mx.array,
+    max_tokens: int,
+    drafting: Drafting | None,
+    **options: Any,
+) -> Decoder:
+    """Return the decode loop on a prompt cache, with or without drafts.
+
+    Raises:
+        ValueError: if the cache is not one of the model.
+    """
+    if drafting is None:
+        check_layers(model, cache)
+        return Decoder(model, cache, prompt, max_tokens, **options)
+    names = [field.name for field in fields(CacheQuantization) if field.name in options]
+    quantization = CacheQuantization(**{name: options.pop(name) for name in names})
+    return SpeculativeDecoder(
+        model, cache, prompt, max_tokens, drafting, quantization=quantization, **options
+    )
 
 
 def _responses(
@@ -261,7 +317,7 @@ def _responses(
                 text=detokenizer.last_segment,
                 token=step.token,
                 logprobs=step.logprobs,
-                from_draft=False,
+                from_draft=step.from_draft,
                 prompt_tokens=prompt_tokens,
                 prompt_tps=prompt_tps,
                 generation_tokens=n,

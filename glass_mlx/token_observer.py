@@ -1,10 +1,13 @@
-"""Observe the tokens that the dense model computes one by one, at little cost."""
+"""Observe the tokens that the dense model computes one by one or in drafts, at little cost."""
+
+from itertools import zip_longest
 
 from glass_mlx.models import Routing
 from glass_mlx.statistics import NeuronStatistics
 from glass_mlx.vocabulary import Shortlister
 
 import mlx.core as mx
+import numpy as np
 
 # So many tokens are held at most before they are added to the statistics.
 _MAX_HELD = 32
@@ -12,6 +15,8 @@ _MAX_HELD = 32
 
 class TokenObserver:
     """Holds what the dense model computes for single tokens, and adds it to statistics in batches.
+
+    In speculative decoding a pass computes several tokens, and `take` follows each pass.
 
     Adding a token takes a dozen small operations in every layer, an eighth of a small model's time.
     A batch takes no more. The vectors are parts of what the model computes anyway, and hold only
@@ -28,13 +33,14 @@ class TokenObserver:
         self._routing: dict[str, list[Routing]] = {}
         self._outputs: dict[str, list[mx.array]] = {}
         self._logits: list[mx.array] = []
+        self._taken: list[int] = []
 
     def hidden(self, path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
-        """Hold the hidden vectors (..., 1, m) of an FFN for a token, and return them.
+        """Hold the hidden vectors (..., n, m) of an FFN for n tokens, and return them.
 
         Args:
             path: the FFN.
-            hidden: its hidden vectors; (K, m) of the K experts of a stack.
+            hidden: its hidden vectors; (n K, m) of the K experts of a stack.
             routing: the experts of a stack's hidden vectors.
         """
         self._hidden.setdefault(path, []).append(hidden)
@@ -43,29 +49,54 @@ class TokenObserver:
         return hidden
 
     def outputs(self, path: str, outputs: mx.array) -> mx.array:
-        """Hold the outputs (..., 1, out) of an FFN for a token, and return them."""
+        """Hold the outputs (..., n, out) of an FFN for n tokens, and return them."""
         self._outputs.setdefault(path, []).append(outputs)
         return outputs
 
     def logits(self, logits: mx.array) -> mx.array:
-        """Hold the logits (..., 1, V) of a token, which end it, and return them."""
+        """Hold the logits (..., n, V) of n tokens, which end them, and return them."""
         if len(self._logits) == _MAX_HELD:
             self.flush()
         self._logits.append(logits)
         return logits
 
+    def take(self, count: int) -> None:
+        """Count only the first tokens of the latest pass. The others were drafts, and wrong."""
+        self._taken.append(count)
+        if sum(logits.shape[-2] for logits in self._logits) >= _MAX_HELD:
+            self.flush()
+
     def flush(self) -> None:
         """Add everything that is held to the statistics, which stay lazy."""
         if not self._logits:
             return
+        mask = self._mask()
         for path, parts in self._hidden.items():
             routing = Routing.joined(self._routing[path]) if path in self._routing else None
-            self._text.update(path, mx.concatenate(parts, axis=-2), routing=routing)
+            self._text.update(path, mx.concatenate(parts, axis=-2), mask, routing)
         for path, parts in self._outputs.items():
-            self._text.update_outputs(path, mx.concatenate(parts, axis=-2))
+            self._text.update_outputs(path, self._joined(parts))
         arrays: list[object] = [self._text.sums, self._text.outputs]
         if self._shortlister is not None:
-            self._shortlister.observe(mx.concatenate(self._logits, axis=-2))
+            self._shortlister.observe(self._joined(self._logits))
             arrays += self._shortlister.arrays
-        self._hidden, self._routing, self._outputs, self._logits = {}, {}, {}, []
+        self._hidden, self._routing, self._outputs = {}, {}, {}
+        self._logits, self._taken = [], []
         mx.async_eval(arrays)
+
+    def _mask(self) -> np.ndarray | None:
+        """Return which of the tokens that are held count, (T,) of 1 and 0, or None for all."""
+        if not self._taken:
+            return None
+        rows = [logits.shape[-2] for logits in self._logits]
+        if rows == self._taken:
+            return None
+        # A pass that failed has rows, and nothing of it was taken.
+        pairs = zip_longest(rows, self._taken, fillvalue=0)
+        return np.concatenate([np.arange(n) < taken for n, taken in pairs])
+
+    def _joined(self, parts: list[mx.array]) -> mx.array:
+        """Return the vectors (..., T, n) of all tokens that count."""
+        if self._taken:
+            parts = [part[..., :n, :] for part, n in zip(parts, self._taken, strict=False)]
+        return mx.concatenate(parts, axis=-2)

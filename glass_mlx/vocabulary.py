@@ -222,6 +222,16 @@ class Shortlister:
         return [self.statistics.sums, self._sums]
 
     @property
+    def measured(self) -> tuple[int, float] | None:
+        """What shortlists of the current share cost where they were compared with dense logits.
+
+        Returns:
+            The number of tokens and the mean KL divergence in nats per token, or None if there are
+            no such tokens.
+        """
+        return (self._measured, float(self._sums[1]) / self._measured) if self._measured else None
+
+    @property
     def scores(self) -> np.ndarray | None:
         """The scores (V,) of all tokens, or None if nothing is known of them."""
         local = self.statistics.sums

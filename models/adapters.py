@@ -13,6 +13,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
+from .summed import SummedLinear
+
 Part = slice | mx.array
 
 
@@ -89,9 +91,11 @@ def is_adapted(module: object) -> bool:
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
-    """Return the layer below an adapter, or the layer itself if it has no adapter."""
+    """Return the layer below an adapter or a sum over ranks, or the layer itself without these."""
     if isinstance(layer, Adapted):
         return layer.base
+    if isinstance(layer, SummedLinear):
+        return layer.linear
     return layer.linear if is_adapted(layer) else layer
 
 

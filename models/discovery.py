@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .adapters import bias_of
+from .division import division_of
 from .expert_list import ExpertList, experts_per_token
 from .ffn import FFN, LAYOUTS
 from .linear import experts, inputs, is_sliceable, outputs
@@ -70,6 +71,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     ffns = [ffn for ffn in matches if ffn is not None]
     for path, module in modules.items():
         ffns += _find_lists(path, module, tested)
+    if (division := division_of(model)) is not None:
+        ffns = [ffn for ffn in ffns if ffn.path in division.shapes]
     if not ffns:
         reason = (
             "its routed experts are no stacks or lists of plain layers that treat their neurons "

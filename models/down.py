@@ -25,6 +25,7 @@ from .linear import (
     take_outputs,
     with_arrays,
 )
+from .summed import SummedLinear
 
 
 class Scattered(nn.Module):
@@ -150,7 +151,7 @@ def _requantized(layer: nn.Module, indices: np.ndarray) -> nn.Module:
 NEURON_MAJOR, SCATTER = "neuron-major", "scatter"
 
 # How to drop some inputs of a quantized layer. Columns share the scales of their groups, so they
-# cannot be copied unchanged. docs/results.md compares the policies.
+# cannot be copied unchanged. docs/parts.md compares the policies.
 DOWN_POLICIES: dict[str, Callable[[nn.Module, np.ndarray], nn.Module]] = {
     NEURON_MAJOR: lambda layer, indices: take_transposed(layer, indices, transposed_copy(layer)),
     "requantize": _requantized,
@@ -219,6 +220,8 @@ def take_inputs(
         ValueError: for indices out of range, for an unknown policy, or if the layer's group size
             does not divide k ("requantize") or the number of outputs ("neuron-major").
     """
+    if isinstance(layer, SummedLinear):
+        return layer.with_linear(take_inputs(layer.linear, indices, policy, transposed))
     check_indices(indices, inputs(layer), experts(layer))
     if policy not in DOWN_POLICIES:
         raise ValueError(f"down policy {policy!r} is not one of {', '.join(DOWN_POLICIES)}")
@@ -267,6 +270,9 @@ def put_inputs(
     Raises:
         ValueError: for inputs that are out of range or not distinct.
     """
+    if isinstance(layer, SummedLinear):
+        put_inputs(layer.linear, sliced.linear, kept, places, transposed)
+        return
     count = experts(layer)
     check_indices(np.sort(kept), inputs(layer), count)
     base, smaller, indices = base_layer(layer), base_layer(sliced), kept.reshape(-1)[places]
@@ -356,6 +362,9 @@ def add_mean_compensation(
         means: the values that replace the dropped inputs.
         changed: the experts of a stack to compensate. Default: all.
     """
+    if isinstance(layer, SummedLinear):
+        add_mean_compensation(layer.linear, sliced.linear, kept, means)
+        return
     bias, sliced_without_bias = bias_of(layer), without_bias(sliced)
     constants, output = means.inputs.astype(mx.float32), means.output
     dtype = means.dtype or means.inputs.dtype

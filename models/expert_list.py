@@ -105,6 +105,11 @@ class ExpertList(FFN):
             own = MeanCompensation(means.inputs[int(n)], None, means.dtype)
             self.ffns[n].compensate(self._projections(parts, n), kept[n], own)
 
+    def drop_copies(self) -> None:
+        """Free the transposed copies; see `FFN.drop_copies`."""
+        for ffn in self.ffns:
+            ffn.drop_copies()
+
     def release(self, fresh: FFN) -> None:
         """Free the dense weights; see `FFN.release`."""
         for ffn, other in zip(self.ffns, fresh.members, strict=True):

@@ -230,9 +230,13 @@ class FFN:
         name, down = self.contract
         add_mean_compensation(down, parts[name], kept, means, changed)
 
+    def drop_copies(self) -> None:
+        """Free the transposed copy of down, which is made again when it is needed."""
+        self._transposed = None
+
     def release(self, fresh: "FFN") -> None:
         """Free the dense weights. When they are needed again, the weights of `fresh` are loaded."""
-        self._transposed = None
+        self.drop_copies()
         for name, layer in self.layers.items():
             layer.update(fresh.layers[name].parameters())
 

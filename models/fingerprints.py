@@ -8,8 +8,9 @@ import mlx.nn as nn
 import numpy as np
 
 from .discovery import find_ffns
+from .division import Division, division_of
 from .ffn import FFN
-from .linear import leading_columns, rounding_error
+from .linear import leading_columns, outputs, rounding_error
 
 # Each FFN is sampled by this many sums over its neurons.
 _SUMS = 8
@@ -65,21 +66,61 @@ class Fingerprint:
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Sample the weights of each FFN of a model; see `sample_weights`."""
-    return sample_weights(find_ffns(model))
+    return sample_weights(find_ffns(model), division_of(model))
 
 
-def sample_weights(ffns: list[FFN]) -> Fingerprint:
-    """Sample the weights of each FFN; see `Fingerprint`."""
+def sample_weights(ffns: list[FFN], division: Division | None = None) -> Fingerprint:
+    """Sample the weights of each FFN; see `Fingerprint`.
+
+    Args:
+        ffns: the FFNs, in a divided model those of this rank.
+        division: how the model is divided. All ranks get the fingerprint of the whole model.
+    """
     sums = {}
     layers = {ffn.path: [next(iter(m.expand.values())) for m in ffn.members] for ffn in ffns}
+    signs = {ffn.path: _signs_of(ffn, division) for ffn in ffns}
     for path, members in layers.items():
         parts = [leading_columns(layer, _COLUMNS).astype(mx.float32) for layer in members]
         columns = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
-        sums[path] = mx.array(_signs(len(columns))) @ columns
+        sums[path] = mx.array(signs[path]) @ columns
         mx.eval(sums[path])  # one at a time, to hold few weights of a lazily loaded model
     samples = {path: np.array(values) for path, values in sums.items()}
     rounding = max(rounding_error(layer) for members in layers.values() for layer in members)
-    return Fingerprint(samples, rounding)
+    return (
+        Fingerprint(samples, rounding) if division is None else _joined(samples, rounding, division)
+    )
+
+
+def _joined(samples: dict[str, np.ndarray], rounding: float, division: Division) -> Fingerprint:
+    """Return the fingerprint of a divided model from what each rank sampled.
+
+    Args:
+        samples: (8, 32) float32 by path, of this rank's neurons.
+        rounding: the expected rounding error of this rank's weights.
+        division: how the model is divided.
+    """
+    parts = division.ranks.gather((samples, rounding))
+    joined = {
+        path: sum(found[1:], found[0]) if path in division.split else found[0]
+        for path in division.shapes
+        for found in [[part[path] for part, _ in parts if path in part]]
+    }
+    return Fingerprint(joined, max(error for _, error in parts))
+
+
+def _signs_of(ffn: FFN, division: Division | None) -> np.ndarray:
+    """Return the signs (8, rows) of an FFN's rows in its first matrix, on this rank.
+
+    The rows are those of all experts. Each rank has its own neurons of every expert, and of both
+    halves if gate and up are one matrix.
+    """
+    rows = outputs(next(iter(ffn.expand.values())))
+    experts, halves = ffn.experts or 1, 2 if ffn.layout == "halves" else 1
+    if division is None or ffn.path not in division.split:
+        return _signs(experts * rows)
+    whole = _signs(experts * rows * division.ranks.size)
+    part = division.part(ffn.path, whole.reshape(_SUMS, experts * halves, -1))
+    return part.reshape(_SUMS, -1)
 
 
 def _signs(neurons: int) -> np.ndarray:

@@ -25,14 +25,25 @@ from .adapters import (
     magnitude,
     without_bias,
 )
+from .summed import SummedLinear
+
+_LINEAR = (
+    nn.Linear,
+    nn.QuantizedLinear,
+    nn.AllToShardedLinear,
+    nn.QuantizedAllToShardedLinear,
+)
 
 _FLOAT_ROUNDING = 0.003  # bfloat16
 _MODE_ROUNDING = {"mxfp4": 0.118, "nvfp4": 0.096, "mxfp8": 0.027}
 
 
 def is_linear(module: object) -> bool:
-    """Return whether a module is a plain linear layer. Subclasses may compute something else."""
-    return type(module) in (nn.Linear, nn.QuantizedLinear)
+    """Return whether a module is a plain linear layer, or computes some outputs of one on a rank.
+
+    Subclasses may compute something else.
+    """
+    return type(module) in _LINEAR
 
 
 def is_stack(module: object) -> bool:
@@ -41,8 +52,9 @@ def is_stack(module: object) -> bool:
 
 
 def is_sliceable(module: object) -> bool:
-    """Return whether a module can be sliced here: a linear layer, with or without an adapter."""
-    return is_linear(module) or is_adapted(module) or is_stack(module)
+    """Return whether a module can be sliced here: a linear layer, adapted or summed or not."""
+    is_summed = isinstance(module, SummedLinear)
+    return is_linear(module) or is_adapted(module) or is_stack(module) or is_summed
 
 
 def is_quantized(layer: nn.Module) -> bool:

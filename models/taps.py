@@ -8,12 +8,15 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .adapters import bias_of
 from .discovery import find_ffns
+from .division import division_of
 from .expert_list import ExpertCalls, ExpertList
 from .ffn import FFN
 from .modules import with_call, with_modules, with_replacements
+from .summed import SummedLinear
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,11 @@ class Routing:
     def joined(parts: Sequence["Routing"]) -> "Routing":
         """Return the routing of several batches one after the other."""
         starts = [0, *accumulate(part.count for part in parts)]
-        tokens = [part.tokens + start for part, start in zip(parts, starts, strict=False)]
         experts = mx.concatenate([part.experts for part in parts])
+        if starts[-1] == len(parts):  # single tokens: known here, at no cost to the device
+            sizes = [part.experts.size for part in parts]
+            return Routing(experts, mx.array(np.repeat(starts[:-1], sizes)), starts[-1])
+        tokens = [part.tokens + start for part, start in zip(parts, starts, strict=False)]
         return Routing(experts, mx.concatenate(tokens), starts[-1])
 
 
@@ -133,7 +139,8 @@ def tapped(
         root: the module.
         ffns: FFNs in it, by their path in it. Observers get the path in the model.
         observe: see `Observer`.
-        observe_output: shown the outputs of single FFNs without an output bias.
+        observe_output: shown the outputs of single FFNs that neither have an output bias nor are
+            summed over ranks.
     """
     parts: dict[str, dict[str, nn.Module]] = {}
     calls: dict[str, tuple[ExpertList, ExpertCalls]] = {}
@@ -147,7 +154,9 @@ def tapped(
         elif ffn.experts is not None:
             parts[path] = {name: StackTap(down, ffn.path, observe)}
         else:
-            outputs = observe_output if bias_of(down) is None else None
+            # The outputs of a sum are those of all ranks.
+            is_alone = bias_of(down) is None and not isinstance(down, SummedLinear)
+            outputs = observe_output if is_alone else None
             parts[path] = {name: Tap(down, ffn.path, observe, outputs)}
     root = with_modules(root, parts)
     modules = dict(root.named_modules())
@@ -231,7 +240,8 @@ def with_taps(
     observed = tapped(model, {ffn.path: ffn for ffn in ffns}, observe, observe_output)
     if max_samples is None:
         return observed
-    last = f".{len(model.layers) - 1}."
+    division = division_of(model)
+    last = f".{(division.layers if division else len(model.layers)) - 1}."
     dense_modules, tapped_modules = (dict(m.named_modules()) for m in (model, observed))
     sampled = {
         ffn.path: _sampled(ffn, dense_modules[ffn.path], tapped_modules[ffn.path], max_samples)

@@ -527,3 +527,30 @@ class OneFFN(nn.Module):
 
     def __call__(self, x):
         return self.layers[0](x)
+
+
+class SometimesRight(nn.Module):
+    """A draft model that is its target at some places of the text, and wrong at the others.
+
+    Args:
+        model: the target.
+        is_right: whether it is right after so many tokens. Default: most of the time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        is_right: Callable[[int], bool] = lambda place: place % 3 != 0 and place % 7 != 2,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._is_right = is_right
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    def __call__(self, tokens, cache=None):
+        place = 0 if cache is None else cache[0].offset + tokens.shape[1]
+        logits = self.model(tokens, cache=cache)
+        return logits if self._is_right(place) else -logits

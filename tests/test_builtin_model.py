@@ -9,7 +9,7 @@ from glass_mlx.models import DOWN_POLICIES, find_ffns
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.selection import jaccard, select
 from glass_mlx.session import Session
-from helpers import check_invariants, statistics_of
+from helpers import SometimesRight, check_invariants, statistics_of
 
 import gguf
 import mlx.core as mx
@@ -175,3 +175,17 @@ def test_slices_stay_within_the_bound_whatever_the_text(default_model, prompt):
     scores = score(reading, selector)
     assert 0 < scores.kl.mean() < DEFAULT_MAX_KL
     assert scores.vocabulary[GlassConfig.warmup] < 1
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+def test_drafts_leave_the_text_of_the_dense_model_as_it_is(default_model, has_draft):
+    """At density 1 the text is mlx-lm's, with a draft model that is right at times and without."""
+    model, tokenizer = default_model
+    draft = {"draft_model": SometimesRight(model), "num_draft_tokens": 3}
+    tokens = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True
+    )
+    theirs = mlx_lm.stream_generate(model, tokenizer, tokens, 40, **draft if has_draft else {})
+    ours = [*stream_generate(model, tokenizer, tokens, 40, prior=False, density=1.0, **draft)]
+    assert [r.token for r in ours] == [r.token for r in theirs]
+    assert 8 < sum(r.from_draft for r in ours) < 32

@@ -181,6 +181,9 @@ def test_after_a_failure_the_conversation_goes_on(chat, monkeypatch):
         (["--density", "2"], "the density must be above 0"),
         (["--prior", "missing"], "there is no prior at missing"),
         (["--model", "./missing"], "there is no model at ./missing"),
+        (["--draft-model", "./missing"], "there is no model at ./missing"),
+        (["--num-draft-tokens", "-1"], "--num-draft-tokens must be at least 0"),
+        (["--prefill-step-size", "0"], "--prefill-step-size must be at least 1"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(run_command, folder, flags, message):
@@ -234,3 +237,12 @@ def test_in_a_terminal_lines_can_be_edited_and_interrupted(folder):
         process.kill()
         process.wait()
         os.close(mine)
+
+
+def test_a_draft_model_proposes_tokens(chat, folder):
+    lines = ("丁七丄", "丂", "七丁")
+    flags = ["--density", 1.0]
+    draft = ["--draft-model", folder, "--num-draft-tokens", 4]
+    assert chat(*lines, flags=flags + draft) == chat(*lines, flags=flags)
+    # Drafts do not change how the conversation goes on after its cache is lost.
+    assert chat("丁", "r", *lines, flags=flags + draft)[2:] == chat(*lines, flags=flags)

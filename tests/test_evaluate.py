@@ -3,10 +3,14 @@
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 from glass_mlx import load
+from glass_mlx.calibration.first_use import make_selector
+from glass_mlx.config import GlassConfig
 from glass_mlx.evaluate import find_tasks, main, setup_arg_parser
 from glass_mlx.models.architectures import tiny_model
+from glass_mlx.session import Session
 from helpers import prior_with_curves, save_tiny_folder
 from test_measurements import flags_of
 
@@ -14,6 +18,8 @@ import mlx.core as mx
 import pytest
 
 pytest.importorskip("lm_eval")
+from glass_mlx import harness
+
 import mlx_lm.evaluate  # needs lm_eval
 
 CHOICE = """
@@ -197,3 +203,45 @@ def test_a_task_is_found_by_its_file(tasks):
         ["letters", "mmlu"],
         [str(tasks.resolve())],
     )
+
+
+@pytest.fixture
+def lm(folder):
+    """Return what the harness evaluates, with slices of few neurons."""
+    model, tokenizer = load(str(folder))
+    session = Session(model)
+    selector = make_selector(session, tokenizer, None, GlassConfig(density=0.0625))
+    return harness.GlassLM(session, tokenizer, selector)
+
+
+def requests(*pairs):
+    return [SimpleNamespace(args=pair) for pair in pairs]
+
+
+def test_the_dense_model_scores_the_first_token_of_a_choice(lm):
+    """The engine generates the first token densely, and then slices."""
+    context = "丁七丄丅丆万丈三"
+    pairs = requests((context, "上"), (context, "上下丌"))
+    one, several = lm.loglikelihood(pairs)
+    lm.is_dense = True
+    dense = lm.loglikelihood(pairs)
+    assert one == dense[0]
+    assert several[0] != pytest.approx(dense[1][0], rel=1e-6)
+
+
+def test_a_shared_context_is_read_once(lm, monkeypatch):
+    read, original = [], harness.read_prompt
+
+    def record(session, tokens, cache):
+        read.append(tokens)
+        original(session, tokens, cache)
+
+    monkeypatch.setattr(harness, "read_prompt", record)
+    contexts, choices = ("丁七丄丅丆万丈三", "丈三上下丌不与丏"), ("上下丌", "丁七", "专且丕世")
+    pairs = [(context, choice) for context in contexts for choice in choices]
+    scores = lm.loglikelihood(requests(*pairs))
+    assert len(read) == 2
+    for pair, score in zip(pairs, scores, strict=True):
+        lm._latest_context = None
+        assert lm.loglikelihood(requests(pair)) == [score]
+    assert len(read) == 8

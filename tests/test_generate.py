@@ -1,5 +1,6 @@
 """The generate command, in this process and in a subprocess."""
 
+import json
 import subprocess
 import sys
 from functools import partial
@@ -108,7 +109,9 @@ def test_every_flag_of_mlx_lm_is_accepted():
         (["--model", "missing.gguf"], "there is no model at missing.gguf"),
         (["--chat-template-config", "{"], "--chat-template-config is not JSON"),
         (["--chat-template-config", "[1]"], "must be a JSON object"),
-        (["--draft-model", "other/model"], "--draft-model cannot be combined"),
+        (["--draft-model", "./missing"], "there is no model at ./missing"),
+        (["--num-draft-tokens", "-1"], "--num-draft-tokens must be at least 0, not -1"),
+        (["--prefill-step-size", "0"], "--prefill-step-size must be at least 1, not 0"),
         (["--image", "a.png"], "--image cannot be combined"),
         (["--adapter-path", "missing"], "adapter path does not exist: missing"),
         (["--statistic", "mean"], "invalid choice: 'mean'"),
@@ -216,3 +219,54 @@ def test_the_prior_can_rank_by_another_statistic(command, folder):
     assert code == 2
     assert "has no statistic 'impact'; it has activation, griffin" in err
     assert command(*arguments, "--prior-statistic", "activation")[0] == 0
+
+
+def test_a_draft_model_proposes_tokens(command, folder):
+    arguments = ("--model", folder, "--prompt", "丁七丄", "--max-tokens", 30)
+    texts = {
+        command(*arguments, *flags, *draft)[1].split("=" * 10)[1]
+        for flags in (["--dense"], ["--density", 1.0])
+        for draft in ([], ["--draft-model", folder, "--num-draft-tokens", 4])
+    }
+    assert len(texts) == 1
+
+
+def test_a_saved_prompt_cache_has_the_entries_of_the_draft_model(command, folder, tmp_path):
+    file = tmp_path / "cache.safetensors"
+    begin = ("--model", folder, "--prompt", "丁七丄", "--max-tokens", 9, "--density", 0.5)
+    begin += ("--save-prompt-cache", file)
+    goes_on = ("--prompt-cache-file", file, "--prompt", "丂", "--max-tokens", 9, "--density", 0.5)
+    draft = ("--draft-model", folder)
+    assert command(*begin, *draft)[0] == 0
+    assert command(*goes_on, *draft)[0] == 0
+    code, _, err = command(*goes_on)
+    assert (code, "it has 8 layers" in err) == (2, True)
+    assert command(*begin)[0] == 0
+    code, _, err = command(*goes_on, *draft)
+    assert (code, "has no entries for the draft model" in err) == (2, True)
+    assert "Traceback" not in err
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(command, folder, tmp_path):
+    other = save_tiny_folder(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["丁"], words["七"] = words["七"], words["丁"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, out, err = command("--model", folder, "--draft-model", other, "--prompt", "丂")
+    assert (code, out) == (2, "")
+    assert "has another tokenizer than the model" in err.splitlines()[-1]
+
+
+def test_a_limit_is_needed_for_dense_text_with_drafts(command, folder):
+    flags = ("--dense", "--draft-model", folder, "--max-tokens", -1, "--prompt", "丂")
+    code, _, err = command("--model", folder, *flags)
+    assert (code, "--max-tokens -1 cannot be combined" in err) == (2, True)
+
+
+@pytest.mark.parametrize("flags", [["--dense"], ["--density", 0.5]])
+def test_drafts_that_could_not_be_taken_back_are_refused(command, folder, flags):
+    flags += ["--draft-model", folder, "--max-kv-size", 16, "--prompt", "丂"]
+    code, out, err = command("--model", folder, *flags)
+    assert (code, out.strip("=\n")) == (2, "")
+    assert "keeps only the latest 16 tokens" in err.splitlines()[-1]

@@ -13,15 +13,20 @@ from glass_mlx import (
 )
 from glass_mlx.calibration.building import CalibrationSettings, calibrate
 from glass_mlx.calibration.impact import measure_impact
+from glass_mlx.calibration.mixture import MeasuredRecipe, Mixture
 from glass_mlx.calibration.moments import SequenceMoments
 from glass_mlx.calibration.texts import Recipe
 from glass_mlx.config import DEFAULT_REFRESH, GlassConfig
-from glass_mlx.memory import check_room_for_slices, slice_bytes
-from glass_mlx.models import find_ffns, find_head, named_arrays, weight_bytes, with_taps
+from glass_mlx.fidelity.prompts import Continuation
+from glass_mlx.fidelity.scoring import DenseReading, score
+from glass_mlx.generation_report import summary
+from glass_mlx.memory import slice_bytes, without_room
+from glass_mlx.models import Routing, find_ffns, find_head, named_arrays, weight_bytes, with_taps
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import TYPICAL_TOKENS, expert_prior_weights, fuse, ranks
+from glass_mlx.selection import densities, neurons_to_keep
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
 from glass_mlx.statistics import MEAN, MIN_GENERATED_TOKENS
@@ -232,18 +237,112 @@ def test_mixtures_are_renewed_less_often():
     assert session.conditions(GlassConfig())["refresh"] == 2 * DEFAULT_REFRESH
 
 
-def test_slices_that_do_not_fit_into_memory_are_refused_with_what_to_do(
-    model, tokenizer, monkeypatch
-):
-    session = Session(model)
+def leave_room(monkeypatch, model, share, density=0.5):
+    """Leave memory for a share of the bytes of all slices of a model."""
     size = sum(array.nbytes for _, array in named_arrays(model))
-    slices = slice_bytes(session.ffns, 0.5, "requantize")
-    monkeypatch.setattr(memory, "usable_memory", lambda: size + slices)
-    check_room_for_slices(size, session.ffns, 0.5, "requantize")
-    monkeypatch.setattr(memory, "usable_memory", lambda: size + slices - 1)
+    slices = sum(slice_bytes(ffn, density, "requantize") for ffn in find_ffns(model))
+    usable = (size + share * slices) / (1 - memory._RESERVE)
+    monkeypatch.setattr(memory, "usable_memory", lambda: usable + 1)
+
+
+def test_where_no_slice_fits_a_generation_is_refused_with_what_to_do(model, tokenizer, monkeypatch):
+    leave_room(monkeypatch, model, 0.2)  # of 4 layers
     with pytest.raises(ValueError, match=r"--release-dense.*glass-mlx export"):
         run(model, tokenizer)
-    run(model, tokenizer, reload=lambda: tiny_model("qwen3_moe"), refresh=0, dense_every=0)
+    responses = run(
+        model, tokenizer, reload=lambda: tiny_model("qwen3_moe"), refresh=0, dense_every=0
+    )
+    assert responses[-1].glass.density_got == 0.5
+    leave_room(monkeypatch, model, 1)
+    assert not run(model, tokenizer)[-1].glass.unsliced
+
+
+def test_as_many_layers_are_sliced_as_fit_into_memory(model, tokenizer, monkeypatch):
+    """The others compute what the dense model does, and the report says so."""
+    leave_room(monkeypatch, model, 0.6)
+    ffns = find_ffns(model)
+    last = run(model, tokenizer)[-1]
+    report = last.glass
+    assert report.unsliced == {ffn.path for ffn in ffns[2:]}
+    kept = report.selection.indices
+    assert [kept[ffn.path].shape for ffn in ffns] == [(4, 32)] * 2 + [(4, 64)] * 2
+    assert report.density_got == 0.75
+    assert report.selections > 1
+    assert report.dense_tokens > 3
+    saved = report.dense_bytes - report.sliced_bytes
+    assert saved == pytest.approx(bytes_of(ffns[:2]) / 4, rel=0.03)
+    text = summary(last)
+    assert "experts of 2 of 4 layers are sliced: memory" in text
+    assert "--release-dense" in text
+    assert "are sliced" not in summary(replace(last, glass=replace(report, unsliced=frozenset())))
+
+
+def test_what_saves_the_most_per_held_byte_is_sliced_first():
+    """A dense FFN is read whole, and experts in part; what keeps all its neurons needs no room."""
+    model = tiny_model("deepseek_v3")
+    ffns, session = find_ffns(model), Session(model)
+    dense = [ffn for ffn in ffns if ffn.experts is None]
+    stacks = [ffn for ffn in ffns if ffn.experts is not None]
+    assert dense
+    assert stacks
+    shares = {ffn.path: 0.5 for ffn in ffns}
+    room = sum(slice_bytes(ffn, 0.5, "requantize") for ffn in dense)
+
+    def whole(extra):
+        usable = (room + extra) / (1 - memory._RESERVE) + 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "usable_memory", lambda: usable)
+            return without_room(0, ffns, shares, "requantize", session.read_shares)
+
+    assert whole(0) == {ffn.path for ffn in stacks}
+    assert whole(slice_bytes(stacks[0], 0.5, "requantize")) == {f.path for f in stacks[1:]}
+    shares[stacks[0].path] = 1.0
+    assert whole(0) == {ffn.path for ffn in stacks[1:]}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "llama"])
+def test_what_slices_cost_is_known_without_memory_for_them(tokenizer, architecture, monkeypatch):
+    """Curves are the same on a small machine, by masks; without these, fewer layers cost less."""
+    model = tiny_model(architecture)
+    session, prior = Session(model), made_prior(model)
+    selector = session.selector(GlassConfig(density=0.5, warmup=9, refresh=8), prior)
+    reading = DenseReading(session, Continuation(PROMPT, [*range(40)]), [9])
+    expected = score(reading, selector).kl
+    assert expected[9:].mean() > 0
+    for share in (0.6, 0):
+        leave_room(monkeypatch, model, share)
+        kl = score(reading, selector, masks=True).kl
+        np.testing.assert_allclose(kl[:15], expected[:15], rtol=1e-2, atol=1e-6)
+        # A renewal keeps slices with nearly the same neurons, which masks do not.
+        assert kl.mean() == pytest.approx(expected.mean(), rel=0.02)
+    with pytest.raises(ValueError, match="slices need"):
+        score(reading, selector)
+    leave_room(monkeypatch, model, 0.6)
+    partly = score(reading, selector)
+    assert not np.allclose(partly.kl, expected, rtol=0.02)
+    assert partly.bytes.min() > score(reading, selector, masks=True).bytes.min() - 1e-9
+
+
+def test_layers_kept_dense_are_weighed_by_what_a_token_reads():
+    model = tiny_model("deepseek_v3")
+    session = Session(model)
+    first = session.ffns[0]
+    assert first.experts is None
+    prior = made_prior(model)
+    prior = replace(prior, about=prior.about | {"whole": [first.path]})
+    selector = session.selector(GlassConfig(density=0.75), prior)
+    read = {f.path: np.prod(f.shape) * session.read_shares.get(f.path, 1) for f in session.ffns}
+    share = read[first.path] / sum(read.values())
+    asked = (0.75 - share) / (1 - share)
+    counts = selector.counts(session.shapes)
+    assert counts[first.path] == first.width
+    for ffn in session.ffns[1:]:
+        assert counts[ffn.path] == neurons_to_keep(ffn.width, asked, ffn.multiple)
+    selection = selector.select(local_statistics(model, 12, 9))
+    kept = sum(read[path] * counts[path] / width for path, width in session.widths.items())
+    assert selection.read_density(session.read_shares) == pytest.approx(kept / sum(read.values()))
+    by_all = densities({f.path: np.prod(f.shape) for f in session.ffns}, 0.75, [first.path])
+    assert by_all[session.ffns[-1].path] != pytest.approx(asked, abs=0.01)
 
 
 def test_the_estimate_of_held_bytes_is_what_slices_take():
@@ -255,7 +354,12 @@ def test_the_estimate_of_held_bytes_is_what_slices_take():
     sliced = Session(model).sliced_model("neuron-major")
     sliced.update(random_selection(model))
     held = mx.get_active_memory() - before
-    assert held == pytest.approx(slice_bytes(ffns, 0.5, "neuron-major"), rel=0.05)
+    expected = sum(slice_bytes(ffn, 0.5, "neuron-major") for ffn in ffns)
+    assert held == pytest.approx(expected, rel=0.05)
+    gone = Session(model).sliced_model("neuron-major", unsliced={ffn.path for ffn in ffns})
+    del sliced
+    gone.update(random_selection(model))
+    assert mx.get_active_memory() - before < 0.01 * expected
 
 
 # --- Priors ---------------------------------------------------------------------------------------
@@ -294,10 +398,60 @@ def test_a_prior_measures_every_expert_on_its_own_tokens(model, tokenizer, tmp_p
     draw(prior, tmp_path / "prior.png")
 
 
+@pytest.fixture
+def skewed():
+    """Return a model that seldom chooses two experts, because their logits are never large."""
+    model = tiny_model("qwen3_moe")
+    for layer in model.layers:
+        weight = np.array(layer.mlp.gate.weight)
+        weight[2], weight[3] = weight[2] * 0.2, weight[:2].mean(0)
+        layer.mlp.gate.weight = mx.array(weight)
+    return model
+
+
+def test_measuring_goes_on_while_experts_get_enough_tokens(skewed, tokenizer):
+    for amount in ({"tokens": 200}, {"sequences": 4}):
+        measured = []
+        for factor in (1.0, 4.0):
+            prior = calibrate(skewed, tokenizer, settings(**amount, expert_factor=factor))
+            measured.append((prior.about["tokens"], np.concatenate([*prior.routed.values()])))
+        (few, before), (more, after) = measured
+        assert 150 < few < 260 < more <= 4 * 260
+        assert 0 < before.min() < MIN_EXPERT_TOKENS
+        assert after.min() >= MIN_EXPERT_TOKENS
+
+
+def measured_recipe(tokens, routed):
+    moments = SequenceMoments({"f": (4, 3)}, ("griffin",), 5)
+    moments.routed["f"][:] = np.array(routed) / 2
+    moments.tokens = tokens
+    return MeasuredRecipe(Recipe("bos"), {}, moments, None)
+
+
+def test_texts_are_chosen_that_reach_experts_with_few_tokens():
+    first = measured_recipe(100, [90, 10, 0, 0])
+    second = measured_recipe(50, [40, 2, 8, 0])
+    mixture = Mixture([first, second], ("griffin",))
+    assert mixture.short_experts(8, 1000) == {}  # nothing brings tokens to the last one
+    short = mixture.short_experts(20, 1000)
+    assert short["f"].tolist() == [False, True, True, False]
+    assert mixture.best_recipe(short) is second
+    # The third would need 75 more tokens of the second recipe, and the second 80 of the first.
+    assert mixture.short_experts(20, 80)["f"].tolist() == [False, True, True, False]
+    assert mixture.short_experts(20, 78)["f"].tolist() == [False, False, True, False]
+    assert mixture.short_experts(20, 70) == {}
+    second.exhausted = True
+    assert mixture.short_experts(20, 1000)["f"].tolist() == [False, True, False, False]
+    assert mixture.best_recipe(short) is first
+
+
 def test_an_interrupted_calibration_of_experts_resumes_to_the_same_prior(
-    model, tokenizer, tmp_path, monkeypatch
+    skewed, tokenizer, tmp_path, monkeypatch
 ):
-    expected = calibrate(model, tokenizer, settings())
+    """Also while it measures more than asked for, for experts with few tokens."""
+    few = settings(tokens=100, batch_size=1)
+    expected = calibrate(skewed, tokenizer, few)
+    assert expected.about["sequences"] > 4  # three have a hundred tokens
     checkpoint, calls = tmp_path / "partial", []
     save = "glass_mlx.calibration.building.save_checkpoint"
     from glass_mlx.calibration.resume import save_checkpoint
@@ -305,13 +459,15 @@ def test_an_interrupted_calibration_of_experts_resumes_to_the_same_prior(
     def interrupted(*arguments):
         save_checkpoint(*arguments)
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) in (1, 4):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(save, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, tokenizer, settings(), checkpoint=checkpoint)
-    prior = calibrate(model, tokenizer, settings(), checkpoint=checkpoint)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(skewed, tokenizer, few, checkpoint=checkpoint)
+    prior = calibrate(skewed, tokenizer, few, checkpoint=checkpoint)
+    assert len(calls) > 4
     assert prior.digest == expected.digest
 
 
@@ -394,3 +550,27 @@ def test_the_impact_of_an_experts_neuron_is_over_its_own_tokens(model):
 def test_impact_on_experts_in_a_list_is_refused():
     with pytest.raises(ValueError, match="experts in a list"):
         measure_impact(tiny_model("dbrx"), PROMPT, [1] * len(PROMPT))
+
+
+def test_single_tokens_are_joined_like_those_of_a_batch(model):
+    """Batches and single tokens in any mixture give the tokens the same numbers."""
+    path = find_ffns(model)[0].path
+    seen: list[Routing] = []
+
+    def observe(at, hidden, *, routing=None):
+        if at == path:
+            seen.append(routing)
+        return hidden
+
+    tapped = with_taps(model, observe)
+    for text in ([3], [1], [4], [1, 5], [9]):
+        mx.eval(tapped(mx.array([text])))
+    for parts in (seen[:3], seen, seen[3:4], seen[:1]):
+        joined = Routing.joined(parts)
+        numbers, start = [], 0
+        for part in parts:
+            numbers += (np.array(part.tokens) + start).tolist()
+            start += part.count
+        assert np.array(joined.tokens).tolist() == numbers
+        assert joined.count == start
+        assert np.array_equal(joined.experts, np.concatenate([p.experts for p in parts]))

@@ -56,6 +56,11 @@ USED = [
     ("mlx_lm.models.cache", "RotatingKVCache.make_mask", ["N", "window_size", "return_array"]),
     ("mlx_lm.models.cache", "CacheList", []),
     ("mlx_lm.generate", "DEFAULT_QUANTIZED_KV_START", []),
+    (
+        "mlx_lm.generate",
+        "maybe_quantize_kv_cache",
+        ["prompt_cache", "quantized_kv_start", "kv_group_size", "kv_bits"],
+    ),
     ("mlx_lm.models.switch_layers", "SwitchLinear", []),
     ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear", []),
     ("mlx_lm.models.switch_layers", "SwitchLinear.__call__", ["x", "indices", "sorted_indices"]),
@@ -110,6 +115,9 @@ USED = [
             "high_group_size",
         ],
     ),
+    ("mlx_lm.models.llama", "Model.shard", ["group"]),
+    ("mlx_lm.models.deepseek_v3", "Model.shard", ["group"]),
+    ("mlx_lm.models.pipeline", "PipelineMixin.pipeline", ["group"]),
     ("mlx_lm.tuner.lora", "LoRALinear", ["input_dims", "output_dims", "r", "scale"]),
     ("mlx_lm.tuner.lora", "LoRASwitchLinear.__call__", ["x", "indices", "sorted_indices"]),
     ("mlx_lm.tuner.dora", "DoRALinear", ["input_dims", "output_dims", "r", "scale"]),
@@ -125,6 +133,8 @@ SERVER = [
     ("ModelProvider.reset", []),
     ("ResponseGenerator", ["model_provider", "prompt_cache"]),
     ("ResponseGenerator._generate", []),
+    ("ResponseGenerator._next_request", ["timeout"]),
+    ("ResponseGenerator.join", []),
     ("ResponseGenerator._serve_single", ["request", "stream"]),
     ("ResponseGenerator._is_batchable", ["args"]),
     ("ResponseGenerator._tokenize", ["tokenizer", "request", "args"]),
@@ -237,6 +247,22 @@ def test_a_model_asks_its_caches_for_masks_in_the_order_sinks_latest_tokens_new_
     values = mx.array([10, 11, 12], mx.float32).reshape(1, 1, 3, 1)
     keys, _ = cache.update_and_fetch(values, values)
     assert keys.flatten().tolist() == [0, 1, 7, 8, 9, 10, 11, 12]
+
+
+def test_mlx_divides_layers_by_contiguous_parts():
+    """`models.division` and `models.summed` rely on the order of neurons and on the attributes."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.nn.layers import distributed
+
+    group = type("Group", (), {"size": lambda self: 2, "rank": lambda self: 1})()
+    weight = {"weight": mx.arange(8).reshape(4, 2)}
+    rows = distributed._shard(weight, distributed._all_to_sharded(1), group)
+    assert rows["weight"].tolist() == [[4, 5], [6, 7]]
+    columns = distributed._shard(weight, distributed._sharded_to_all(1), group)
+    assert columns["weight"].tolist() == [[1], [3], [5], [7]]
+    layer = nn.ShardedToAllLinear.from_linear(nn.Linear(4, 2), group=mx.distributed.init())
+    assert layer.group.size() == 1
 
 
 @pytest.mark.parametrize("kind", ["SwitchGLU", "SwitchMLP"])

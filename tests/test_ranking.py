@@ -2,7 +2,7 @@
 
 from itertools import permutations
 
-from glass_mlx.ranking import fuse, ranks, spearman
+from glass_mlx.ranking import fuse, largest, ranks, spearman
 
 import numpy as np
 import pytest
@@ -51,3 +51,24 @@ def test_spearman_is_the_correlation_of_ranks(m):
 
 def test_a_single_neuron_correlates_with_itself():
     assert spearman(np.array([1]), np.array([1])) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ranks_and_the_largest_scores_are_those_of_a_stable_sort(dtype):
+    """With ties, with signed zeros, with negative scores and with scores of every size."""
+    generator = np.random.default_rng(0)
+    spread = generator.normal(size=(7, 50)) * 10.0 ** generator.integers(-37, 37, (7, 50))
+    ties = generator.integers(-3, 3, (7, 50)) * 0.5
+    zeros = np.where(generator.random((7, 50)) < 0.5, 0.0, -0.0)
+    for scores in (spread, ties, zeros, ties[0], np.zeros((2, 5)), np.ones(1)):
+        values = scores.astype(dtype)
+        order = np.argsort(-values, axis=-1, kind="stable")
+        m = values.shape[-1]
+        expected = np.empty(values.shape, np.int64)
+        np.put_along_axis(expected, order, np.broadcast_to(m - np.arange(m), values.shape), -1)
+        assert np.array_equal(ranks(values), expected)
+        assert ranks(values).dtype == np.int64
+        for count in {1, m // 3 + 1, m}:
+            kept = largest(values, count)
+            assert np.array_equal(kept, np.sort(order[..., :count], axis=-1))
+            assert kept.dtype == np.int32

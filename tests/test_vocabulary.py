@@ -143,6 +143,19 @@ def test_the_probability_outside_is_measured_on_what_is_read_later():
     assert second.outside == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_shortlists_cost_is_measured_until_they_grow():
+    chooser = shortlister(bound=0.02)
+    first = chooser.choose([])
+    assert chooser.measured is None
+    logits = 0.01 * random_logits(60, seed=2)
+    chooser.observe(logits)
+    tokens, kl = chooser.measured
+    assert tokens == 60
+    assert kl == pytest.approx(np.array(first.divergence(logits)[1]).mean(), rel=1e-4)
+    assert chooser.choose([]).share > first.share
+    assert chooser.measured is None
+
+
 def test_likelier_tokens_get_larger_shares_and_none_gets_nothing():
     prior = np.linspace(0, 1, SIZE).astype(np.float32)
     for scores in (prior, np.zeros_like(prior)):

@@ -29,11 +29,11 @@ from glass_mlx.calibration.texts import (
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.files import check_writable, is_device, locked
 from glass_mlx.models import Fingerprint, named_arrays
-from glass_mlx.prior.display import stability_lines
+from glass_mlx.prior.display import MIN_EXPERT_TOKENS, stability_lines
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.session import Session
-from glass_mlx.statistics import PRIOR_STATISTICS
+from glass_mlx.statistics import IMPACT, PRIOR_STATISTICS
 from glass_mlx.writing import Writer
 
 import mlx.core as mx
@@ -60,6 +60,9 @@ class CalibrationSettings:
         seed: the same seed gives the same prior, whether or not the run is interrupted.
         until_stable: stop before `tokens` once `calibration.stability.overall_stability` of the two
             halves of the sequences reaches this value.
+        expert_factor: in mixtures of experts, measure more than `tokens` or `sequences`, up to this
+            many times as much, while this gives experts enough tokens that have too few. The texts
+            are those that reach such experts most often. 1 for no more.
         corpus_field: the field of a JSONL corpus that holds the text.
         curve_texts: the maximum number of texts for the model's curves (`calibration.curves`); 0
             for no curves. A prior without the statistic that decoding ranks by has no curves.
@@ -77,6 +80,7 @@ class CalibrationSettings:
     temperature: float = 1.0
     seed: int = 0
     until_stable: float | None = None
+    expert_factor: float = 4.0
     corpus_field: str = "text"
     curve_texts: int = CurveSettings.texts
 
@@ -96,6 +100,11 @@ class CalibrationSettings:
         if self.curve_texts < 0:
             raise ValueError(
                 f"the number of texts for curves must not be negative, but is {self.curve_texts}"
+            )
+        if not 1 <= self.expert_factor < float("inf"):
+            raise ValueError(
+                f"the factor for experts with few tokens must be at least 1, not "
+                f"{self.expert_factor:g}"
             )
         check_seed(self.seed)
         if self.until_stable is not None and not 0 < self.until_stable < 1:
@@ -137,14 +146,19 @@ def build(
         OSError: if a file cannot be written.
         ValueError: if another run is writing the file, or for the reasons given in `calibrate`.
     """
-    check_writable(output)
+    ranks = Session.of(model).ranks
+    ranks.on_first(lambda: check_writable(output))
     partial = None if is_device(output) else output.with_name(f"{output.name}.partial")
-    with locked(output):
-        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)
+
+    def save(prior: GlobalPrior) -> None:
         prior.save(output)
         if partial is not None:
             for file in (partial, _curves_file(partial)):
                 file.unlink(missing_ok=True)
+
+    with ranks.held_by_first(lambda: locked(output)):
+        prior = calibrate(model, tokenizer, settings, name=name, checkpoint=partial, report=report)
+        ranks.on_first(lambda: save(prior))
     return prior
 
 
@@ -180,6 +194,9 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     session = Session.of(model)
+    ranks = session.ranks
+    if ranks.size > 1 and IMPACT in settings.statistics:
+        raise ValueError("the statistic impact can be measured on one machine only")
     mixture = _start_mixture(session, tokenizer, settings)
     weights = session.fingerprint
     about = _describe(model, settings, name)
@@ -192,10 +209,11 @@ def calibrate(
         ]
     )
     if checkpoint:
-        restore_checkpoint(checkpoint, mixture, identity)
+        ranks.on_first(lambda: restore_checkpoint(checkpoint, mixture, identity))
+        mixture = ranks.share(mixture)
 
     def save() -> None:
-        if checkpoint:
+        if checkpoint and ranks.is_first:
             save_checkpoint(checkpoint, mixture, identity)
 
     stability = _measure_mixture(session, tokenizer, mixture, settings, save, report)
@@ -214,7 +232,7 @@ def _start_mixture(
         MeasuredRecipe(
             recipe,
             recipe.identity(),
-            SequenceMoments(session.shapes, settings.statistics, session.vocabulary_size),
+            SequenceMoments(session.whole_shapes, settings.statistics, session.vocabulary_size),
             chat_frame(tokenizer) if recipe.kind == "chat" else None,
         )
         for recipe in settings.recipes or default_recipes(tokenizer)
@@ -275,7 +293,7 @@ def _measure_mixture(
             tokenizer,
             mixture,
             settings,
-            lambda written: bar.update(min(written, total - bar.n)),
+            lambda written: bar.update(max(0, min(written, bar.total - bar.n))),
         )
         stability = mixture.stability()
         while (step := _next_batch(mixture, settings, stability)) is not None:
@@ -292,16 +310,29 @@ def _measure_mixture(
             recipe.batches += 1
             save()
             stability = mixture.stability()
-            bar.n = mixture.tokens
-            bar.total = max(total, bar.n)
-            bar.set_postfix(
-                stability=f"{overall_stability(stability):.3f}" if stability else "none yet"
-            )
+            _show_progress(bar, total, mixture, settings, stability)
             if tokens_before.bit_length() < bar.n.bit_length():  # at every doubling
                 peak = f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
                 lines = [f"after {bar.n} tokens, {peak}:", *stability_lines(stability)]
                 report("\n".join(lines))
     return stability
+
+
+def _show_progress(
+    bar: "tqdm[Any]",
+    total: int,
+    mixture: Mixture,
+    settings: CalibrationSettings,
+    stability: dict[str, Stability],
+) -> None:
+    """Show the tokens measured so far, the stability, and the experts that need more tokens."""
+    facts = {"stability": f"{overall_stability(stability):.3f}" if stability else "none yet"}
+    bar.n, bar.total = mixture.tokens, max(total, mixture.tokens)
+    if short := _short_experts(mixture, settings):
+        facts["experts"] = f"{sum(int(lacking.sum()) for lacking in short.values())} need more"
+        if bar.n >= total:
+            bar.total = bar.n + math.ceil(_further_tokens(mixture, settings))
+    bar.set_postfix(facts)
 
 
 def _make_sources(
@@ -346,10 +377,26 @@ def _next_batch(
     recipes = [
         r for r in mixture.recipes if not r.exhausted and (remaining > 0 or r.sequences == 0)
     ]
-    if not recipes:
-        return None
-    recipe = min(recipes, key=lambda r: r.moments.tokens / r.recipe.weight)
-    return recipe, max(1, min(settings.batch_size, remaining))
+    if recipes:
+        recipe = min(recipes, key=lambda r: r.moments.tokens / r.recipe.weight)
+        return recipe, max(1, min(settings.batch_size, remaining))
+    if short := _short_experts(mixture, settings):
+        remaining = math.ceil(_further_tokens(mixture, settings) * sequences / tokens)
+        return mixture.best_recipe(short), min(settings.batch_size, remaining)
+    return None
+
+
+def _short_experts(mixture: Mixture, settings: CalibrationSettings) -> dict[str, np.ndarray]:
+    """Return the experts for which more should be measured; see `Mixture.short_experts`."""
+    return mixture.short_experts(MIN_EXPERT_TOKENS, _further_tokens(mixture, settings))
+
+
+def _further_tokens(mixture: Mixture, settings: CalibrationSettings) -> float:
+    """Return how many tokens may still be measured, for experts with few tokens."""
+    if settings.sequences is None:
+        return max(0.0, settings.expert_factor * settings.tokens - mixture.tokens)
+    further = max(0.0, settings.expert_factor * settings.sequences - mixture.sequences)
+    return further * mixture.tokens / max(1, mixture.sequences)
 
 
 def _make_prior(mixture: Mixture, weights: Fingerprint, about: dict[str, Any]) -> GlobalPrior:

@@ -22,6 +22,7 @@ from glass_mlx.vocabulary import always_kept
 from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -109,7 +110,9 @@ class CurveMeasurement:
         self._identity = json.dumps([identity, asdict(settings)])
         self._results: dict[str, list[list[float]]] = {}
         self._always = always_kept(tokenizer)
-        self._texts = self._restore() or self._write_texts()
+        restored = session.ranks.on_first(self._restore)
+        self._results = session.ranks.share(self._results)
+        self._texts = restored or self._write_texts()
 
     def choose_kept_dense(self, prior: GlobalPrior) -> list[str]:
         """Choose FFNs to keep dense at the others' expense: those that lower KL.
@@ -118,7 +121,7 @@ class CurveMeasurement:
         dense gains nothing (docs/experiments.md has figures). The first, the second and the last
         are tried, in this order.
         """
-        paths = [ffn.path for ffn in self._session.ffns]
+        paths = [*self._session.whole_shapes]
         config = GlassConfig(density=_TRIAL_DENSITY)
         kept_dense: list[str] = []
         best: np.ndarray | None = None
@@ -181,7 +184,7 @@ class CurveMeasurement:
                 if config.density is None:
                     kl.append(float(score_shortlists(reading, selector).mean()))
                 else:
-                    kl.append(float(score(reading, selector).kl.mean()))
+                    kl.append(float(score(reading, selector, masks=True).kl.mean()))
             if not np.isfinite(kl).all():
                 raise ValueError("the model computes probabilities that are not a number")
             results.append([round(value, 6) for value in kl])
@@ -196,20 +199,10 @@ class CurveMeasurement:
         Raises:
             ValueError: if no answer is long enough.
         """
-        settings, tokenizer = self._settings, self._tokenizer
-        write = Writer(
-            self._session.model, _TEMPERATURE, [settings.seed, *_SEED], lambda count: None
-        )
-        messages = read_prompts(PROMPTS)[: settings.texts]
-        prompts = [_encode(tokenizer, [message]) for (message,) in messages]
-        lengths = [settings.length] * len(prompts)
-        answers = write(prompts, lengths, stop_sequences(tokenizer), 0)
+        settings = self._settings
+        answers = answer_prompts(self._session.model, self._tokenizer, settings)
         shortest = max(settings.length // 4, 2 * GlassConfig.warmup)
-        texts = [
-            Continuation(prompt, answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
-            if len(answer) >= shortest
-        ]
+        texts = [text for text in answers if len(text.written) >= shortest]
         if not texts:
             raise ValueError("the model writes no text that is long enough to measure a curve on")
         self._texts = texts
@@ -217,7 +210,7 @@ class CurveMeasurement:
         return texts
 
     def _save(self) -> None:
-        if self._partial is not None:
+        if self._partial is not None and self._session.ranks.is_first:
             texts = [asdict(text) for text in self._texts]
             state = {"identity": self._identity, "texts": texts, "results": self._results}
             write_text(self._partial, json.dumps(state))
@@ -234,6 +227,29 @@ class CurveMeasurement:
             return [Continuation(**text) for text in state["texts"]]
         except (KeyError, TypeError, ValueError):  # damaged: measured again
             return []
+
+
+def answer_prompts(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    settings: CurveSettings,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Continuation]:
+    """Have a model answer prompts of many kinds, as users sample.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        settings: the number of prompts, the length of the answers, and the seed.
+        progress: called with the number of tokens written at each step.
+    """
+    write = Writer(model, _TEMPERATURE, [settings.seed, *_SEED], progress)
+    messages = read_prompts(PROMPTS)[: settings.texts]
+    encoded = [_encode(tokenizer, [message]) for (message,) in messages]
+    prompts = [prompt for prompt in encoded if prompt]  # some tokenizers know no such letters
+    lengths = [settings.length] * len(prompts)
+    answers = write(prompts, lengths, stop_sequences(tokenizer), 0) if prompts else []
+    return [Continuation(*pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def _standard_error(values: np.ndarray) -> Any:

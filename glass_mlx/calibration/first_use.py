@@ -33,7 +33,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 # A prior of two thousand tokens is nearly as good as a large one (docs/experiments.md).
-SMALL = CalibrationSettings(sequences=24, length=128, batch_size=12, curve_texts=12)
+# Experts with few tokens get at most twice as many, because a first use should not take long.
+SMALL = CalibrationSettings(
+    sequences=24, length=128, batch_size=12, curve_texts=12, expert_factor=2.0
+)
 
 _FAILED = "no prior can be measured for this model"
 _ALTERNATIVE = "select neurons from the prompt alone with --no-prior, or in Python with prior=False"
@@ -86,8 +89,7 @@ def find_or_measure_prior(
         _measure(session, tokenizer, file, settings, name)
     except LockedError:
         print("prior: waiting for another process that measures it", file=sys.stderr)
-        while is_locked(file):
-            time.sleep(0.5)
+        session.ranks.on_first(lambda: _wait_for(file))
         return find_or_measure_prior(session, tokenizer, prior, config, model, report)
     except ValueError as error:
         raise ValueError(f"{_FAILED}: {one_line(error)}; {_ALTERNATIVE}") from error
@@ -96,6 +98,12 @@ def find_or_measure_prior(
     match = session.find_prior(prior, folder, model)
     report(f"using {match.title}")
     return match
+
+
+def _wait_for(file: Path) -> None:
+    """Wait until no process writes a file."""
+    while is_locked(file):
+        time.sleep(0.5)
 
 
 def _settings(session: Session, config: GlassConfig) -> CalibrationSettings:
@@ -122,7 +130,8 @@ def _measure(
     try:
         build(session.model, tokenizer, file, settings, name)
     except StaleCheckpointError as error:  # of other settings or versions: of no use any more
-        error.file.unlink(missing_ok=True)
+        stale = error.file
+        session.ranks.on_first(lambda: stale.unlink(missing_ok=True))
         build(session.model, tokenizer, file, settings, name)
 
 
@@ -191,7 +200,8 @@ def _cached_curves(
         cached_priors().with_name("curves")
         / f"{cache_name('curves', session.fingerprint)}-{digest}.json"
     )
-    if (curves := _read_curves(file, conditions)) is not None:
+    ranks = session.ranks
+    if (curves := ranks.on_first(lambda: _read_curves(file, conditions))) is not None:
         return curves
     print(
         "curves: what slicing costs is not known yet for this model with these settings. Measuring "
@@ -202,18 +212,23 @@ def _cached_curves(
     partial = file.with_name(f"{file.name}.partial")
     try:
         with (
-            locked(file, waiting="curves: waiting for another process that measures them"),
+            ranks.held_by_first(
+                lambda: locked(
+                    file, waiting="curves: waiting for another process that measures them"
+                )
+            ),
             tqdm(total=settings.readings, desc="curves", unit="read") as bar,
             wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
         ):
-            if (curves := _read_curves(file, conditions)) is not None:
+            if (curves := ranks.on_first(lambda: _read_curves(file, conditions))) is not None:
                 return curves  # another process measured them meanwhile
             measurement = CurveMeasurement(
                 session, tokenizer, settings, partial, digest, bar.update
             )
             record = measurement.measure(prior, config)
-            write_text(file, json.dumps(record))
-            partial.unlink(missing_ok=True)
+            if ranks.is_first:
+                write_text(file, json.dumps(record))
+                partial.unlink(missing_ok=True)
     except ValueError as error:
         raise ValueError(
             f"what slicing costs cannot be measured for this model: {one_line(error)}; give "

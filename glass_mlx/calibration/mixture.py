@@ -40,6 +40,15 @@ class MeasuredRecipe:
         return self.identity | {"tokens": self.moments.tokens, "sequences": self.sequences}
 
 
+def _rate(recipe: MeasuredRecipe, path: str) -> np.ndarray:
+    """Return the share of a recipe's tokens that reach each expert of a stack, (experts,).
+
+    It is 0 for a recipe that has no more texts.
+    """
+    tokens = max(1, recipe.moments.tokens)
+    return np.asarray((not recipe.exhausted) * recipe.moments.routed[path].sum(0) / tokens)
+
+
 class Mixture:
     """Weighted statistics over the recipes of a prior.
 
@@ -87,6 +96,38 @@ class Mixture:
     def routed(self, path: str) -> np.ndarray:
         """Return the number of tokens that were routed to each expert of a stack, (experts,)."""
         return np.asarray(sum(recipe.moments.routed[path].sum(0) for recipe in self.recipes))
+
+    def short_experts(self, minimum: int, further: float) -> dict[str, np.ndarray]:
+        """Return which experts lack tokens that further texts are expected to give them.
+
+        An expert that texts hardly ever reach does not count, because it would take no end of them.
+
+        Args:
+            minimum: the number of tokens that are enough.
+            further: the number of tokens that may still be measured, from any recipe.
+
+        Returns:
+            (experts,) bool by stack, without stacks where there are no such experts.
+        """
+        short = {}
+        for path in self.recipes[0].moments.routed:
+            counts = self.routed(path)
+            rates = [_rate(recipe, path) for recipe in self.recipes]
+            expected = counts + further * np.max(rates, axis=0)
+            if (lacking := (counts < minimum) & (expected >= minimum)).any():
+                short[path] = lacking
+        return short
+
+    def best_recipe(self, short: dict[str, np.ndarray]) -> MeasuredRecipe:
+        """Return the recipe whose tokens reach some experts most often.
+
+        Args:
+            short: (experts,) bool by stack, whether an expert counts.
+        """
+        return max(
+            self.recipes,
+            key=lambda recipe: sum(_rate(recipe, p)[own].sum() for p, own in short.items()),
+        )
 
     @property
     def vocabulary(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from glass_mlx.calibration.mixture import Mixture
 from glass_mlx.calibration.texts import ChatFrame
@@ -22,6 +23,10 @@ class StaleCheckpointError(ValueError):
     def __init__(self, file: Path, message: str) -> None:
         super().__init__(message)
         self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a pickle of the error holds, for other processes."""
+        return type(self), (self.file, str(self))
 
 
 def save_checkpoint(file: Path, mixture: Mixture, identity: str) -> None:

@@ -36,6 +36,7 @@ def measure_sequences(
     Raises:
         ValueError: if the model has weights, or computes values, that are not finite.
     """
+    session.ranks.settle()
     streaming = tuple(name for name in statistics if name in STATISTICS)
     max_tokens = min(_MAX_READ_TOKENS, _MAX_LOGITS // len(moments.vocabulary))
     group_size = max(1, max_tokens // max(len(sequence.tokens) for sequence in sequences))
@@ -64,7 +65,7 @@ def _streaming_scores(
         tokens of each sequence that were routed to each expert, (S, experts) by stack.
     """
     tokens, mask = pad(sequences)
-    running = NeuronStatistics(session.shapes, statistics, len(sequences))
+    running = NeuronStatistics(session.shapes, statistics, len(sequences), session.total)
 
     def observe(path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
         return running.update(path, hidden, mask, routing)
@@ -77,7 +78,11 @@ def _streaming_scores(
     if running.tokens == 0:
         raise ValueError("this model does not run the modules that it exposes")
     scores = {name: running.sequence_scores(name) for name in statistics}
-    return scores, np.array(vocabulary), running.sequence_routed()
+    routed = running.sequence_routed()
+    if session.division is not None:
+        scores = {name: session.division.whole(values) for name, values in scores.items()}
+        routed = {p: counts for part in session.ranks.gather(routed) for p, counts in part.items()}
+    return scores, np.array(vocabulary), routed
 
 
 def _impact_scores(session: Session, sequences: list[Sequence]) -> dict[str, np.ndarray]:

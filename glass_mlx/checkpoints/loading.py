@@ -14,7 +14,7 @@ from glass_mlx.checkpoints.conversions import converted_builtin, converted_file
 from glass_mlx.checkpoints.folder import check_folder
 from glass_mlx.errors import is_library_error, library_reason
 from glass_mlx.files import expand_user
-from glass_mlx.models import QUANTIZED_ACTIVATIONS, precision
+from glass_mlx.models import QUANTIZED_ACTIVATIONS, Ranks, divide, precision
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,6 +86,8 @@ def load(
     *,
     dtype: str | None = None,
     dequantize: bool = False,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper]: ...
 
 
@@ -102,6 +104,8 @@ def load(
     trust_remote_code: bool = False,
     dtype: str | None = None,
     dequantize: bool = False,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
 
 
@@ -117,6 +121,8 @@ def load(
     *,
     dtype: str | None = None,
     dequantize: bool = False,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Load a model and its tokenizer, as `mlx_lm.load` does.
 
@@ -135,6 +141,9 @@ def load(
             stored; for GGUF files see `resolve`.
         dequantize: whether to convert quantized weights to floats. This uses more memory, but is
             much faster on a CPU.
+        ranks: the processes to divide the model over, as `mlx_lm.utils.sharded_load` does. Each
+            keeps its part of the weights. Default: the whole model in this process.
+        pipeline: whether each rank gets some of the layers, and not some of the neurons.
 
     Returns:
         Model and tokenizer, and with `return_config` the configuration.
@@ -162,9 +171,48 @@ def load(
             **_remote_code_option(trust_remote_code),
         )
         _set_precision(loaded[0], dtype, dequantize)
+    if ranks is not None and ranks.size > 1:
+        divide(loaded[0], ranks, pipeline)
+    with _one_sentence(path_or_hf_repo or DEFAULT_MODEL):
         if not lazy:
             mx.eval(loaded[0].parameters())
     return loaded
+
+
+def load_draft(name: str | None, tokenizer: TokenizerWrapper, **options: Any) -> nn.Module | None:
+    """Load a draft model for speculative decoding.
+
+    Args:
+        name: the draft model, as for `load`; None for no draft model.
+        tokenizer: the tokenizer of the model whose text it drafts.
+        **options: further arguments of `load`.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: if it cannot be used, or if its tokenizer is another one.
+    """
+    if name is None:
+        return None
+    model, own = load(name, **options)
+    if not _are_compatible(tokenizer, own):
+        raise ValueError(
+            f"the draft model {name} has another tokenizer than the model; give a smaller model "
+            "of the same family"
+        )
+    return model
+
+
+def _are_compatible(tokenizer: TokenizerWrapper, other: TokenizerWrapper) -> bool:
+    """Return whether the ids that two tokenizers have in common stand for the same tokens.
+
+    Files of one family differ in how many unused tokens they list at the end.
+    """
+    first, second = (
+        {identifier: token for token, identifier in one.get_vocab().items()}
+        for one in (tokenizer, other)
+    )
+    shared = first.keys() & second.keys()
+    return bool(shared) and all(first[identifier] == second[identifier] for identifier in shared)
 
 
 def _set_precision(model: nn.Module, dtype: str | None, dequantize: bool) -> None:

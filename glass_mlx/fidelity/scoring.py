@@ -16,11 +16,11 @@ from glass_mlx.cache_masks import masked_as_one_by_one
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.models import FFN, Routing, with_call, with_replacements, with_taps
-from glass_mlx.prompt_cache import make_prompt_cache, read_prompt
+from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, read_prompt
 from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
-from glass_mlx.slicing import mean_compensation
+from glass_mlx.slicing import masked_model, mean_compensation
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.vocabulary import Shortlister, VocabularyStatistics, log_probabilities
 
@@ -48,6 +48,8 @@ class DenseReading:
         text: the continuation, with at least two written tokens.
         points: the numbers of generated tokens after which the state is kept, such as the ends of
             warm-ups.
+        prompt_cache: a prompt cache into which the prompt was read. It does not change, so several
+            continuations can share it. Default: the prompt is read.
         reference: (T, vocabulary) log-probabilities of another model for the scored tokens, which
             scores are measured against. Default: the dense model's own.
         **options: how the prompt is read, as for `read_prompt`; for example `prefill_step_size`.
@@ -66,6 +68,7 @@ class DenseReading:
         model: nn.Module | Session,
         text: Continuation,
         points: Sequence[int] = (1,),
+        prompt_cache: PromptCache | None = None,
         reference: mx.array | None = None,
         **options: Any,
     ) -> None:
@@ -74,9 +77,14 @@ class DenseReading:
         self.tokens = len(text.written) - 1
         self.following = mx.array(text.written[1:])
 
+        session.ranks.settle()
+
         # 1) Read the prompt as the engine does, which observes a sample of it in the last FFN.
-        prompt_cache = make_prompt_cache(session)
-        read_prompt(session, text.prompt, prompt_cache, **options)
+        if prompt_cache is None:
+            prompt_cache = make_prompt_cache(session)
+            read_prompt(session, text.prompt, prompt_cache, **options)
+        else:
+            prompt_cache = copy.deepcopy(prompt_cache)
         cache, statistics = [*prompt_cache], prompt_cache.statistics
         assert statistics is not None
         self._checkpoints = {0: _Checkpoint(copy.deepcopy(cache), statistics.copy())}
@@ -209,19 +217,32 @@ class Scores:
         self.dense[scored] = dense
 
 
-def score(reading: DenseReading, selector: Selector, select: Select | None = None) -> Scores:
+def score(
+    reading: DenseReading,
+    selector: Selector,
+    select: Select | None = None,
+    *,
+    masks: bool = False,
+) -> Scores:
     """Score a selector on a continuation, with slices and renewals as in the engine.
 
     Args:
         reading: the continuation, read with the end of the selector's warm-up among its points.
         selector: determines when neurons are selected, and how they are sliced.
         select: chooses the neurons. Default: the selector.
+        masks: whether to mask the neurons of FFNs for whose slices memory has no room, to score
+            what all slices cost. The bytes are not those of the slices then. Default: such FFNs
+            stay whole, as in the engine.
+
+    Raises:
+        NoRoomError: if there is no room for any slice, nor are masks made.
     """
     config, session, scores = selector.config, reading.session, Scores.exact(reading)
     if config.warmup > reading.tokens:
         return scores
     cache, statistics = reading.state(config.warmup)
-    sliced = session.sliced_model(config.down_policy)
+    unsliced = session.without_room(selector, required=not masks)
+    sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
     shortlister = selector.shortlister(statistics.vocabulary)
     if shortlister is not None:
         _warm_up(shortlister, reading, config)
@@ -229,8 +250,12 @@ def score(reading: DenseReading, selector: Selector, select: Select | None = Non
         # 1) Select and slice. The rows of the head are exact, so its slice is not needed here.
         selection = (select or selector.select)(statistics)
         shortlist = None if shortlister is None else shortlister.choose(reading.read(start))
-        sliced.update(selection, mean_compensation(statistics))
+        compensation = mean_compensation(statistics)
+        sliced.update(selection, compensation)
         sliced_model = sliced.model
+        if masks and unsliced:
+            masked = [ffn for ffn in session.ffns if ffn.path in unsliced]
+            sliced_model = masked_model(sliced_model, masked, selection, compensation)
         scores.selections[start] = sliced.selection
 
         # 2) Run the dense and the sliced model on all tokens of the stretch at once.

@@ -17,28 +17,32 @@ from typing import Any
 
 from glass_mlx.arguments import (
     CommandParser,
+    add_draft_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     check_cache_flags,
+    check_minimums,
     check_sampling_flags,
+    draft_options,
     load_options,
     path,
 )
 from glass_mlx.cache_file import check_name
-from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.chat_templates import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import advice, load
+from glass_mlx.checkpoints.loading import load, load_draft
+from glass_mlx.command_model import find_prior, given_prior, note_advice
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
-from glass_mlx.models import check_tokens, vocabulary_size
+from glass_mlx.models import check_tokens, vocabulary_size, world
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
 from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
+from glass_mlx.speculation import Drafting
 from glass_mlx.streaming import check_max_tokens, collect, stream_generate
 
 import mlx.core as mx
@@ -50,7 +54,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # Flags of mlx_lm.generate that cannot be combined with slicing.
-_REFUSED = ("--draft-model", "--image")
+_REFUSED = ("--image",)
 
 
 def setup_arg_parser() -> CommandParser:
@@ -71,7 +75,7 @@ def setup_arg_parser() -> CommandParser:
     )
     for flag in _REFUSED:
         parser.add_argument(flag, nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--num-draft-tokens", type=int, help=argparse.SUPPRESS)
+    add_draft_arguments(parser)
     parser.add_argument(
         "--save-prompt-cache",
         metavar="FILE",
@@ -79,6 +83,7 @@ def setup_arg_parser() -> CommandParser:
         "Nothing is saved if the answer is interrupted, also by a pipe whose reader leaves.",
     )
     add_load_arguments(parser)
+    add_pipeline_argument(parser)
     add_slicing_arguments(parser.add_argument_group("slicing"))
     return parser
 
@@ -95,20 +100,21 @@ def run(args: argparse.Namespace) -> None:
     messages, template_options = _messages(args), _template_options(args)
     conversation = _open_conversation(args)
     config = config_from(args)
-    prior = GlobalPrior.load(locate(args.prior)) if args.prior else None
+    prior = given_prior(args)
 
     # 2) Load the model.
     if args.seed is not None:
         mx.random.seed(args.seed)
     load_model = _loader(args, conversation)
     model, tokenizer = load_model()
+    draft_model = load_draft(args.draft_model, tokenizer, **draft_options(args))
     for token in args.extra_eos_token:
         _add_eos_token(model, tokenizer, token)
-    if args.verbose and (hint := advice(model)):
-        print(hint, file=sys.stderr)
+    if args.verbose:
+        note_advice(model)
 
     # 3) Encode the new messages.
-    if args.verbose and (args.ignore_chat_template or not tokenizer.has_chat_template):
+    if args.verbose and not _uses_template(args, tokenizer):
         _note_unused_messages(messages)
     tokens = conversation.unread_tokens(
         model,
@@ -119,15 +125,14 @@ def run(args: argparse.Namespace) -> None:
         template_options,
     )
     if conversation.cache is None and args.save_prompt_cache:
-        conversation.cache = make_prompt_cache(model, args.max_kv_size)
+        conversation.cache = make_prompt_cache(model, args.max_kv_size, draft_model)
 
     # 4) Generate.
-    options = _generation_options(args, tokenizer) | {"prompt_cache": conversation.cache}
+    options = _generation_options(args, tokenizer)
+    options |= {"prompt_cache": conversation.cache, "draft_model": draft_model}
     response = None
     if args.dense:
-        if conversation.cache is None:
-            options["prompt_cache"] = make_layers(model, args.max_kv_size)
-        text = mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
+        text = _generate_dense(args, model, tokenizer, tokens, options)
     else:
         session = Session.of(model)
         responses = stream_generate(
@@ -135,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             tokens,
             config=config,
-            prior=False if args.no_prior else _find_prior(args, session, tokenizer, prior, config),
+            prior=_find_prior(args, session, tokenizer, prior, config) or False,
             reload=(lambda: load_model(lazy=True)[0]) if args.release_dense else None,
             **options,
         )
@@ -145,12 +150,37 @@ def run(args: argparse.Namespace) -> None:
 
     # 5) Save the conversation, before a closing line that can fail is printed.
     if args.save_prompt_cache:
-        history = None
-        if tokenizer.has_chat_template and not args.ignore_chat_template:
-            history = with_answer(full_history(conversation.history, messages), text)
+        messages = with_answer(full_history(conversation.history, messages), text)
+        history = messages if _uses_template(args, tokenizer) else None
         conversation.save(args.save_prompt_cache, args.model, history)
     if response is not None and args.verbose:
         print(summary(response))
+
+
+def _uses_template(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> bool:
+    """Return whether messages go through a chat template."""
+    return tokenizer.has_chat_template and not args.ignore_chat_template
+
+
+def _generate_dense(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    tokens: list[int],
+    options: dict[str, Any],
+) -> str:
+    """Generate with mlx-lm, and return the text.
+
+    Raises:
+        ValueError: if mlx-lm could not take drafts back, which it would not notice.
+    """
+    draft_model = options["draft_model"]
+    if options["prompt_cache"] is None:
+        options["prompt_cache"] = make_layers(model, args.max_kv_size, draft_model)
+    if draft_model is not None:
+        drafting = Drafting(draft_model, args.num_draft_tokens)
+        drafting.check_cache(model, options["prompt_cache"], len(tokens) + args.max_tokens)
+    return mlx_lm.generate(model, tokenizer, tokens, verbose=args.verbose, **options)
 
 
 def _loader(args: argparse.Namespace, conversation: Conversation) -> Callable[..., Any]:
@@ -191,6 +221,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag in _REFUSED:
         if getattr(args, flag[2:].replace("-", "_")):
             raise ValueError(f"{flag} cannot be combined with slicing; use mlx_lm.generate")
+    if world().size > 1:
+        _check_ranks(args)
     if args.save_prompt_cache:
         check_name(args.save_prompt_cache)
         if args.dense:
@@ -198,10 +230,20 @@ def _check_flags(args: argparse.Namespace) -> None:
     check_max_tokens(args.max_tokens)
     check_cache_flags(args)
     check_sampling_flags(args)
-    if args.prefill_step_size < 1:
-        raise ValueError(f"--prefill-step-size must be at least 1, not {args.prefill_step_size}")
+    check_minimums(args, prefill_step_size=1, num_draft_tokens=0)
+    if args.dense and args.draft_model and args.max_tokens < 0:
+        raise ValueError("--max-tokens -1 cannot be combined with --dense and --draft-model")
     if args.seed is not None:
         check_seed(args.seed)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Check that nothing is asked for that several machines cannot do."""
+    for flag in ("--save-prompt-cache", "--prompt-cache-file", "--adapter-path", "--draft-model"):
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
+    if args.prompt == "-":
+        raise ValueError("mlx.launch never ends standard input; give the prompt with --prompt")
 
 
 def _messages(args: argparse.Namespace) -> Messages:
@@ -283,6 +325,7 @@ def _generation_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -
         "kv_bits": args.kv_bits,
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,
+        "num_draft_tokens": args.num_draft_tokens,
     }
 
 
@@ -292,13 +335,11 @@ def _find_prior(
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | None,
     config: GlassConfig,
-) -> GlobalPrior:
-    """Return the model's prior, and report where it comes from."""
+) -> GlobalPrior | None:
+    """Return the model's prior or None, and report where it comes from."""
     places_searched: list[str] = []
     try:
-        return find_or_measure_prior(
-            session, tokenizer, prior, config, args.model, places_searched.append
-        )
+        return find_prior(args, session, tokenizer, prior, config, places_searched.append)
     finally:
         if args.verbose and places_searched:
             print(f"prior: {'; '.join(places_searched)}", file=sys.stderr)

@@ -40,7 +40,7 @@ from glass_mlx.latency.timing import (
     summarize,
     time_slicing,
 )
-from glass_mlx.models import named_arrays
+from glass_mlx.models import named_arrays, world
 from glass_mlx.reporting.machine import (
     busy_warning,
     describe_machine,
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("at least 2 repetitions, 4 generated and 2 prompt tokens are needed")
     check_seed(args.seed)
     check_model_arguments(args)
-    for file in (args.json, args.markdown, args.plot):
+    for file in (args.json, args.markdown, args.plot) if world().is_first else ():
         check_writable(file)
     if args.plot:
         require_matplotlib()
@@ -158,6 +158,8 @@ def report_results(
     print(text)
     for warning in about["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
+    if not world().is_first:
+        return
     write_results([about | row for row in rows], text, args.json, args.markdown)
     if args.plot:
         plot(about, rows, args.plot)

@@ -2,15 +2,22 @@
 
 import argparse
 
-from glass_mlx.arguments import add_load_arguments, add_model_argument
+from glass_mlx.arguments import (
+    add_load_arguments,
+    add_model_argument,
+    add_pipeline_argument,
+    check_minimums,
+    division_options,
+)
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
 from glass_mlx.checkpoints.loading import DTYPES, load, model_name
 from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
-from glass_mlx.models import DOWN_POLICIES, default_down_policy
+from glass_mlx.models import DOWN_POLICIES, default_down_policy, divide, named_arrays, world
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.session import Session
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -41,6 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mode", choices=_MODES, help=f"Quantization mode ({_MODES[0]}).")
     add_load_arguments(parser)
+    add_pipeline_argument(parser)
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
@@ -50,8 +58,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--layers, --bits, --group-size and --mode are for random weights; give --shape"
         )
-    if args.layers is not None and args.layers < 1:
-        raise ValueError(f"--layers must be at least 1, not {args.layers}")
+    check_minimums(args, layers=1)
     if args.bits is None and (args.group_size, args.mode) != (None, None):
         raise ValueError("--group-size and --mode are for quantized weights; give --bits")
 
@@ -66,9 +73,15 @@ def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module,
     if args.shape:
         dtype = args.dtype or DTYPES[0]
         group_size, mode = args.group_size or _GROUP_SIZE, args.mode or _MODES[0]
-        model = random_model(args.shape, dtype, args.bits, group_size, mode, lazy, args.layers)
+        is_lazy = lazy or world().size > 1
+        model = random_model(args.shape, dtype, args.bits, group_size, mode, is_lazy, args.layers)
+        if world().size > 1:
+            divide(model, world(), args.pipeline)
+            for _, array in () if lazy else named_arrays(model):
+                mx.eval(array)
         return model, numbers_tokenizer(SHAPES[args.shape].vocab_size)
-    return load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize)
+    options = division_options(args)
+    return load(args.model, lazy=lazy, dtype=args.dtype, dequantize=args.dequantize, **options)
 
 
 def load_prior(

@@ -132,14 +132,16 @@ def random_prior(model: nn.Module, down_policy: str) -> GlobalPrior:
     """
     session, generator = Session.of(model), np.random.default_rng(0)
     scores = {
-        path: generator.random(shape, dtype=np.float32) for path, shape in session.shapes.items()
+        path: generator.random(shape, dtype=np.float32)
+        for path, shape in session.whole_shapes.items()
     }
     (packaged,) = prior_files(packaged_priors())
     curves = GlobalPrior.load(packaged).about["curves"][0]
     conditions = session.conditions(GlassConfig(down_policy=down_policy))
     about = {"curves": [curves | {"conditions": conditions}]}
     vocabulary = generator.random(session.vocabulary_size, dtype=np.float32)
-    routed = {f.path: np.full(f.experts, 256, np.float32) for f in session.ffns if f.experts}
+    stacks = {path: shape[0] for path, shape in session.whole_shapes.items() if len(shape) == 2}
+    routed = {path: np.full(count, 256, np.float32) for path, count in stacks.items()}
     weights = session.fingerprint
     return GlobalPrior({"griffin": scores}, weights, about, vocabulary=vocabulary, routed=routed)
 

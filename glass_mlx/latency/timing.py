@@ -191,7 +191,8 @@ def time_slicing(
     local = _random_statistics(session, generator)
     firsts, renewals = [], []
     for _ in range(4):
-        sliced, start = session.sliced_model(down_policy), time.perf_counter()
+        unsliced = session.without_room(selector)
+        sliced, start = session.sliced_model(down_policy, unsliced=unsliced), time.perf_counter()
         shortlister = selector.shortlister(local.vocabulary)
         selection = selector.select(local)
         shortlist = None if shortlister is None else shortlister.choose([])

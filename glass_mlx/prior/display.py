@@ -69,7 +69,8 @@ def expert_lines(prior: GlobalPrior) -> list[str]:
         places = [f"{path} {n}" for path, n in few.items() if n]
         shown = ", ".join(places[:_MAX_PLACES]) + (", ..." if len(places) > _MAX_PLACES else "")
         lines.append(
-            f"            too few in {shown}; measure more --tokens, or more kinds of text"
+            f"            too few in {shown}; measure more --tokens, or other kinds of text "
+            "(--recipe)"
         )
     return lines
 

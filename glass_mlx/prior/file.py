@@ -16,7 +16,7 @@ stability and versions. It has no date, so that two identical measurements give 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -137,6 +137,20 @@ class GlobalPrior:
             return Fingerprint(samples, read_about(file, FORMAT)[_ROUNDING])
         except Exception as error:  # damaged headers cause many kinds of errors
             raise ValueError(f"the prior {file} cannot be read ({one_line(error)})") from error
+
+    def part(
+        self, parts: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    ) -> "GlobalPrior":
+        """Return the prior of the neurons of one process.
+
+        Args:
+            parts: takes what belongs to these neurons out of arrays by path, whose last axis is
+                neurons; see `Division.parts`.
+        """
+        scores = {name: parts(group) for name, group in self.scores.items()}
+        paths = next(iter(scores.values())).keys()
+        routed = {path: counts for path, counts in self.routed.items() if path in paths}
+        return replace(self, scores=scores, spread={}, routed=routed)
 
     def fitted(self, shapes: Mapping[str, Shape], weights: Fingerprint) -> "GlobalPrior":
         """Check that the prior fits a model, and leave out what holds for no other model.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from glass_mlx.models import Fingerprint
+from glass_mlx.models import Fingerprint, world
 from glass_mlx.prior.file import (
     FILE_NAME,
     GlobalPrior,
@@ -38,6 +38,20 @@ def folder_address(folder: Path | None) -> str:
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
     return str(folder)
+
+
+def given_prior(name: str | None) -> GlobalPrior | None:
+    """Load the prior that a flag names, a file or `hub:user/repo`; None without a name.
+
+    Of several ranks, rank 0 reads the file.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is damaged or cannot be downloaded.
+    """
+    if not name:
+        return None
+    return world().on_first(lambda: GlobalPrior.load(locate(name)))
 
 
 def find_prior(

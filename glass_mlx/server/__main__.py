@@ -19,14 +19,18 @@ from typing import Any
 from glass_mlx.arguments import (
     CommandParser,
     add_adapter_arguments,
+    add_draft_arguments,
     add_load_arguments,
     add_model_argument,
+    add_pipeline_argument,
     check_cache_flags,
     check_minimums,
     check_sampling_flags,
+    division_options,
 )
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import INTERRUPTED, exit_on_error
+from glass_mlx.models import world
 from glass_mlx.server.generation import GlassResponseGenerator
 from glass_mlx.server.handler import GlassAPIHandler
 from glass_mlx.server.listener import Listener
@@ -41,10 +45,11 @@ from mlx_lm.utils import _parse_size
 
 # Flags that cannot be combined with slicing, or that a server cannot use.
 _REFUSED = {
-    "draft_model": "--draft-model cannot be combined with slicing; use mlx_lm.server",
-    "pipeline": "--pipeline cannot be combined with slicing; use mlx_lm.server",
     "release_dense": "--release-dense is of no use here: the next prompt needs the dense weights",
 }
+
+# Flags whose effect could differ between machines, or that mlx-lm refuses for a divided model.
+_OF_ONE_MACHINE = ("adapter_path", "allow_model_requests", "draft_model", "prompt_cache_bytes")
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -55,18 +60,14 @@ def setup_arg_parser() -> CommandParser:
     add_model_argument(parser)
     add_adapter_arguments(parser)
     add_load_arguments(parser)
+    add_draft_arguments(parser)
+    add_pipeline_argument(parser)
     _add_http_arguments(parser.add_argument_group("connections"))
     _add_default_arguments(parser.add_argument_group("defaults of requests"))
     _add_cache_arguments(parser.add_argument_group("prompt caches"))
     add_slicing_arguments(parser.add_argument_group("slicing"))
-    for flag, options in (
-        ("--draft-model", {}),
-        ("--num-draft-tokens", {"type": int, "default": 3}),
-        ("--decode-concurrency", {"type": int}),
-        ("--prompt-concurrency", {"type": int}),
-        ("--pipeline", {"action": "store_true"}),
-    ):
-        parser.add_argument(flag, help=argparse.SUPPRESS, **options)
+    for flag in ("--decode-concurrency", "--prompt-concurrency"):
+        parser.add_argument(flag, help=argparse.SUPPRESS, type=int)
     return parser
 
 
@@ -201,6 +202,11 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
     """
     if not hasattr(mlx_lm.server, "TextStateMachine"):
         raise ValueError("the server needs mlx-lm 0.32 or newer, which needs Python 3.11 or newer")
+    division_options(args)
+    for name in _OF_ONE_MACHINE if world().size > 1 else ():
+        if getattr(args, name) not in (None, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
     for name, reason in _REFUSED.items():
         if getattr(args, name):
             raise ValueError(reason)
@@ -220,12 +226,15 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
         max_request_bytes=1,
         prefill_step_size=1,
         prompt_cache_size=0,
+        num_draft_tokens=0,
     )
     return config_from(args)
 
 
-def start(args: argparse.Namespace) -> tuple[Listener, GlassResponseGenerator]:
+def start(args: argparse.Namespace) -> tuple[Listener | None, GlassResponseGenerator]:
     """Load the model, and return the listener, which answers once `serve_forever` is called.
+
+    Of several ranks, only rank 0 listens.
 
     Args:
         args: the parsed flags.
@@ -235,7 +244,8 @@ def start(args: argparse.Namespace) -> tuple[Listener, GlassResponseGenerator]:
         ValueError: for a bad flag, a model that cannot be used or a prior that does not fit.
     """
     provider = GlassModelProvider(args, check_flags(args))
-    listener = Listener(args.host, args.port, args.max_waiting)
+    is_first = world().is_first
+    listener = Listener(args.host, args.port, args.max_waiting) if is_first else None
     cache_bytes = 1 << 63 if args.prompt_cache_bytes is None else args.prompt_cache_bytes
     generator = GlassResponseGenerator(
         provider, LRUPromptCache(args.prompt_cache_size, cache_bytes), args.max_waiting
@@ -243,13 +253,15 @@ def start(args: argparse.Namespace) -> tuple[Listener, GlassResponseGenerator]:
     while not provider.ready.wait(0.5):  # without a time limit, an interrupt would have to wait
         pass
     if provider.failure is not None:
-        generator.stop_and_join()
-        listener.server_close()
+        generator.end_thread()
+        if listener is not None:
+            listener.server_close()
         raise provider.failure
-    listener.handle_with(
-        partial(GlassAPIHandler, generator, system_fingerprint=get_system_fingerprint())
-    )
-    listener.server_activate()
+    if listener is not None:
+        listener.handle_with(
+            partial(GlassAPIHandler, generator, system_fingerprint=get_system_fingerprint())
+        )
+        listener.server_activate()
     return listener, generator
 
 
@@ -268,6 +280,9 @@ def run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         # The thread that loads or measures cannot be stopped, and a measurement can be resumed.
         os._exit(INTERRUPTED)
+    if listener is None:
+        generator.join()
+        return
     print(f"serving {generator.model_provider.name} at {listener.url}", file=sys.stderr)
     try:
         listener.serve_forever()

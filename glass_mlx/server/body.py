@@ -36,6 +36,9 @@ _FLOATS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 
+# More drafts at once are of no use, and cost memory.
+_MAX_DRAFT_TOKENS = 64
+
 # Fields of OpenAI's API that change the answer, with the values that do what happens anyway.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -145,6 +148,11 @@ def _check_sampling(body: dict[str, Any]) -> None:
             raise bad_request(str(error), "seed") from error
     if isinstance(threshold := body.get("xtc_threshold"), float) and threshold > 0.5:
         raise bad_request("xtc_threshold must be at most 0.5", "xtc_threshold")
+    drafts = body.get("num_draft_tokens", 0)
+    if _is_number(drafts) and drafts > _MAX_DRAFT_TOKENS:
+        raise bad_request(
+            f"num_draft_tokens must be at most {_MAX_DRAFT_TOKENS}", "num_draft_tokens"
+        )
     for name in ("presence_penalty", "frequency_penalty"):
         if _is_number(value := body.get(name, 0)) and abs(value) > _MAX_BIAS:
             raise bad_request(f"{name} must be from -{_MAX_BIAS} to {_MAX_BIAS}", name)

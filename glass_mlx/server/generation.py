@@ -1,9 +1,10 @@
 """Answers, generated one after the other in one thread."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Lock
@@ -11,6 +12,7 @@ from typing import Any
 
 from glass_mlx.errors import is_library_error, one_line
 from glass_mlx.generation_report import GenerationResponse
+from glass_mlx.models import world
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, trim_prompt_cache
 from glass_mlx.server.errors import ClientGoneError, RequestError, bad_request, internal_error
 from glass_mlx.server.job import Job, Piece, token_logprob
@@ -39,6 +41,13 @@ _FREEING_TIME = 0.2
 
 # Below this temperature, sampling is greedy: its reciprocal is not a number any more.
 _MIN_TEMPERATURE = 1e-4
+
+
+# With several ranks, rank 0 tells the others so often whether somebody still waits for an answer.
+_SHARED_TOKENS = 16
+
+# What rank 0 says instead of a request when the server ends.
+_END = "end"
 
 
 class _StoppedError(Exception):
@@ -81,13 +90,34 @@ class GlassResponseGenerator(ResponseGenerator):
         prompt_cache: LRUPromptCache,
         max_waiting: int,
     ) -> None:
-        self._max_waiting, self._entrance = max_waiting, Lock()
+        self._max_waiting, self._entrance, self._ranks = max_waiting, Lock(), world()
         super().__init__(model_provider, prompt_cache)  # starts the thread
 
     def stop_and_join(self) -> None:
+        """End the thread after the current token, and the threads of other ranks."""
+        self.end_thread()
+        if self._ranks.size > 1:
+            self._ranks.share(_END)
+
+    def end_thread(self) -> None:
         """End the thread after the current token."""
         super().stop_and_join()
         time.sleep(_FREEING_TIME)
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        """Return the next request on all ranks, or None; see mlx-lm's method."""
+        if self._ranks.size == 1:
+            return super()._next_request(timeout)
+        item = None
+        if self._ranks.is_first:
+            with suppress(Empty):
+                item = self.requests.get(timeout=timeout or _PATIENCE)
+        shared = self._ranks.share(None if item is None else item[1:])
+        if shared == _END:
+            self._stop = True
+        if shared is None or self._stop:
+            return None
+        return (Queue() if item is None else item[0], *shared)
 
     def _is_batchable(self, args: GenerationArguments) -> bool:
         return False
@@ -170,6 +200,8 @@ class GlassResponseGenerator(ResponseGenerator):
             if not is_library_error(error):
                 raise
             logging.exception("a request failed")
+            if self._ranks.size > 1:
+                os._exit(1)  # the others would wait for this rank in the middle of the answer
             responses.put(internal_error())
 
     def _answer(self, responses: "Queue[Any]", job: Job, args: GenerationArguments) -> None:
@@ -196,14 +228,16 @@ class GlassResponseGenerator(ResponseGenerator):
 
         # 3) Generate, until the text or the client's patience ends.
         def is_over() -> bool:
-            return self._stop or job.is_abandoned or context._should_stop
+            is_over_here = self._stop or job.is_abandoned or context._should_stop
+            return self._ranks.share(is_over_here)
 
+        every = 1 if self._ranks.size == 1 else _SHARED_TOKENS
         stream = self._stream(session, unread, cache, job, args, _Progress(responses, is_over))
         responses.put(context)
         with closing(stream):
             for piece in _pieces(stream, args, tokenizer):
                 responses.put(piece)
-                if is_over():
+                if piece.number % every == 0 and is_over():
                     break
         responses.put(None)
 
@@ -236,7 +270,8 @@ class GlassResponseGenerator(ResponseGenerator):
         if cache is not None and not unread and trim_prompt_cache(cache, 1):
             unread = prompt[-1:]  # the model must read something to continue from
         if cache is None or not unread:
-            cache = make_prompt_cache(session, self.cli_args.max_kv_size)
+            draft_model = self.model_provider.draft_model
+            cache = make_prompt_cache(session, self.cli_args.max_kv_size, draft_model)
             unread = prompt
         return cache, unread
 
@@ -263,6 +298,8 @@ class GlassResponseGenerator(ResponseGenerator):
                 tokenizer,
                 unread,
                 args.max_tokens,
+                self.model_provider.draft_model,
+                num_draft_tokens=args.num_draft_tokens,
                 config=job.config,
                 prior=self.model_provider.prior or False,
                 sampler=_make_sampler(args, tokenizer),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from glass_mlx.config import GlassConfig
 from glass_mlx.generation_report import Report
@@ -85,6 +85,10 @@ class Job(CompletionRequest):
     is_abandoned: bool = False
     latest: Piece | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what other ranks need to know of the request: all but its connection."""
+        return {name: value for name, value in vars(self).items() if name != "is_gone"}
 
     @property
     def tokens(self) -> int:

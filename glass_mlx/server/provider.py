@@ -9,15 +9,19 @@ import time
 from itertools import pairwise
 from typing import Any
 
+from glass_mlx.arguments import division_options, draft_options
 from glass_mlx.calibration.first_use import find_or_measure_budget, find_or_measure_prior
-from glass_mlx.checkpoints.loading import advice, load, model_name
+from glass_mlx.checkpoints.loading import load, load_draft, model_name
+from glass_mlx.command_model import note_advice
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import is_library_error, one_line
 from glass_mlx.files import expand_user
 from glass_mlx.prior.file import GlobalPrior
-from glass_mlx.prior.hub import locate
+from glass_mlx.prior.lookup import given_prior
+from glass_mlx.prompt_cache import make_layers
 from glass_mlx.server.errors import RequestError
 from glass_mlx.session import Session
+from glass_mlx.speculation import Drafting
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -53,6 +57,7 @@ class GlassModelProvider(ModelProvider):
     model: Any
     tokenizer: Any
     model_key: Any
+    draft_model: Any
 
     def __init__(self, cli_args: argparse.Namespace, config: GlassConfig) -> None:
         super().__init__(cli_args)
@@ -62,9 +67,9 @@ class GlassModelProvider(ModelProvider):
         self.dense_speed = 0.0
         self.ready = threading.Event()
         self.failure: BaseException | None = None
-        self._names = {DEFAULT, self.name, cli_args.model}
-        if cli_args.model is not None and (path := expand_user(cli_args.model)).exists():
-            self._names.add(str(path.resolve()))
+        draft = cli_args.draft_model
+        self._names = {DEFAULT, *_names(cli_args.model)}
+        self._draft_names = {DEFAULT, *(() if draft is None else _names(draft))}
 
     def reset(self) -> None:
         """Forget the loaded model."""
@@ -91,13 +96,14 @@ class GlassModelProvider(ModelProvider):
             )
         if adapter is not None and not may_load:
             raise RequestError(404, "this server loads no adapters on request", "adapters")
-        if draft != DEFAULT:
-            raise RequestError(400, "a draft model cannot be combined with slicing", "draft_model")
+        if draft not in self._draft_names and not may_load:
+            message = f"the draft model {draft} is not served here"
+            raise RequestError(404, message, "draft_model", "model_not_found")
 
     def load_default(self) -> None:
         """Load the model of `--model`. A failure is kept in `failure`."""
         try:
-            self.load(DEFAULT)
+            self.load(DEFAULT, None, DEFAULT)
         except BaseException as error:
             if not is_library_error(error):
                 raise
@@ -108,13 +114,18 @@ class GlassModelProvider(ModelProvider):
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> tuple[nn.Module, TokenizerWrapper]:
-        """Load a model unless it is loaded already; return it and its tokenizer."""
+        """Load a model unless it is loaded already; return it and its tokenizer.
+
+        The draft model of `--draft-model` goes with the model of `--model` alone.
+        """
         if self.is_default(model_path):
             model_path = DEFAULT
+        if draft_model_path in self._draft_names:
+            draft_model_path = DEFAULT if model_path == DEFAULT else None
         if adapter_path is None or model_path != DEFAULT:
-            return super().load(model_path, adapter_path, None)
+            return super().load(model_path, adapter_path, draft_model_path)
         # mlx-lm has no adapters but those of --adapter-path for the model of --model.
-        return super().load(self.cli_args.model, adapter_path, None)
+        return super().load(self.cli_args.model, adapter_path, draft_model_path)
 
     def _load(
         self,
@@ -133,28 +144,40 @@ class GlassModelProvider(ModelProvider):
             trust_remote_code=args.trust_remote_code,
             dtype=args.dtype,
             dequantize=args.dequantize,
+            **division_options(args),
         )
         if args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         if args.kv_bits is not None:
             check_quantized_cache(model, args.kv_bits, args.kv_group_size)
+        draft_model = load_draft(draft_model_path, tokenizer, **draft_options(args))
+        if draft_model is not None:
+            drafting = Drafting(draft_model, args.num_draft_tokens)
+            drafting.check_cache(model, make_layers(model, args.max_kv_size, draft_model), 1)
         self._prepare(model, tokenizer, model_path)
-        self.model, self.tokenizer = model, tokenizer
-        self.model_key = (model_path, adapter_path, None)
+        self.model, self.tokenizer, self.draft_model = model, tokenizer, draft_model
+        self.model_key = (model_path, adapter_path, draft_model_path)
 
     def _prepare(self, model: nn.Module, tokenizer: TokenizerWrapper, name: str | None) -> None:
         """Find or measure the prior and, for a bound on KL, what slicing costs."""
         session, args = Session(model), self.cli_args
-        if hint := advice(model):
-            print(hint, file=sys.stderr)
+        note_advice(model)
         if not args.dense and not args.no_prior:
-            given = None if args.prior is None or name != args.model else locate(args.prior)
+            given = None if args.prior is None or name != args.model else given_prior(args.prior)
             self.prior = find_or_measure_prior(
                 session, tokenizer, given, self.config, name, _report_place
             )
         if not args.dense and self.config.has_budget:
             find_or_measure_budget(session, tokenizer, self.prior, self.config)
         self.session, self.dense_speed = session, dense_speed(model)
+
+
+def _names(model: str | None) -> set[str | None]:
+    """Return the names by which a request can name a model of the command line."""
+    names = {model_name(model), model}
+    if model is not None and (path := expand_user(model)).exists():
+        names.add(str(path.resolve()))
+    return names
 
 
 def _report_place(line: str) -> None:

@@ -27,6 +27,8 @@ def glass_usage(report: Report, tokens: int) -> dict[str, Any]:
         "density": round(report.density_got, 4),
         "vocabulary": round(report.vocabulary_got, 4),
         "outside": round(report.outside, 6),
+        "measured_kl": None if report.measured_kl is None else round(report.measured_kl, 6),
+        "measured_tokens": report.measured_tokens,
         "bytes_per_token": report.sliced_bytes,
         "dense_bytes_per_token": report.dense_bytes,
         "bytes_share": round(read / (tokens * report.dense_bytes), 4),

@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 
+from glass_mlx import load
 from glass_mlx.latency.__main__ import main
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
 from glass_mlx.latency.timing import Run, break_even
-from glass_mlx.models import find_ffns, find_head, weight_bytes
+from glass_mlx.models import find_ffns, find_head, named_arrays, weight_bytes
+from glass_mlx.prior.file import FILE_NAME
 from glass_mlx.reporting.machine import busy_warning, slowdown_warning
 from glass_mlx.session import Session
-from helpers import save_tiny_folder
+from helpers import made_prior, save_tiny_folder
 
 import profile_decode
 import pytest
@@ -60,15 +62,26 @@ def test_released_weights_lower_held_memory(tmp_path, monkeypatch):
     assert released["bytes_per_token"] == glass["bytes_per_token"] < dense["bytes_per_token"]
 
 
-def test_a_profile_lists_the_parts_of_a_decode_step(tmp_path, monkeypatch, capsys):
-    folder = save_tiny_folder(tmp_path / "tiny")
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "dbrx"])
+def test_a_profile_lists_the_parts_of_a_decode_step(tmp_path, monkeypatch, capsys, architecture):
+    folder = save_tiny_folder(tmp_path / "tiny", architecture)
+    model, _ = load(str(folder))
+    made_prior(model).save(folder / FILE_NAME)
     monkeypatch.setattr("sys.argv", ["profile", "--model", str(folder), "--repetitions", "2"])
     profile_decode.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[3:]] == [
         f"| {part}" for part in ("whole step", "FFNs", "head", "rest", "building")
     ]
-    assert lines[4].split(" | ")[-1].startswith("2.00")  # half of the neurons
+    cells = lines[4].split(" | ")
+    assert cells[-1].startswith("2.00")  # half of the neurons
+    size = sum(
+        array.nbytes * Session(model).read_shares.get(ffn.path, 1)
+        for ffn in find_ffns(model)
+        for layer in ffn.layers.values()
+        for _, array in named_arrays(layer)
+    )
+    assert float(cells[2]) == pytest.approx(size / 1e6, abs=0.06)
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,9 @@ def test_every_flag_of_mlx_lm_is_accepted(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--draft-model", "a"], "--draft-model cannot be combined with slicing"),
-        (["--pipeline"], "--pipeline cannot be combined with slicing"),
+        (["--draft-model", "./missing"], "there is no model at ./missing"),
+        (["--num-draft-tokens", -1], "--num-draft-tokens must be at least 0"),
+        (["--pipeline"], "--pipeline needs several machines"),
         (["--release-dense"], "--release-dense is of no use here"),
         (["--kv-bits", 8, "--max-kv-size", 8], "--kv-bits cannot be combined with --max-kv-size"),
         (["--kv-bits", 8], "cannot be quantized to 8 bits in groups of 64"),

@@ -214,7 +214,7 @@ def test_no_other_model_is_loaded(chat, server, name, monkeypatch):
         chat(model=name)
     with pytest.raises(openai.NotFoundError, match="no adapters on request"):
         chat(extra_body={"adapters": name})
-    with pytest.raises(openai.BadRequestError, match="draft model cannot be combined"):
+    with pytest.raises(openai.NotFoundError, match=r"the draft model .*is not served here"):
         chat(extra_body={"draft_model": name})
     assert chat(max_tokens=2).usage.completion_tokens == 2
 
@@ -231,6 +231,58 @@ def test_other_models_are_loaded_if_a_flag_allows_it(run_server, folder, tmp_pat
         assert chat(model="tiny").choices[0].message.content == text
 
 
+def test_usage_tells_what_the_vocabulary_has_cost(chat):
+    cut = chat(extra_body={"glass": {"vocabulary": 0.25}}, max_tokens=80).usage.glass
+    assert cut["measured_tokens"] >= 8
+    assert 0 < cut["measured_kl"] < 10
+    whole = chat(extra_body={"glass": {"density": 0.5}}, max_tokens=80).usage.glass
+    assert (whole["measured_tokens"], whole["measured_kl"]) == (0, None)
+
+
+def test_a_draft_model_proposes_tokens(run_server, chat, folder):
+    """The text of the dense model is the same, and that of slices is the engine's."""
+    model, tokenizer = load(str(folder))
+    dense = {"glass": {"dense": True}}
+    expected = chat(max_tokens=30, extra_body=dense).choices[0].message.content
+    ids = encode(tokenizer, MESSAGES)
+    options = {"draft_model": model, "num_draft_tokens": 4, "density": 0.5, "max_tokens": 30}
+    sliced = "".join(r.text for r in stream_generate(model, tokenizer, ids, **options))
+    with run_server(folder, "--draft-model", folder, "--num-draft-tokens", 4) as server:
+        drafted = partial(
+            client_of(server).chat.completions.create, model="tiny", messages=MESSAGES
+        )
+        for draft in ({}, {"draft_model": str(folder)}, {"num_draft_tokens": 0}):
+            answer = drafted(max_tokens=30, extra_body=dense | draft)
+            assert answer.choices[0].message.content == expected
+        assert answer.usage.prompt_tokens_details.cached_tokens > 0
+        answer = drafted(max_tokens=30, extra_body={"glass": {"density": 0.5}})
+        assert answer.choices[0].message.content == sliced
+        with pytest.raises(openai.NotFoundError, match="draft model other is not served here"):
+            drafted(extra_body={"draft_model": "other"})
+
+
+def test_other_draft_models_are_loaded_if_a_flag_allows_it(run_server, folder, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(folder)
+    dense = {"glass": {"dense": True}}
+    flags = ("--allow-model-requests", "--draft-model", folder)
+    with run_server(folder, *flags) as server:
+        chat = partial(client_of(server).chat.completions.create, messages=MESSAGES, max_tokens=20)
+        text = chat(model="tiny", extra_body=dense).choices[0].message.content
+        provider = server.generator.model_provider
+        assert provider.draft_model is not None
+        for model in ("tiny", str(other)):
+            answer = chat(model=model, extra_body=dense | {"draft_model": str(other)})
+            assert answer.choices[0].message.content == text
+            assert provider.model_key[2] == str(other)
+        # The draft model of the command line belongs to the model of the command line.
+        assert chat(model=str(other), extra_body=dense).choices[0].message.content == text
+        assert provider.draft_model is None
+        with pytest.raises(openai.NotFoundError, match="there is no model at /nowhere"):
+            chat(model="tiny", extra_body={"draft_model": "/nowhere"})
+        assert chat(model="tiny", extra_body=dense).choices[0].message.content == text
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -244,6 +296,8 @@ def test_other_models_are_loaded_if_a_flag_allows_it(run_server, folder, tmp_pat
         ({"extra_body": {"glass": {"density": 3}}}, "the density must be above 0"),
         ({"extra_body": {"top_k": -1}}, "top_k must be at least 0"),
         ({"extra_body": {"draft_model": 1}}, "draft_model must be of type str"),
+        ({"extra_body": {"num_draft_tokens": 65}}, "num_draft_tokens must be at most 64"),
+        ({"extra_body": {"num_draft_tokens": -1}}, "num_draft_tokens must be at least 0"),
     ],
 )
 def test_a_bad_value_is_refused_with_a_reason(chat, fields, message):

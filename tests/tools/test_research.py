@@ -7,12 +7,15 @@ from glass_mlx import GlassConfig, GlobalPrior, Session, load
 from helpers import made_prior, save_tiny_folder
 
 import add_curves
+import compare_dense_passes
 import compare_expert_evidence
 import compare_long_texts
 import compare_outside
+import compare_parts
 import compare_priors
 import compare_schedules
 import compare_shortlists
+import count_sent_bytes
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -41,6 +44,24 @@ def test_schedules_are_compared(folder, tmp_path, monkeypatch, capsys):
     kl, speed = ([float(row.split("|")[n]) for row in (sparse, dense)] for n in (4, 6))
     assert kl[0] > kl[1] > 0
     assert speed[0] > speed[1] > 1
+
+
+def test_choices_in_parts_are_compared(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 50]
+    run(monkeypatch, compare_parts, *arguments, "--parts", 1, 4, "--density", 0.5, "--same-count")
+    _, _, one, four = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    assert float(one[3]) == float(four[3]) == 0.5
+    assert float(one[4]) > 0
+    assert float(four[4]) > 0
+
+
+def test_sent_bytes_are_counted(folder, monkeypatch, capsys):
+    """With a single rank there is nobody to send to."""
+    run(monkeypatch, count_sent_bytes, "--model", folder, "--prompt", "丁七丄", "--tokens", 20)
+    first, _, _, dense, sliced = capsys.readouterr().out.splitlines()
+    assert first == "1 ranks"
+    assert [cell.strip() for cell in dense.split("|")[2:6]] == ["23", "0", "0", "0"]
+    assert [cell.strip() for cell in sliced.split("|")[2:6]] == ["23", "0", "0", "0"]
 
 
 def test_priors_are_compared(folder, tmp_path, monkeypatch, capsys):
@@ -116,6 +137,16 @@ def test_expectations_of_the_probability_outside_are_compared(
     kl = {row[2].strip(): float(row[4]) for row in rows}
     assert kl["the truth"] < kl["the mean"]
     assert kl["the truth"] < kl["0.2"]
+
+
+def test_dense_passes_are_compared(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 60]
+    run(monkeypatch, compare_dense_passes, *arguments, "--rows", 1, 4)
+    lines = capsys.readouterr().out.splitlines()
+    whole, every, some = ([float(cell) for cell in line.split("|")[2:4]] for line in lines[2:5])
+    assert every[0] < some[0] < 1
+    assert whole[0] < 1
+    assert [line.split("|")[1].strip() for line in lines[-2:]] == ["1", "4"]
 
 
 @pytest.mark.parametrize("method", quantize_with_data.METHODS)

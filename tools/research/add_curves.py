@@ -99,7 +99,7 @@ def float_session(quantized: Session, model: nn.Module) -> Session:
     session = Session(model)
     make_slices: Callable[..., Any] = quantized.sliced_model
     overrides = {
-        "sliced_model": lambda policy: FloatSlices(make_slices(policy), model),
+        "sliced_model": lambda *args, **options: FloatSlices(make_slices(*args, **options), model),
         "conditions": quantized.conditions,
     }
     for name, function in overrides.items():

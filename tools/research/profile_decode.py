@@ -8,14 +8,14 @@ a generation, Python does this while the previous step is computed.
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
 from glass_mlx.latency.measured_model import add_model_arguments, load_model, load_prior
-from glass_mlx.models import find_head, named_arrays, weight_bytes
+from glass_mlx.models import FFN, named_arrays
 from glass_mlx.models.linear import is_linear
 from glass_mlx.reporting.tables import markdown_table
 from glass_mlx.session import Session
@@ -53,18 +53,33 @@ def _seconds(build: Callable[[], Any]) -> tuple[float, float]:
     return built, time.perf_counter() - start
 
 
+def _callable(
+    modules: Mapping[str, nn.Module], ffn: FFN, read_shares: Mapping[str, float]
+) -> Callable[[mx.array], mx.array]:
+    """Return an FFN as a function of its input; a stack computes as many experts as for a token.
+
+    Experts in a list are called by the module around them, which the time includes.
+    """
+    module: Any = modules[ffn.block_path]
+    if ffn.experts is None or ffn.block_path != ffn.path:
+        return module
+    chosen = mx.arange(max(1, round(ffn.experts * read_shares[ffn.path])))[None, None]
+    return lambda x: module(x, chosen)
+
+
 class Parts:
     """The parts of a decode step.
 
     Args:
         model: the model, dense or sliced.
-        paths: the paths of its FFNs.
+        session: the dense model's session.
         context: the number of tokens in its cache.
     """
 
-    def __init__(self, model: nn.Module, paths: list[str], context: int) -> None:
+    def __init__(self, model: nn.Module, session: Session, context: int) -> None:
         modules = dict(model.named_modules())
-        self._model, self._ffns = model, [modules[path] for path in paths]
+        self._model = model
+        self._ffns = [_callable(modules, ffn, session.read_shares) for ffn in session.ffns]
         heads = [m for m in modules.values() if is_linear(m) or hasattr(m, "as_linear")]
         self._head = max(heads, key=lambda layer: (layer.weight.shape[0], is_linear(layer)))
         self._cache, tokens = make_prompt_cache(model), mx.zeros((1, context), mx.uint32)
@@ -73,8 +88,15 @@ class Parts:
         embed = next(m for m in modules.values() if isinstance(m, kinds))
         self._x = embed(mx.array([[0]], mx.uint32))
         mx.eval(self._x)
-        whole = weight_bytes(model, find_head(model))
-        parts = {_WHOLE: whole, _FFNS: _size(self._ffns), _HEAD: _size([self._head])}
+        whole = session.bytes_of(model)
+        arrays = named_arrays(model)
+        ffns = sum(
+            session.read_shares.get(ffn.path, 1.0) * array.nbytes
+            for ffn in session.ffns
+            for path, array in arrays
+            if path.startswith(f"{ffn.path}.")
+        )
+        parts = {_WHOLE: whole, _FFNS: round(ffns), _HEAD: _size([self._head])}
         self.bytes = parts | {_REST: 2 * whole - sum(parts.values())}
 
     def measure(self) -> dict[str, float]:
@@ -116,8 +138,7 @@ def run(args: argparse.Namespace) -> None:
     selector = session.selector(GlassConfig(density=args.density, prior_weight=1.0), prior)
     selection = selector.select(session.empty_statistics())
     models = {"dense": model, "sliced": session.slice(selection, args.down_policy)}
-    paths = [ffn.path for ffn in session.ffns]
-    parts = {name: Parts(each, paths, args.context) for name, each in models.items()}
+    parts = {name: Parts(each, session, args.context) for name, each in models.items()}
     times: dict[str, Times] = {name: [] for name in parts}
     for _ in tqdm(range(args.repetitions), file=sys.stderr, leave=False):
         for name, timed in parts.items():

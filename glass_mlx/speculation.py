@@ -1,0 +1,387 @@
+"""Speculative decoding: a draft model proposes tokens, and one pass of the target checks them all.
+
+The target computes every token of the text: it samples a token after each draft, and the drafts
+count as far as they are the tokens that it sampled (arXiv 2211.17192, in the form of mlx-lm).
+"""
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from glass_mlx.cache_masks import cache_parts
+from glass_mlx.decoding import Decoder, Sampled
+from glass_mlx.models import vocabulary_size
+from glass_mlx.prompt_cache import check_layers, make_layers
+from glass_mlx.token_observer import TokenObserver
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import (
+    DEFAULT_QUANTIZED_KV_START,
+    generation_stream,
+    maybe_quantize_kv_cache,
+)
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+# The number of drafts in a pass, as in mlx-lm.
+DEFAULT_DRAFT_TOKENS = 2
+
+# The draft model's logit of a token that it does not know.
+_UNKNOWN = -1e9
+
+# The attributes with the number of tokens that a cache holds at most.
+_BOUNDS = ("max_size", "chunk_size")
+
+# Samples from logits (rows, vocabulary), the last of which follow all given drafts (n,); returns
+# tokens (rows,) and log-probabilities (rows, vocabulary).
+Choose = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafts tokens in a generation.
+
+    Attributes:
+        model: the draft model.
+        count: the number of tokens that it drafts at once.
+
+    Raises:
+        ValueError: if it is no model, or if it cannot draft so many tokens.
+    """
+
+    model: nn.Module
+    count: int
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if not isinstance(self.model, nn.Module):
+            raise ValueError(f"the draft model must be a model, not {type(self.model).__name__}")
+        if self.count < 0:
+            raise ValueError(f"the number of draft tokens must be at least 0, not {self.count}")
+
+    def split(self, target: nn.Module, cache: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the entries of the target and those of the draft model in a prompt cache.
+
+        Raises:
+            ValueError: if they are not those of these models.
+        """
+        count = len(make_layers(target))
+        entries, draft_entries = list(cache[:count]), list(cache[count:])
+        check_layers(target, entries)
+        if not draft_entries:
+            raise ValueError(
+                "the prompt cache has no entries for the draft model; make a new one with the "
+                "draft model, or leave the draft model out"
+            )
+        check_layers(self.model, draft_entries)
+        return entries, draft_entries
+
+    def check_cache(self, target: nn.Module, cache: list[Any], tokens: float) -> None:
+        """Check that drafts can be taken back throughout a generation.
+
+        Args:
+            target: the target.
+            cache: the entries of both models.
+            tokens: the number of tokens to read at most.
+
+        Raises:
+            ValueError: if they cannot, or if the entries are not those of these models.
+        """
+        entries, draft_entries = self.split(target, cache)
+        check_trimmable(entries, tokens, "model")
+        check_trimmable(draft_entries, tokens, "draft model")
+
+
+def check_trimmable(cache: list[Any], tokens: float, name: str) -> None:
+    """Check that drafts can be taken out of a cache throughout a generation.
+
+    Args:
+        cache: the entries of a model.
+        tokens: the number of tokens to read into it at most.
+        name: what to call the model.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if not can_trim_prompt_cache(cache):
+        kinds = {type(entry).__name__ for entry in cache if not entry.is_trimmable()}
+        raise ValueError(
+            f"speculative decoding must take drafts back, but tokens cannot be taken out of this "
+            f"{name}'s cache ({', '.join(sorted(kinds))}); leave the draft model out"
+        )
+    for part in cache_parts(cache):
+        bounds = [getattr(part, attribute, math.inf) for attribute in _BOUNDS]
+        if (bound := min(bounds)) <= getattr(part, "offset", 0) + tokens:
+            raise ValueError(
+                f"speculative decoding must take drafts back, but this {name}'s cache keeps only "
+                f"the latest {bound} tokens of longer texts; generate fewer tokens, or leave the "
+                "draft model out"
+            )
+
+
+@dataclass(frozen=True)
+class CacheQuantization:
+    """How the keys and values of a cache are quantized; see `mlx_lm.generate.generate_step`."""
+
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
+
+    def __call__(self, cache: list[Any]) -> None:
+        """Quantize the entries of a cache in place, once they are long enough."""
+        maybe_quantize_kv_cache(cache, **vars(self))
+
+
+class Draft:
+    """A draft model, which has read some of the text.
+
+    Args:
+        drafting: the model.
+        cache: its prompt cache.
+        size: the number of tokens that the target knows.
+        prefill_step_size: how many tokens it reads at once.
+        quantize: how its cache is quantized.
+
+    Attributes:
+        cache: its prompt cache.
+        count: the number of tokens that it drafts at once.
+    """
+
+    def __init__(
+        self,
+        drafting: Drafting,
+        cache: list[Any],
+        size: int,
+        prefill_step_size: int,
+        quantize: CacheQuantization,
+    ) -> None:
+        self.cache, self.count = cache, drafting.count
+        self._model, self._size = drafting.model, size
+        self._own_size = vocabulary_size(drafting.model)
+        self._step_size, self._quantize = prefill_step_size, quantize
+        self._tokens_read = 0
+
+    def propose(self, text: list[int], count: int, choose: Choose) -> mx.array:
+        """Draft the next tokens.
+
+        Args:
+            text: the token ids of the text so far.
+            count: the number of tokens.
+            choose: how tokens are sampled.
+
+        Returns:
+            (count,) token ids. The draft model has read all of them but the last.
+        """
+        drafts = mx.zeros(0, mx.uint32)
+        if count == 0:
+            return drafts
+        if len(text) - self._tokens_read > 2:  # two, if all drafts of the latest pass were right
+            self.read(text[:-1])
+        unread = mx.array(text[self._tokens_read :], mx.uint32)
+        for _ in range(count):
+            unread, _ = choose(self._logits(unread), drafts)
+            mx.async_eval(unread)
+            drafts = mx.concatenate([drafts, unread])
+        self._tokens_read = len(text) + count - 1
+        return drafts
+
+    def read(self, text: list[int]) -> None:
+        """Read the text's tokens that were not read yet."""
+        while unread := text[self._tokens_read :][: self._step_size]:
+            self._logits(mx.array(unread, mx.uint32))
+            mx.eval([entry.state for entry in self.cache])
+            self._tokens_read += len(unread)
+
+    def keep(self, count: int) -> None:
+        """Forget all tokens but the first ones of the text."""
+        if self._tokens_read > count:
+            trim_prompt_cache(self.cache, self._tokens_read - count)
+            self._tokens_read = count
+
+    def _logits(self, tokens: mx.array) -> mx.array:
+        """Read tokens (n,); return the logits (1, vocabulary) after them, of the target's size.
+
+        Models of one family pad their vocabularies to different sizes.
+        """
+        known = mx.minimum(tokens, self._own_size - 1)  # MLX does not check indices
+        logits = self._model(known[None], cache=self.cache)[:, -1, : self._size]
+        self._quantize(self.cache)
+        missing = self._size - logits.shape[-1]
+        return mx.pad(logits, [(0, 0), (0, missing)], constant_values=_UNKNOWN)
+
+
+class CheckingModel(nn.Module):
+    """The target of speculative decoding: each of its passes is dense or sliced as a whole.
+
+    Args:
+        dense: the dense model, which shows its tokens to the observer.
+        observer: sees what the dense model computes.
+        sliced: the sliced model, or None if all passes are dense.
+        is_due: whether the dense model computes the next pass.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        observer: TokenObserver,
+        sliced: nn.Module | None = None,
+        is_due: Callable[[], bool] = lambda: True,
+    ) -> None:
+        super().__init__()
+        self.dense, self.sliced = dense, sliced
+        self._is_dense = True
+        self._observer, self._is_due = observer, is_due
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Compute the logits of a pass; the arguments are the models'."""
+        if self.sliced is None:
+            return self.dense(*args, **kwargs)
+        self._is_dense = self._is_due()
+        model = self.dense if self._is_dense else self.sliced
+        return model(*args, **kwargs)
+
+    def was_dense(self, _: int) -> bool:
+        """Return whether the dense model computed a token, which is of the latest pass."""
+        return self._is_dense
+
+    def take(self, count: int) -> None:
+        """Note how many tokens of the text the latest pass has computed; the others are void."""
+        if self._is_dense:
+            self._observer.take(count)
+
+
+class SpeculativeDecoder(Decoder):
+    """A decode loop that lets a draft model propose tokens.
+
+    The first run, which reads the prompt, goes without drafts. In later runs the target has read
+    all tokens but the last when a pass begins, and the draft model all or fewer.
+
+    Args:
+        dense: see `Decoder`, also for the other arguments.
+        cache: the prompt cache with the entries of both models. Its list is up to date once the
+            generation ends.
+        prompt: (T,) token ids of the prompt.
+        max_tokens: the maximum number of tokens to generate; -1 for no limit.
+        drafting: the draft model.
+        prefill_step_size: how many tokens are read at once.
+        quantization: how the keys and values are quantized.
+        **options: further arguments of `Decoder`.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        cache: list[Any],
+        prompt: mx.array,
+        max_tokens: int,
+        drafting: Drafting,
+        prefill_step_size: int = 2048,
+        quantization: CacheQuantization | None = None,
+        **options: Any,
+    ) -> None:
+        entries, draft_entries = drafting.split(dense, cache)
+        self._quantize = quantization or CacheQuantization()
+        options |= vars(self._quantize) | {"prefill_step_size": prefill_step_size}
+        super().__init__(dense, entries, prompt, max_tokens, **options)
+        size = vocabulary_size(dense)
+        self._draft = Draft(drafting, draft_entries, size, prefill_step_size, self._quantize)
+        self._both = cache
+
+    def run(
+        self, model: nn.Module, unread: mx.array, until: float, **options: Any
+    ) -> Generator[Sampled, None, None]:
+        """Generate until a total number of tokens is reached; see `Decoder.run`.
+
+        Args:
+            model: the model that reads the prompt, and later a `CheckingModel`.
+            unread: (n,) the last n tokens, which are not in the cache yet; the last one after the
+                first run.
+            until: the total number of generated tokens to stop at, which no pass exceeds.
+            **options: options of the first run.
+        """
+        if self.generated == 0:
+            yield from super().run(model, unread, until, **options)
+            return
+        assert isinstance(model, CheckingModel)
+        until = min(until, self.limit)
+        while self.generated < until:
+            count = int(min(self._draft.count, until - self.generated - 1))
+            tokens, logprobs, accepted = self._pass(model, count)
+            for number, token in enumerate(tokens, 1):
+                self._add(token)
+                try:
+                    yield Sampled(token, logprobs[number - 1], number <= accepted)
+                except GeneratorExit:
+                    self._take(model, number, count)
+                    self._read_last(model)
+                    raise
+            self._take(model, len(tokens), count)
+        if self.generated == self.limit:
+            self._read_last(model)
+
+    def _pass(self, model: CheckingModel, count: int) -> tuple[list[int], mx.array, int]:
+        """Draft tokens, and check them.
+
+        Args:
+            model: the target.
+            count: the number of drafts.
+
+        Returns:
+            The next tokens, log-probabilities (count + 1, vocabulary), and how many of the tokens
+            were drafted.
+        """
+        with mx.stream(generation_stream):
+            drafts = self._draft.propose(self.tokens, count, self._choose)
+            unread = mx.concatenate([self.last(1), drafts])
+            logits = model(unread[None], cache=self.cache)
+            self._quantize(self.cache)
+            sampled, logprobs = self._choose(logits.squeeze(0), drafts)
+            mx.eval(sampled, drafts)
+        tokens, proposed = [int(t) for t in sampled], [int(t) for t in drafts]
+        accepted = 0
+        while accepted < count and tokens[accepted] == proposed[accepted]:
+            accepted += 1
+        return tokens[: accepted + 1], logprobs, accepted
+
+    def _choose(self, logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
+        """Sample from the logits of one or several places; see `Choose`."""
+        if not self._processors:
+            logprobs = _log_probabilities(logits)
+            return self._sampler(logprobs), logprobs
+        text = self._history.text(self.tokens[-self.generated :])
+        first, sampled, rows = drafts.size + 1 - len(logits), [], []
+        for place in range(len(logits)):
+            row = logits[place : place + 1]
+            so_far = mx.concatenate([text, drafts[: first + place]])
+            for processor in self._processors:
+                row = processor(so_far, row)
+            rows.append(_log_probabilities(row))
+            sampled.append(self._sampler(rows[-1]))
+        return mx.concatenate(sampled), mx.concatenate(rows)
+
+    def _take(self, model: CheckingModel, taken: int, count: int) -> None:
+        """End a pass of so many drafts, of whose tokens the text has taken so many."""
+        model.take(taken)
+        trim_prompt_cache(self.cache, count + 1 - taken)
+        self._draft.keep(len(self.tokens) - 1)
+
+    def _read_last(self, model: CheckingModel) -> None:
+        """Put the last token into the caches, and sample one more token, as mlx-lm's loop does."""
+        self._pass(model, 0)
+        model.take(1)
+        self._catch_up()
+
+    def _read(self, token: int) -> None:
+        super()._read(token)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let the draft model read what it has not read, so that both caches hold the text."""
+        with mx.stream(generation_stream):
+            self._draft.read(self.tokens)
+        self._both[:] = [*self.cache, *self._draft.cache]  # quantized entries are new objects
+
+
+def _log_probabilities(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
