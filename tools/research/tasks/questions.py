@@ -108,7 +108,7 @@ def _pseudo_word(rng: np.random.Generator) -> str:
 
 
 def _copying(rng: np.random.Generator) -> tuple[str, str]:
-    words = " ".join(_pseudo_word(rng) for _ in range(20))
+    words = " ".join(_pseudo_word(rng) for _ in range(16))
     return f"Text: {words}\nCopy:", f" {words}"
 
 
@@ -160,7 +160,8 @@ def _number_words(n: int) -> str:
 
 
 def _numerals(rng: np.random.Generator) -> tuple[str, str]:
-    numbers = [int(n) for n in rng.integers(21, 100, 4)]
+    # Small models add ones to tens that have none.
+    numbers = [int(10 * tens + ones) for tens, ones in rng.integers((2, 1), (10, 10), (4, 2))]
     answer = "; ".join(f"{n} = {_number_words(n)}" for n in numbers)
     return f"Digits: {'; '.join(map(str, numbers))}\nWords:", f" {answer}"
 
@@ -216,11 +217,11 @@ def _report(rng: np.random.Generator) -> Question:
 
 TASKS: dict[str, Task] = {
     "arithmetic": Task(lambda rng: _examples(rng, 6, _arithmetic), "mark_steps", ("\n",), 96),
-    "copying": Task(lambda rng: _examples(rng, 2, _copying), "mark_words", ("\n",), 128),
+    "copying": Task(lambda rng: _examples(rng, 3, _copying), "mark_words", ("\n",), 128),
     "retrieval": Task(_retrieval, "mark_words", ("\n",), 128, 50),
-    "json": Task(lambda rng: _examples(rng, 3, _json), "mark_json", ("\n",), 128),
+    "json": Task(lambda rng: _examples(rng, 4, _json), "mark_json", ("\n",), 128),
     "code": Task(_code, "mark_code", ("\n\n", "\n#"), 96),
-    "numerals": Task(lambda rng: _examples(rng, 3, _numerals), "mark_list", ("\n",), 128),
+    "numerals": Task(lambda rng: _examples(rng, 8, _numerals), "mark_list", ("\n",), 128),
     "report": Task(_report, "mark_lines", ("\n\n",), 400, 30),
 }
 
