@@ -62,12 +62,14 @@ def measure_machine(model: str | None, minutes: float) -> dict[str, Any]:
     """
     start, warning, power = time.perf_counter(), busy_warning(), describe_power()
     jobs = [_arguments(model, None), *(_arguments(None, shape) for shape in SHAPES)]
-    results, warnings = [], [warning] if warning else []
-    for number, job in enumerate(jobs):
-        left = 60 * minutes - (time.perf_counter() - start)
-        print(f"{model_title(job)} ...", file=sys.stderr)
-        result = _measure_model(job, left / (len(jobs) - number), warnings)
-        results.append({"model": model_title(job)} | result)
+    results: list[dict[str, Any]] = []
+    warnings = [warning] if warning else []
+    # The largest come first: one that does not fit leaves its time to the others.
+    for number in reversed(range(len(jobs))):
+        title, left = model_title(jobs[number]), 60 * minutes - (time.perf_counter() - start)
+        print(f"{title} ...", file=sys.stderr)
+        result = _measure_model(jobs[number], left / (number + 1), warnings)
+        results.insert(0, {"model": title} | result)
         mx.clear_cache()
     return made_with() | {
         "format": FORMAT,

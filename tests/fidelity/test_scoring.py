@@ -168,7 +168,7 @@ def test_scores_may_be_against_another_model():
     text = Continuation(PROMPT, [5, 9, 77, 31, 5, 200])
     own = DenseReading(model, text, [3])
     other = mx.roll(own.dense, 1, axis=-1)
-    reading = DenseReading(model, text, [3], other)
+    reading = DenseReading(model, text, [3], reference=other)
     assert np.allclose(Scores.exact(reading).kl, divergence(other, own.dense))
     selector = reading.session.selector(GlassConfig(density=1.0, warmup=3), made_prior(model))
     scores = score(reading, selector)
