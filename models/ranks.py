@@ -95,7 +95,7 @@ class Ranks:
             try:
                 result = function()
             except Exception as raised:
-                error = raised
+                error = _sendable(raised)
         result, error = self.share((result, error))
         if error is not None:
             raise error
@@ -123,6 +123,15 @@ class Ranks:
                 "the machines do not compute the same tokens, so their slices do not fit together; "
                 "use machines of the same kind, with the same versions of mlx and mlx-lm"
             )
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that can be pickled: the given one, or a plain one with its message."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # as of an error whose constructor needs more than a message
+        return ValueError(str(error))
+    return error
 
 
 @cache

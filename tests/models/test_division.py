@@ -9,6 +9,7 @@ from glass_mlx.models.architectures import names, tiny_model
 from glass_mlx.models.division import Division, division_of, mark
 from glass_mlx.models.down import MeanCompensation, add_mean_compensation, put_inputs, take_inputs
 from glass_mlx.models.fingerprints import _signs, _signs_of
+from glass_mlx.models.ranks import _sendable
 from glass_mlx.models.summed import SummedLinear, is_summed, summed
 
 import mlx.core as mx
@@ -42,6 +43,18 @@ def test_arrays_of_layers_that_are_elsewhere_are_left_out():
     here = Division(ranks(2), True, {"a": (8,), "b": (8,)}, frozenset("a"), frozenset(), 2)
     arrays = {"a": np.arange(8), "b": np.arange(8)}
     assert here.parts(arrays).keys() == {"a"}
+
+
+def test_an_error_that_cannot_be_pickled_keeps_its_message():
+    class LocalError(Exception):
+        def __init__(self, code, text):
+            super().__init__(text)
+
+    error = _sendable(LocalError(1, "the hub does not answer"))
+    assert type(error) is ValueError
+    assert str(error) == "the hub does not answer"
+    known = FileNotFoundError("there is no prior")
+    assert _sendable(known) is known
 
 
 @pytest.mark.parametrize("bits", [0, 4])
