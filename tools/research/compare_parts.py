@@ -62,7 +62,7 @@ class SelectorInParts(Selector):
                 density,
                 self.multiples,
                 self._kept_dense,
-                self._sizes,
+                self.read_shares,
             )
             for n in range(self._parts)
         ]
