@@ -97,11 +97,14 @@ class PromptCache(list[Any]):
         self._follow_trimming()
         return self._statistics
 
-    def begin(self, shapes: Mapping[str, Shape], total: Total = alone) -> LocalStatistics:
+    def begin(
+        self, shapes: Mapping[str, Shape], vocabulary_size: int, total: Total = alone
+    ) -> LocalStatistics:
         """Begin to read tokens into the cache, which is not intact until `add` records them.
 
         Args:
             shapes: the number of neurons m of each FFN, or (experts, m), by path.
+            vocabulary_size: the number of tokens V that the model knows.
             total: for a divided model; see `NeuronStatistics`.
 
         Returns:
@@ -114,7 +117,9 @@ class PromptCache(list[Any]):
         self.check("begin a new one")
         empty = LocalStatistics.empty(shapes, total=total)
         statistics = self._statistics or empty
-        if statistics.prompt.shapes != empty.prompt.shapes:
+        sums = statistics.vocabulary.sums
+        other_size = sums is not None and sums.size != vocabulary_size
+        if statistics.prompt.shapes != empty.prompt.shapes or other_size:
             raise ValueError("the statistics of the prompt cache are of another model")
         self._statistics, self._before = statistics, statistics.copy()
         self._before_last = None
@@ -322,7 +327,7 @@ def read_prompt(
     """
     session = Session.of(model)
     session.check_tokens(tokens)
-    statistics = cache.begin(session.shapes, session.total)
+    statistics = cache.begin(session.shapes, session.vocabulary_size, session.total)
 
     def evaluate(tokens_read: int, total: int) -> None:
         mx.eval(statistics.prompt.sums)

@@ -488,9 +488,12 @@ def test_a_failed_save_keeps_both_files(model, tokenizer, tmp_path, monkeypatch)
 
 
 def test_statistics_of_another_model_are_refused(model, tokenizer):
-    cache = make_prompt_cache(tiny_model("llama", intermediate_size=96))
-    with pytest.raises(ValueError, match="of another model"):
-        turn(model, tokenizer, FIRST, cache)
+    for changes in ({"intermediate_size": 96}, {"vocab_size": 320}):
+        other = tiny_model("llama", **changes)
+        cache = make_prompt_cache(other)
+        turn(other, tokenizer, FIRST, cache, density=0.5, vocabulary=0.5)
+        with pytest.raises(ValueError, match="of another model"):
+            turn(model, tokenizer, SECOND, cache, density=0.5, vocabulary=0.5)
 
 
 def test_encode_rest_continues_the_encoded_beginning():

@@ -258,6 +258,8 @@ def _find_defect(
         vocabulary.dtype != np.float32 or vocabulary.ndim != 1 or not vocabulary.size
     ):
         return f"{_VOCABULARY} has type {vocabulary.dtype} and shape {vocabulary.shape}"
+    if vocabulary is None and any(record.get("vocabulary") for record in about.get(_CURVES, [])):
+        return f"it has a curve of the vocabulary, and no {_VOCABULARY}"
     if not {*about.get(_KEPT_DENSE, ())} <= samples.keys():
         return "its list of FFNs to keep dense names FFNs without scores"
     shapes = {path: v.shape for path, v in next(iter(groups.values())).items() if 0 < v.ndim < 3}

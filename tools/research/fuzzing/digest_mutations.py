@@ -60,7 +60,8 @@ def mutate_statistics(rng: random.Random, files: Files) -> tuple[Files, Mutation
 def _parts(content: bytes) -> tuple[Arrays, Any, str]:
     """Return a file's arrays, its description and the name of its format."""
     entry = json.loads(SafetensorsFile.parse(content).header[METADATA][_ENTRY])
-    return load_arrays(content), entry["about"], entry["format"]
+    arrays = dict(sorted(load_arrays(content).items()))  # safetensors has them in random order
+    return arrays, entry["about"], entry["format"]
 
 
 def _written(arrays: Arrays, about: Any, kind: str) -> bytes:
