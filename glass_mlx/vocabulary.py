@@ -84,7 +84,8 @@ class VocabularyStatistics:
         if not state:
             return VocabularyStatistics()
         sums, tokens = state["sums"], state["tokens"]
-        if sums.dtype != np.float32 or sums.ndim != 1 or not np.all(sums >= 0):
+        counts = tokens.dtype == np.int64 and tokens.shape == (1,)
+        if sums.dtype != np.float32 or sums.ndim != 1 or not np.all(sums >= 0) or not counts:
             raise ValueError("the statistics of the vocabulary have another data type or shape")
         return VocabularyStatistics(mx.array(sums), int(tokens[0]))
 

@@ -47,6 +47,8 @@ def test_statistics_in_parts_equal_those_at_once():
     assert restored.tokens == 7
     assert mx.array_equal(restored.sums, whole.sums)
     assert VocabularyStatistics.restored({}).sums is None
+    with pytest.raises(ValueError, match="another data type"):
+        VocabularyStatistics.restored(whole.state() | {"tokens": np.ones(1, np.uint8)})
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_non_finite_values_are_refused(model, file):
 def test_scores_of_the_vocabulary_must_be_there_for_its_curve(model, file):
     prior = made_prior(model)
     replace(prior, vocabulary=np.zeros(0, np.float32)).save(file)
-    with pytest.raises(ValueError, match="vocabulary.plausibility has type float32"):
+    with pytest.raises(ValueError, match=r"vocabulary\.plausibility has type float32"):
         GlobalPrior.load(file)
     about = prior.about | {"curves": [curve_record(model)]}
     replace(prior, about=about, vocabulary=np.ones(8, np.float32)).save(file)
