@@ -96,6 +96,19 @@ def check_minimums(args: argparse.Namespace, **minimums: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
 
 
+def check_one_machine(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for the first given flag that several machines cannot honour.
+
+    Args:
+        args: the parsed flags.
+        *names: the flags that work on one machine only, by their names in `args`.
+    """
+    for name in names if world().size > 1 else ():
+        if getattr(args, name) not in (None, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
+
+
 def _listed(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
 

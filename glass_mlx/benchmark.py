@@ -23,10 +23,11 @@ from glass_mlx.arguments import (
     check_minimums,
     path,
 )
-from glass_mlx.command_model import find_prior, given_prior, load_session
+from glass_mlx.command_model import find_prior, load_session
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable, write_text
 from glass_mlx.latency.submission import measure_machine, submission_advice
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.streaming import stream_generate
 
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
         return
     check_flags(args)
     config = config_from(args)
-    given = given_prior(args)
+    given = given_prior(args.prior)
     mx.random.seed(0)
     session, tokenizer = load_session(
         args, model_config={"quantize_activations": args.quantize_activations}

@@ -28,12 +28,13 @@ from glass_mlx.arguments import (
 )
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, load_draft
-from glass_mlx.command_model import find_prior, given_prior, load_session
+from glass_mlx.command_model import find_prior, load_session
 from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import check_text, exit_on_error, one_line
 from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
@@ -329,7 +330,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a bad value, a model that cannot be used or a prior that does not fit.
     """
     config = check_flags(args)
-    given = given_prior(args)
+    given = given_prior(args.prior)
     mx.random.seed(args.seed)
     session, tokenizer = load_session(args)
     prior = find_prior(args, session, tokenizer, given, config)

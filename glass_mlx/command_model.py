@@ -9,22 +9,11 @@ from glass_mlx.arguments import load_options
 from glass_mlx.calibration.first_use import find_or_measure_prior
 from glass_mlx.checkpoints.loading import advice, load
 from glass_mlx.config import GlassConfig
-from glass_mlx.prior import lookup
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.session import Session
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-
-def given_prior(args: argparse.Namespace) -> GlobalPrior | None:
-    """Load the prior of `--prior`, which shows that it can be used before a model is loaded.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        ValueError: if it is damaged or cannot be downloaded.
-    """
-    return lookup.given_prior(args.prior)
 
 
 def note_advice(model: nn.Module) -> None:

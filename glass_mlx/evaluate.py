@@ -28,11 +28,12 @@ from glass_mlx.arguments import (
 )
 from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.checkpoints.loading import model_name
-from glass_mlx.command_model import find_prior, given_prior, load_session
+from glass_mlx.command_model import find_prior, load_session
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.files import write_text
 from glass_mlx.models import world
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
 import mlx.core as mx
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"this needs lm-evaluation-harness: pip install 'glass-mlx[evaluate]' ({error})"
         ) from error
-    given = given_prior(args)
+    given = given_prior(args.prior)
     ranks = world()
     ranks.on_first(lambda: args.output_dir.mkdir(parents=True, exist_ok=True))
     mx.random.seed(args.seed)

@@ -58,6 +58,7 @@ def without_room(
     shares: Mapping[str, float],
     down_policy: str,
     read_shares: Mapping[str, float],
+    required: bool = False,
 ) -> frozenset[str]:
     """Return the FFNs whose slices do not fit into memory beside the dense weights.
 
@@ -70,9 +71,13 @@ def without_room(
         shares: the share of its neurons that the slice of each FFN keeps, by path.
         down_policy: a key of `models.DOWN_POLICIES`.
         read_shares: the share of its experts that a token reads, by the path of each stack.
+        required: whether at least one slice must fit.
 
     Returns:
         The paths of the FFNs to keep whole. It is empty if all slices fit.
+
+    Raises:
+        NoRoomError: if one slice must fit, and none does.
     """
     held = {f.path: slice_bytes(f, shares[f.path], down_policy) for f in ffns}
     saved = {
@@ -86,4 +91,6 @@ def without_room(
             room -= held[path]
         else:
             left_out.append(path)
+    if required and left_out and len(left_out) == len(wanted):
+        raise NoRoomError(model_bytes, sum(held.values()))
     return frozenset(left_out)

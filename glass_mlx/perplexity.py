@@ -26,12 +26,13 @@ from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.calibration.texts import read_documents
 from glass_mlx.chat_templates import encode, encode_text
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.command_model import find_prior, given_prior, load_session
+from glass_mlx.command_model import find_prior, load_session
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
 from glass_mlx.files import expand_user
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
@@ -178,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a bad value, a model that cannot be used or data that cannot be read.
     """
     config = check_flags(args)
-    given = given_prior(args)
+    given = given_prior(args.prior)
     np.random.seed(args.seed)
     mx.random.seed(args.seed)
     session, tokenizer = load_session(args)

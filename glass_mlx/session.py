@@ -10,7 +10,7 @@ from typing import Any
 
 from glass_mlx.budget import Budget, spend
 from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
-from glass_mlx.memory import NoRoomError, slice_bytes, without_room
+from glass_mlx.memory import without_room
 from glass_mlx.models import (
     FFN,
     Division,
@@ -382,11 +382,7 @@ class Session:
         counts, policy = selector.counts(self.shapes), selector.config.down_policy
         shares = {path: counts[path] / width for path, width in self.widths.items()}
         size, read = _bytes(self.model), self.read_shares
-        unsliced = without_room(size, self.ffns, shares, policy, read)
-        needed = {ffn.path: slice_bytes(ffn, shares[ffn.path], policy) for ffn in self.ffns}
-        if required and unsliced and unsliced == {path for path, held in needed.items() if held}:
-            raise NoRoomError(size, sum(needed.values()))
-        return unsliced
+        return without_room(size, self.ffns, shares, policy, read, required)
 
     def sliced_model(
         self,

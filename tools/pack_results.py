@@ -6,12 +6,11 @@ changes.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from glass_mlx.errors import exit_on_error, parse_json
-from glass_mlx.files import write_text
+from glass_mlx.reporting.tables import write_rows
 
 # What of a prior's description stays.
 _PRIOR = ("model", "tokens", "seed", "recipe", "recipes")
@@ -56,15 +55,15 @@ def run(args: argparse.Namespace) -> None:
         FileNotFoundError: if a file does not exist.
         ValueError: if a line is no JSON object.
     """
-    lines = []
+    rows = []
     for file in args.files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             row = parse_json(line, f"line {number} of {file}")
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {file} is no JSON object")
             if row.get("method") not in args.leave_out:
-                lines.append(json.dumps(packed(row)) + "\n")
-    write_text(args.output, "".join(lines))
+                rows.append(packed(row))
+    write_rows(args.output, rows)
 
 
 def main() -> None:

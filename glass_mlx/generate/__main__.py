@@ -23,6 +23,7 @@ from glass_mlx.arguments import (
     add_pipeline_argument,
     check_cache_flags,
     check_minimums,
+    check_one_machine,
     check_sampling_flags,
     draft_options,
     load_options,
@@ -32,13 +33,14 @@ from glass_mlx.cache_file import check_name
 from glass_mlx.chat_templates import RESERVED_OPTIONS, Messages
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, load_draft
-from glass_mlx.command_model import find_prior, given_prior, note_advice
+from glass_mlx.command_model import find_prior, note_advice
 from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import exit_on_error, read_standard_input
 from glass_mlx.generation_report import summary
 from glass_mlx.models import check_tokens, vocabulary_size, world
 from glass_mlx.prior.file import GlobalPrior
+from glass_mlx.prior.lookup import given_prior
 from glass_mlx.prompt_cache import make_layers, make_prompt_cache
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     messages, template_options = _messages(args), _template_options(args)
     conversation = _open_conversation(args)
     config = config_from(args)
-    prior = given_prior(args)
+    prior = given_prior(args.prior)
 
     # 2) Load the model.
     if args.seed is not None:
@@ -239,9 +241,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _check_ranks(args: argparse.Namespace) -> None:
     """Check that nothing is asked for that several machines cannot do."""
-    for flag in ("--save-prompt-cache", "--prompt-cache-file", "--adapter-path", "--draft-model"):
-        if getattr(args, flag[2:].replace("-", "_")):
-            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
+    check_one_machine(args, "save_prompt_cache", "prompt_cache_file", "adapter_path", "draft_model")
     if args.prompt == "-":
         raise ValueError("mlx.launch never ends standard input; give the prompt with --prompt")
 

@@ -1,7 +1,7 @@
 """Markdown tables, and the files that hold results."""
 
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write results as one JSON line per row."""
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_results(
     rows: Sequence[dict[str, Any]],
     markdown: str,
@@ -55,6 +60,6 @@ def write_results(
         markdown_file: the file for the Markdown. Default: none.
     """
     if json_file:
-        write_text(json_file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(json_file, rows)
     if markdown_file:
         write_text(markdown_file, markdown + "\n")

@@ -25,6 +25,7 @@ from glass_mlx.arguments import (
     add_pipeline_argument,
     check_cache_flags,
     check_minimums,
+    check_one_machine,
     check_sampling_flags,
     division_options,
 )
@@ -203,10 +204,7 @@ def check_flags(args: argparse.Namespace) -> GlassConfig:
     if not hasattr(mlx_lm.server, "TextStateMachine"):
         raise ValueError("the server needs mlx-lm 0.32 or newer, which needs Python 3.11 or newer")
     division_options(args)
-    for name in _OF_ONE_MACHINE if world().size > 1 else ():
-        if getattr(args, name) not in (None, False):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} cannot be used with mlx.launch, which divides the model")
+    check_one_machine(args, *_OF_ONE_MACHINE)
     for name, reason in _REFUSED.items():
         if getattr(args, name):
             raise ValueError(reason)

@@ -4,9 +4,8 @@ import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from glass_mlx.models.architectures import tiny_model
 from glass_mlx.server.__main__ import setup_arg_parser, start
-from helpers import CHAT_TEMPLATE, letter_tokenizer, prior_with_curves, save_tiny_folder
+from helpers import save_chat_folder
 
 import mlx_lm.server
 import pytest
@@ -18,13 +17,7 @@ if not hasattr(mlx_lm.server, "TextStateMachine"):  # the server needs mlx-lm 0.
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Return the folder of a tiny model with a prior and a chat template."""
-    folder = save_tiny_folder(tmp_path_factory.mktemp("served") / "tiny")
-    prior_with_curves(tiny_model("llama")).save(folder / "glass_prior.safetensors")
-    tokenizer = letter_tokenizer()
-    tokenizer.eos_token = "不"
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_folder(tmp_path_factory.mktemp("served") / "tiny")
 
 
 @contextmanager

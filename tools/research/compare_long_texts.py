@@ -19,13 +19,13 @@ from typing import Any
 from glass_mlx import GlassConfig, GlobalPrior, Session, stream_generate
 from glass_mlx.arguments import (
     add_load_arguments,
+    add_model_argument,
     add_settings_arguments,
     check_minimums,
     make_settings,
 )
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
 from glass_mlx.chat_templates import encode
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.config import DEFAULT_MAX_KL, Setting
 from glass_mlx.errors import exit_on_error
@@ -34,7 +34,7 @@ from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.files import cache_folder, locked, write_text
 from glass_mlx.latency.timing import time_run
 from glass_mlx.reporting.machine import made_with
-from glass_mlx.reporting.tables import markdown_table
+from glass_mlx.reporting.tables import markdown_table, write_rows
 
 import continuations
 import mlx.core as mx
@@ -56,7 +56,7 @@ Row = dict[str, Any]
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
+    add_model_argument(parser)
     parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
     add_settings_arguments(parser, f"a bound of {DEFAULT_MAX_KL}")
     parser.add_argument("--limit", type=int, default=2, help="Use the first LIMIT prompts.")
@@ -206,8 +206,7 @@ class Comparison:
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
-        lines = [f"{json.dumps(line)}\n" for line in self.rows]
-        write_text(self._args.json, "".join(lines))
+        write_rows(self._args.json, self.rows)
 
     def prompts(self) -> Iterator[tuple[Row, list[int]]]:
         """Yield each prompt, with what identifies it in rows."""

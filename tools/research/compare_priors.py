@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import GlassConfig, GlobalPrior, Selection
-from glass_mlx.arguments import add_load_arguments
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
+from glass_mlx.arguments import add_load_arguments, add_model_argument
 from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.report import Outcome, summarize
@@ -39,7 +38,7 @@ Outcomes = dict[tuple[str, float], list[Outcome]]
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
+    add_model_argument(parser)
     parser.add_argument("--prior", type=Path, nargs="+", required=True, help="Files to compare.")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument(

@@ -16,21 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx import GlassConfig
-from glass_mlx.arguments import add_load_arguments, add_settings_arguments, make_settings
+from glass_mlx.arguments import (
+    add_load_arguments,
+    add_model_argument,
+    add_settings_arguments,
+    make_settings,
+)
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
-from glass_mlx.checkpoints.loading import load, model_name
+from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.config import DEFAULT_MAX_KL, Setting
 from glass_mlx.errors import exit_on_error
 from glass_mlx.evaluate import evaluate_once, find_tasks
 from glass_mlx.evaluate import setup_arg_parser as evaluate_parser
-from glass_mlx.files import locked, write_text
+from glass_mlx.files import locked
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.machine import made_with
-from glass_mlx.reporting.tables import markdown_table
+from glass_mlx.reporting.tables import markdown_table, write_rows
 from glass_mlx.session import Session
 
 import numpy as np
+from continuations import load_session
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tasks.figures import accuracy, changes
 from tasks.files import digest
@@ -46,7 +51,7 @@ Row = dict[str, Any]
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
+    add_model_argument(parser)
     parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
     parser.add_argument(
         "--tasks", nargs="+", required=True, help="The YAML files that make_tasks wrote."
@@ -244,8 +249,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warnings
     with locked(args.json):
         rows = read_rows(args.json)
-        model, tokenizer = load(args.model, dtype=args.dtype, dequantize=args.dequantize)
-        session = Session.of(model)
+        session, tokenizer = load_session(args)
         prior = find_or_measure_prior(session, tokenizer, args.prior, model=args.model)
         runner = Runner(session, tokenizer, prior, args)
         about = made_with() | {
@@ -265,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{row['task']}, {name}", file=sys.stderr)
                 rows.append(row | runner.answer(task, config))
                 rows = complete(rows)
-                write_text(args.json, "".join(f"{json.dumps(line)}\n" for line in rows))
+                write_rows(args.json, rows)
     print(format_rows([row for row in rows if any(_holds(row, want) for want in wanted)]))
 
 

@@ -12,9 +12,8 @@ import sys
 from typing import NamedTuple
 
 from glass_mlx import GlassConfig, Session
-from glass_mlx.arguments import add_load_arguments
+from glass_mlx.arguments import add_load_arguments, add_model_argument
 from glass_mlx.chat_templates import encode
-from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.prompts import Continuation, Messages, continue_all, read_prompts
 from glass_mlx.fidelity.scoring import DenseReading, divergence
@@ -69,7 +68,7 @@ CASES = {
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help=f"Default: the built-in {DEFAULT_MODEL}.")
+    add_model_argument(parser)
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument("--limit", type=int, help="Use only the first LIMIT prompts.")
     parser.add_argument(
