@@ -1,6 +1,6 @@
 """One generation, phase by phase: dense at first, then on slices that are renewed."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,7 @@ class Generation:
         decoder: runs models on the prompt cache.
         statistics: the local statistics, including those of earlier turns of the conversation.
         reload: loads the model once more; see `SlicedModel`.
+        earlier: the tokens of earlier turns of the conversation.
     """
 
     def __init__(
@@ -93,12 +94,15 @@ class Generation:
         decoder: Decoder,
         statistics: LocalStatistics,
         reload: Callable[[], nn.Module] | None = None,
+        earlier: Sequence[int] = (),
     ) -> None:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
         # With a reload, dense weights make room for each slice.
         unsliced = frozenset[str]() if reload else session.without_room(selector)
         self._shortlister = selector.shortlister(statistics.vocabulary)
+        if self._shortlister is not None:
+            self._shortlister.keep(earlier)
         self._observer = TokenObserver(statistics.text, self._shortlister)
         self._slices = session.sliced_model(selector.config.down_policy, reload, unsliced)
         self._reporter = Reporter(

@@ -1,7 +1,7 @@
 """How many neurons and tokens are kept, and which: from local statistics and the prior."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from glass_mlx.budget import Budget
@@ -173,7 +173,7 @@ class Selector:
         vocabulary_size: the number of rows of the head, or 0 if it cannot be sliced.
         prior: the model's prior, or None to select from the local statistics alone.
         budget: how a bound on KL is spent. It is needed if the configuration has no shares.
-        always: tokens that are always kept, such as those that end a text.
+        always: returns the tokens that every shortlist of a text keeps. Default: the text's own.
         read_shares: the share of its experts that a token reads, by the path of each stack.
         whole_shapes: the shapes of the whole model's FFNs; see `counts_to_keep`.
 
@@ -195,7 +195,7 @@ class Selector:
         vocabulary_size: int,
         prior: GlobalPrior | None,
         budget: Budget | None = None,
-        always: frozenset[int] = frozenset(),
+        always: Callable[[Sequence[int]], Collection[int]] = frozenset,
         read_shares: Mapping[str, float] | None = None,
         whole_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:

@@ -1,7 +1,7 @@
 """The facts about a model, found once and used by any number of generations."""
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -325,7 +325,7 @@ class Session:
         config: GlassConfig,
         prior: GlobalPrior | None,
         budget: Budget | None = None,
-        always: frozenset[int] = frozenset(),
+        always: Callable[[Sequence[int]], Collection[int]] = frozenset,
     ) -> Selector:
         """Return the selector for a configuration and a prior; see `Selector`."""
         size = self.head.size if self.head else 0

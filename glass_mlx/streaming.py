@@ -14,6 +14,7 @@ from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step
 from glass_mlx.generation_report import GenerationResponse, summary
+from glass_mlx.kept_tokens import biased_tokens
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prompt_cache import PromptCache, check_layers, make_layers, trim_to_shared
 from glass_mlx.selection import Selector
@@ -25,7 +26,6 @@ from glass_mlx.speculation import (
     SpeculativeDecoder,
 )
 from glass_mlx.statistics import MIN_GENERATED_TOKENS
-from glass_mlx.vocabulary import biased_tokens
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -247,6 +247,7 @@ def _steps(
         record = cache
     else:  # a cache from mlx-lm cannot hold statistics
         record = PromptCache((), session.empty_statistics([selector.config.statistic]))
+    earlier = [*record.tokens]
     statistics = record.begin(session.shapes, session.vocabulary_size, session.total)
 
     def progress(tokens_read: int, total: int) -> None:
@@ -254,7 +255,7 @@ def _steps(
         if report_progress is not None:
             report_progress(tokens_read, total)
 
-    generation = Generation(session, selector, decoder, statistics, reload)
+    generation = Generation(session, selector, decoder, statistics, reload, earlier)
     try:
         yield from generation.steps(progress, input_embeddings)
     except GeneratorExit:  # the caller stopped early

@@ -3,17 +3,14 @@
 All other tokens share a small probability that is measured on the dense model's predictions.
 """
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from glass_mlx.models.head import with_other_logits
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # The prior counts as much as this many tokens of the text.
 _PRIOR_TOKENS = 16
@@ -31,11 +28,8 @@ _MIN_SHARE = 1e-3
 # this many measured tokens, because few tokens make most of the divergence.
 _EXCESS, _BOUND_TOKENS = 2.0, 64
 
-# Byte-level tokenizers write bytes as characters below this code.
-_BYTE_LEVEL_CODES = 0x144
-
-# mlx-lm's logits processor for a logit bias.
-_LOGIT_BIAS = "make_logits_processors.<locals>.logit_bias_processor"
+# A word of the text may continue from tokens that were already read, at most this many.
+_OVERLAP = 8
 
 # The number of rows of the head is rounded to this multiple, which suits the kernels.
 _MULTIPLE = 64
@@ -192,7 +186,7 @@ class Shortlister:
         statistics: the local statistics, to which predictions are added.
         share: the share of tokens to keep, in (0, 1].
         prior: (V,) the prior's mean flattened predictions, or None.
-        always: tokens to keep at any time.
+        always: returns the tokens to keep for the tokens of a text. Default: the same tokens.
         bound: KL in nats per token that the shortlist may cost where it is used. Where it costs far
             more, the shortlist grows. Default: it never grows.
 
@@ -206,12 +200,14 @@ class Shortlister:
         statistics: VocabularyStatistics,
         share: float,
         prior: np.ndarray | None,
-        always: frozenset[int] = frozenset(),
+        always: Callable[[Sequence[int]], Collection[int]] = frozenset,
         bound: float | None = None,
     ) -> None:
         self.statistics, self.share = statistics, share
         self.shortlist: Shortlist | None = None
         self._prior, self._always, self._bound = prior, always, bound
+        self._kept: set[int] = set()
+        self._read = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -256,21 +252,27 @@ class Shortlister:
         self._sums = self._sums + measures.sum(-1)
         return mx.depends(logits, [self._sums])
 
-    def choose(self, tokens: Iterable[int]) -> Shortlist | None:
+    def keep(self, text: Sequence[int]) -> None:
+        """Keep, from now on, the tokens that a text always needs."""
+        self._kept.update(self._always(text))
+
+    def choose(self, text: Sequence[int]) -> Shortlist | None:
         """Choose the shortlist for the next tokens.
 
         Args:
-            tokens: the text so far, whose tokens are always kept.
+            text: the tokens so far, which begin with those of the last call.
 
         Returns:
             The shortlist, or None if all tokens are kept.
         """
+        self.keep(text[max(0, self._read - _OVERLAP) :])
+        self._read = len(text)
         self._grow()
         scores = self.scores
         if scores is None or self.share >= 1:
             self.shortlist = None
             return None
-        kept = (token for token in self._always.union(tokens) if token < len(scores))
+        kept = (token for token in self._kept if token < len(scores))
         rows = choose_rows(scores, self.share, kept)
         if len(rows) == len(scores):
             self.shortlist = None
@@ -302,26 +304,3 @@ class Shortlister:
         if total / (self._measured + _BOUND_TOKENS) > _EXCESS * self._bound:
             self.share = min(1.0, 2 * self.share)
             self._forget()
-
-
-def always_kept(tokenizer: TokenizerWrapper) -> frozenset[int]:
-    """Return the tokens that a shortlist always has.
-
-    These are special and added tokens, those that end a text, and those that stand for one byte, of
-    which every text can be put together.
-    """
-    names = [f"<0x{byte:02X}>" for byte in range(256)]
-    names += [chr(code) for code in range(_BYTE_LEVEL_CODES)]
-    ids = tokenizer.convert_tokens_to_ids(names)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    kept = {*ids, *tokenizer.all_special_ids, *tokenizer.eos_token_ids, *added}
-    return frozenset(int(token) for token in kept if token is not None)
-
-
-def biased_tokens(processors: Iterable[Any]) -> frozenset[int]:
-    """Return the tokens with a logit bias from `mlx_lm.sample_utils.make_logits_processors`."""
-    biased: set[int] = set()
-    for processor in processors:
-        if getattr(processor, "__qualname__", "") == _LOGIT_BIAS:
-            biased.update(inspect.getclosurevars(processor).nonlocals["indices"].tolist())
-    return frozenset(biased)

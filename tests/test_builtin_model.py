@@ -5,6 +5,7 @@ from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.config import DEFAULT_MAX_KL
 from glass_mlx.fidelity.prompts import WritingSettings, continue_all
 from glass_mlx.fidelity.scoring import DenseReading, score
+from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.models import DOWN_POLICIES, find_ffns
 from glass_mlx.models.linear import dense_weight
 from glass_mlx.selection import jaccard, select
@@ -189,3 +190,24 @@ def test_drafts_leave_the_text_of_the_dense_model_as_it_is(default_model, has_dr
     ours = [*stream_generate(model, tokenizer, tokens, 40, prior=False, density=1.0, **draft)]
     assert [r.token for r in ours] == [r.token for r in theirs]
     assert 8 < sum(r.from_draft for r in ours) < 32
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "place"),
+    [
+        ("She works as a teacher.", "teacher", '{"job": "teacher"}'),
+        ("She works as a teacher.", "Teacher", "Teacher"),
+        ('{"city": "Athens"}', " Athens", "She lives in Athens"),
+        ('{"city": "Athens"}', " athens", "She lives in athens"),
+        ("Frau Jürgensen ist da.", "Jürgensen", '["Jürgensen"]'),
+        ("Это сказал учитель.", "учитель", '["учитель"]'),
+    ],
+)
+def test_words_of_a_text_can_be_written_in_other_places(default_model, text, word, place):
+    _, tokenizer = default_model
+    start, end = (part for part in place.split(word))
+    whole, before, after = (tokenizer.encode(part) for part in (place, start, end))
+    spelling = whole[len(before) : len(whole) - len(after)]
+    assert tokenizer.decode(spelling) == word
+    kept = KeptTokens(tokenizer)(tokenizer.encode(text))
+    assert kept >= {*spelling}

@@ -24,6 +24,7 @@ from glass_mlx.generate.__main__ import main as generate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prompt_cache import read_prompt
 from glass_mlx.streaming import generate as sliced_generate
+from glass_mlx.vocabulary import Shortlister
 from helpers import (
     CHAT_TEMPLATE,
     chat_tokenizer,
@@ -91,6 +92,22 @@ def test_selection_uses_all_turns(model, tokenizer):
     assert any(
         not np.array_equal(last.indices[path], whole.indices[path]) for path in whole.indices
     )
+
+
+def test_tokens_of_all_turns_stay_in_the_shortlist(model, tokenizer, monkeypatch):
+    chosen = []
+
+    def choose(shortlister, text, original=Shortlister.choose):
+        chosen.append(original(shortlister, text))
+        return chosen[-1]
+
+    monkeypatch.setattr(Shortlister, "choose", choose)
+    cache = make_prompt_cache(model)
+    options = {"density": 1.0, "vocabulary": 0.1, "prior": False}
+    turn(model, tokenizer, FIRST, cache, **options)
+    turn(model, tokenizer, SECOND, cache, **options)
+    assert chosen[-1].share < 1
+    assert {*cache.tokens} - {cache.tokens[-1]} <= {*chosen[-1].rows.tolist()}
 
 
 @pytest.mark.parametrize("end", [1, 2, 5])

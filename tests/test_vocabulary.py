@@ -4,20 +4,16 @@ from glass_mlx.vocabulary import (
     Shortlist,
     Shortlister,
     VocabularyStatistics,
-    always_kept,
-    biased_tokens,
     choose_rows,
     flattened,
     rows_to_keep,
 )
-from helpers import chat_tokenizer
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import make_logits_processors
 
 SIZE = 1024
 
@@ -117,7 +113,7 @@ def shortlister(share=0.25, prior_seed=5, **options):
 
 
 def test_a_shortlist_has_what_the_text_and_the_prior_make_plausible():
-    chooser = shortlister(always=frozenset({1000}))
+    chooser = shortlister(always=lambda text: {1000, *text})
     rows = chooser.choose([3, 5, 1001, 10**6]).rows
     assert {3, 5, 1000, 1001} <= {*rows.tolist()}
     assert len(rows) == SIZE // 4
@@ -126,6 +122,17 @@ def test_a_shortlist_has_what_the_text_and_the_prior_make_plausible():
     peaked[..., expected] = 30
     chooser.observe(mx.array(peaked))
     assert {*expected.tolist()} <= {*chooser.choose([]).rows.tolist()}
+
+
+def test_tokens_stay_in_the_shortlist_as_the_text_grows():
+    read = []
+    chooser = shortlister(always=lambda text: read.append(text) or text)
+    chooser.keep([7])
+    text = [*range(100, 120)]
+    chooser.choose(text)
+    rows = chooser.choose([*text, 200]).rows
+    assert {7, *text, 200} <= {*rows.tolist()}
+    assert read == [[7], text, [*range(112, 120), 200]]
 
 
 def test_the_probability_outside_is_measured_on_what_is_read_later():
@@ -199,18 +206,3 @@ def test_a_shortlist_that_costs_what_it_may_does_not_grow():
 def test_without_anything_known_all_tokens_are_kept():
     assert Shortlister(VocabularyStatistics(), 0.5, None).choose([1]) is None
     assert shortlister(share=1.0).choose([1]) is None
-
-
-def test_tokens_that_are_always_kept():
-    tokenizer = chat_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["丰"]})
-    tokenizer.add_eos_token("丁")
-    kept = always_kept(tokenizer)
-    assert {tokenizer.convert_tokens_to_ids(token) for token in "不丰丁"} <= kept
-    assert len(kept) < 20
-
-
-def test_tokens_with_a_logit_bias_are_found_in_mlx_lm_s_processor():
-    processors = make_logits_processors({7: 1.5, 9: -100.0}, repetition_penalty=1.3)
-    assert biased_tokens(processors) == {7, 9}
-    assert biased_tokens([lambda tokens, logits: logits]) == frozenset()

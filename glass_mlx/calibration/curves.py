@@ -16,9 +16,9 @@ from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation, read_prompts
 from glass_mlx.fidelity.scoring import DenseReading, score, score_shortlists
 from glass_mlx.files import write_text
+from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.session import Session
-from glass_mlx.vocabulary import always_kept
 from glass_mlx.writing import Writer, stop_sequences
 
 import mlx.core as mx
@@ -109,7 +109,7 @@ class CurveMeasurement:
         self._partial, self._progress = partial, progress
         self._identity = json.dumps([identity, asdict(settings)])
         self._results: dict[str, list[list[float]]] = {}
-        self._always = always_kept(tokenizer)
+        self._always = KeptTokens(tokenizer)
         restored = session.ranks.on_first(self._restore)
         self._results = session.ranks.share(self._results)
         self._texts = restored or self._write_texts()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from glass_mlx.checkpoints.loading import model_name
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import one_line
 from glass_mlx.files import LockedError, is_locked, locked, write_text
+from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.prior.curves import Curves
 from glass_mlx.prior.file import GlobalPrior, cache_name, cached_priors
 from glass_mlx.prior.lookup import NoPriorError, folder_address, model_folder
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
 from glass_mlx.statistics import STATISTICS
-from glass_mlx.vocabulary import always_kept
 
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -140,21 +140,21 @@ def make_selector(
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | None,
     config: GlassConfig,
-    always: frozenset[int] = frozenset(),
+    more: Iterable[int] = (),
 ) -> Selector:
     """Return the selector of a generation; see `find_or_measure_budget` for a bound on KL.
 
     Args:
         session: the model's session.
-        tokenizer: its tokenizer, whose special tokens are always kept.
+        tokenizer: its tokenizer.
         prior: its prior, or None if there is none.
         config: how the model will be sliced.
-        always: further tokens that are always kept.
+        more: further tokens that every shortlist keeps; see `KeptTokens`.
     """
     budget = None
     if config.has_budget:
         budget = find_or_measure_budget(session, tokenizer, prior, config)
-    return session.selector(config, prior, budget, always | always_kept(tokenizer))
+    return session.selector(config, prior, budget, KeptTokens(tokenizer, more))
 
 
 def find_or_measure_budget(

@@ -4,8 +4,8 @@ from glass_mlx import stream_generate
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, Scores, divergence, score, score_shortlists
+from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.vocabulary import always_kept
 from helpers import letter_tokenizer, made_prior, statistics_of
 
 import mlx.core as mx
@@ -37,14 +37,13 @@ def test_scores_match_generation_by_the_engine(kind, changes):
     model = tiny_model(kind)
     tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
     options = {"density": 0.5, "warmup": 3, "refresh": 4, "prior_weight": 0.5} | changes
-    special = always_kept(tokenizer)
     responses = list(
         stream_generate(model, tokenizer, PROMPT, max_tokens=30, prior=made_prior(model), **options)
     )
     text = Continuation(PROMPT, [r.token for r in responses])
     config = GlassConfig(**options)
     reading = DenseReading(model, text, [config.warmup])
-    selector = reading.session.selector(config, made_prior(model), always=special)
+    selector = reading.session.selector(config, made_prior(model), always=KeptTokens(tokenizer))
     scores = score(reading, selector)
     generated = [-r.logprobs[r.token].item() for r in responses[1:]]
     assert np.allclose(scores.nll, generated, atol=1e-4)

@@ -17,9 +17,10 @@ from glass_mlx.calibration.texts import chat_frame, make_source
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.scoring import DenseReading
+from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.reporting.tables import markdown_table
-from glass_mlx.vocabulary import Shortlist, always_kept, choose_rows, log_probabilities
+from glass_mlx.vocabulary import Shortlist, choose_rows, log_probabilities
 from glass_mlx.writing import Writer
 
 import continuations
@@ -95,7 +96,7 @@ def mean_scores(predictions: Iterator[mx.array]) -> dict[str, np.ndarray]:
 def measure(
     reading: DenseReading,
     prior: dict[str, np.ndarray],
-    always: frozenset[int],
+    always: KeptTokens,
     args: argparse.Namespace,
     results: dict[tuple[float, str, float], list[tuple[float, float, int]]],
 ) -> None:
@@ -108,7 +109,7 @@ def measure(
         dense = np.array([is_dense_token(config, number) for number in numbers])
         logprobs = reading.dense[start - 1 : int(stop) - 1]
         sliced = logprobs[mx.array(np.flatnonzero(~dense))]
-        kept = always.union(reading.read(start))
+        kept = always(reading.read(start))
         for name in FUNCTIONS:
             for weight in args.prior_tokens:
                 scores = text[name] + weight * prior[name]
@@ -143,7 +144,7 @@ def main() -> None:
         session, tokenizer = continuations.load_session(args)
         prior = mean_scores(own_predictions(session, tokenizer, args.texts))
         results: dict[tuple[float, str, float], list[tuple[float, float, int]]] = {}
-        always = always_kept(tokenizer)
+        always = KeptTokens(tokenizer)
         for reading in continuations.read_continuations(session, tokenizer, args, [1]):
             if reading.tokens > GlassConfig.warmup:
                 measure(reading, prior, always, args, results)
