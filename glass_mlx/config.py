@@ -33,6 +33,14 @@ class Setting(NamedTuple):
     density: float | None = None
     vocabulary: float | None = None
 
+    @property
+    def flags(self) -> str:
+        """The flags of commands that stand for the setting, such as `--max-kl 0.1`."""
+        values = {name: value for name, value in self._asdict().items() if value is not None}
+        if self.density is not None and self.vocabulary == 1:
+            del values["vocabulary"]
+        return " ".join(f"--{name.replace('_', '-')} {v:g}" for name, v in values.items())
+
 
 def check_density(density: float) -> None:
     """Raise ValueError unless a density is in (0, 1]."""

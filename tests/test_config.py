@@ -1,6 +1,6 @@
 """GlassConfig validates its values in its constructor."""
 
-from glass_mlx.config import GlassConfig
+from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.statistics import MEAN
 
 import pytest
@@ -36,3 +36,10 @@ def test_a_share_that_is_not_given_is_1_unless_a_bound_decides():
     assert GlassConfig(vocabulary=0.5).shares == (1, 0.5)
     assert GlassConfig(density=1.0).is_dense
     assert not GlassConfig(density=1.0, vocabulary=0.5).is_dense
+
+
+def test_settings_are_named_by_their_flags():
+    assert Setting(max_kl=0.05).flags == "--max-kl 0.05"
+    assert Setting(density=0.5, vocabulary=1).flags == "--density 0.5"
+    assert Setting(density=1, vocabulary=0.25).flags == "--density 1 --vocabulary 0.25"
+    assert Setting(vocabulary=0.25).flags == "--vocabulary 0.25"

@@ -262,8 +262,7 @@ class Comparison:
 def _setting_name(row: Row) -> str:
     if row.get("method") == "dense":
         return "dense"
-    names = {"max_kl": "--max-kl", "density": "--density", "vocabulary": "--vocabulary"}
-    return " ".join(f"{n} {row[k]:g}" for k, n in names.items() if row[k] is not None)
+    return Setting(row["max_kl"], row["density"], row["vocabulary"]).flags
 
 
 def _edges(tokens: int) -> list[int]:

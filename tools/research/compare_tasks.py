@@ -85,21 +85,17 @@ def list_configs(args: argparse.Namespace) -> dict[str, GlassConfig | None]:
         for warmup in args.warmup:
             for every in args.dense_every:
                 options = setting._asdict() | {"warmup": warmup, "dense_every": every}
-                configs[_setting_name(options)] = GlassConfig(**options)
+                configs[_setting_name(setting, warmup, every)] = GlassConfig(**options)
     return configs
 
 
-def _setting_name(options: dict[str, Any]) -> str:
+def _setting_name(setting: Setting, warmup: int, dense_every: int) -> str:
     """Name a setting by the flags that differ from the defaults."""
-    names = {"max_kl": "--max-kl", "density": "--density", "vocabulary": "--vocabulary"}
-    values = {key: options[key] for key in names}
-    if values["vocabulary"] == 1:
-        values["vocabulary"] = None
-    parts = [f"{names[key]} {value:g}" for key, value in values.items() if value is not None]
-    if options["warmup"] != GlassConfig.warmup:
-        parts.append(f"--warmup {options['warmup']}")
-    if options["dense_every"] != GlassConfig.dense_every:
-        parts.append(f"dense every {options['dense_every']}")
+    parts = [setting.flags]
+    if warmup != GlassConfig.warmup:
+        parts.append(f"--warmup {warmup}")
+    if dense_every != GlassConfig.dense_every:
+        parts.append(f"dense every {dense_every}")
     return " ".join(parts)
 
 
