@@ -211,7 +211,7 @@ class Selector:
         vocabulary = shares.vocabulary if vocabulary_size else 1.0
         self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
         self.prior = prior
-        self.multiples, self._vocabulary_size, self._always = multiples, vocabulary_size, always
+        self.multiples, self._always = multiples, always
         self.read_shares, self._whole_shapes = read_shares or {}, whole_shapes
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
@@ -221,8 +221,6 @@ class Selector:
         if share == 1:
             return None
         prior = None if self.prior is None else self.prior.vocabulary
-        if prior is not None and len(prior) != self._vocabulary_size:
-            prior = None  # the prior of a related model with other tokens
         bound = None
         if self.budget is not None:  # the budget's KL is a mean over dense tokens, too
             every = self.config.dense_every

@@ -78,11 +78,12 @@ class _Facts:
         return sample_weights(self.ffns, self.division)
 
     def part_of(self, prior: GlobalPrior) -> GlobalPrior:
-        """Return the part of a prior of the whole model that is of the neurons in this process."""
-        if self.division is None:
-            return prior
+        """Return a prior for the neurons in this process and the tokens of the head."""
         if self._latest_part is None or self._latest_part[0] is not prior:
-            self._latest_part = prior, prior.part(self.division.parts)
+            part = prior if self.division is None else prior.part(self.division.parts)
+            if self.head is not None:
+                part = part.with_vocabulary(self.head.size)
+            self._latest_part = prior, part
         return self._latest_part[1]
 
     def matches(self, model: nn.Module) -> bool:

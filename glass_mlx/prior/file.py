@@ -42,11 +42,16 @@ _ROUTED = "routed"
 _SPREAD = "_spread"
 
 # Keys in `about`: the FFNs to keep dense, the curves, the rounding error of the fingerprint,
-# and, for a prior of a related model, the similarity of the two models.
+# for a prior of a related model the similarity of the two models, and whether it has other tokens.
 _KEPT_DENSE = "whole"
 _CURVES = "curves"
 _ROUNDING = "rounding"
 _SIMILARITY = "similarity"
+_OTHER_TOKENS = "other_tokens"
+
+# A model's variants have a few more tokens at the end, or fewer. If their number differs by more
+# than this share, they are other tokens.
+_MAX_TOKENS_ADDED = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,14 @@ class GlobalPrior:
 
     @property
     def title(self) -> str:
-        """The prior's file for reports, and whether it was measured on a related model."""
+        """The prior's file for reports, and whether it was measured on another model."""
         title = self.source or "given"
-        if (similarity := self.about.get(_SIMILARITY)) is None:
-            return title
-        model = self.about.get("model") or "a related model"
-        return f"{title} (measured on other weights: {model}, similarity {similarity:.3f})"
+        if (similarity := self.about.get(_SIMILARITY)) is not None:
+            model = self.about.get("model") or "a related model"
+            title += f" (measured on other weights: {model}, similarity {similarity:.3f})"
+        if self.about.get(_OTHER_TOKENS):
+            title += " (measured with other tokens, whose scores are not used)"
+        return title
 
     @cached_property
     def digest(self) -> str:
@@ -151,6 +158,23 @@ class GlobalPrior:
         paths = next(iter(scores.values())).keys()
         routed = {path: counts for path, counts in self.routed.items() if path in paths}
         return replace(self, scores=scores, spread={}, routed=routed)
+
+    def with_vocabulary(self, size: int) -> "GlobalPrior":
+        """Return the prior for a model with another number of tokens.
+
+        Variants of a model add tokens at the end, or fill its vocabulary up to a round number; a
+        token without a score gets 0. If far more or fewer tokens are known, they are other tokens,
+        and no scores are left. The `title` says so.
+
+        Args:
+            size: the number of tokens that the model's head knows.
+        """
+        scores = self.vocabulary
+        if scores is None or len(scores) == size:
+            return self
+        if abs(size - len(scores)) > _MAX_TOKENS_ADDED * size:
+            return replace(self, vocabulary=None, about=self.about | {_OTHER_TOKENS: True})
+        return replace(self, vocabulary=np.resize(scores, size) * (np.arange(size) < len(scores)))
 
     def fitted(self, shapes: Mapping[str, Shape], weights: Fingerprint) -> "GlobalPrior":
         """Check that the prior fits a model, and leave out what holds for no other model.

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import glass_mlx.prior.file as prior_file
-from glass_mlx import NoPriorError, resolve_prior
+from glass_mlx import GlassConfig, NoPriorError, Session, resolve_prior
 from glass_mlx.files import digest
 from glass_mlx.models import Fingerprint, find_ffns
 from glass_mlx.models.architectures import tiny_model
@@ -340,3 +340,23 @@ def test_the_models_own_prior_goes_before_a_relatives(model, tmp_path, monkeypat
     made_prior(model).save(tmp_path / "priors/b.safetensors")
     assert resolve_prior(model).title == str(tmp_path / "priors/b.safetensors")
     assert resolve_prior(related).title == str(tmp_path / "priors/a.safetensors")
+
+
+@pytest.mark.parametrize("size", [250, 256, 270])
+def test_token_scores_serve_variants_with_more_or_fewer_tokens(model, size):
+    scores = np.arange(1, 257, dtype=np.float32)
+    prior = replace(made_prior(model), vocabulary=scores).with_vocabulary(size)
+    assert prior.vocabulary.dtype == np.float32
+    assert np.array_equal(prior.vocabulary[:256], scores[:size])
+    assert not prior.vocabulary[256:].any()
+    assert prior.title == "given"
+
+
+@pytest.mark.parametrize("size", [100, 300])
+def test_scores_of_other_tokens_are_not_used_and_the_report_says_so(model, size):
+    scores = np.ones(size, np.float32)
+    prior = replace(made_prior(model), vocabulary=scores)
+    selector = Session(model).selector(GlassConfig(density=1.0, vocabulary=0.5), prior)
+    assert selector.prior.vocabulary is None
+    assert "other tokens" in selector.prior.title
+    assert selector.prior.scores is prior.scores
