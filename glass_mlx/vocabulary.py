@@ -44,29 +44,25 @@ class VocabularyStatistics:
 
     Attributes:
         sums: (V,) float32, lazy; None before the first token.
-        tokens: the number of tokens added.
     """
 
-    def __init__(self, sums: mx.array | None = None, tokens: int = 0) -> None:
-        self.sums, self.tokens = sums, tokens
+    def __init__(self, sums: mx.array | None = None) -> None:
+        self.sums = sums
 
     def copy(self) -> "VocabularyStatistics":
         """Return a copy that later updates do not change."""
-        return VocabularyStatistics(self.sums, self.tokens)
+        return VocabularyStatistics(self.sums)
 
     def update(self, logits: mx.array) -> mx.array:
         """Add the predictions (..., V) of some tokens; return them, depending on the sum."""
         flat = logits.reshape(-1, logits.shape[-1])
         total = flattened(flat).sum(0)
         self.sums = total if self.sums is None else self.sums + total
-        self.tokens += len(flat)
         return mx.depends(logits, [self.sums])
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the sums and the count as named arrays, for `restored`."""
-        if self.sums is None:
-            return {}
-        return {"sums": np.array(self.sums), "tokens": np.array([self.tokens])}
+        """Return the sums as a named array, for `restored`."""
+        return {} if self.sums is None else {"sums": np.array(self.sums)}
 
     @staticmethod
     def restored(state: dict[str, np.ndarray]) -> "VocabularyStatistics":
@@ -77,11 +73,10 @@ class VocabularyStatistics:
         """
         if not state:
             return VocabularyStatistics()
-        sums, tokens = state["sums"], state["tokens"]
-        counts = tokens.dtype == np.int64 and tokens.shape == (1,)
-        if sums.dtype != np.float32 or sums.ndim != 1 or not np.all(sums >= 0) or not counts:
+        sums = state["sums"]
+        if sums.dtype != np.float32 or sums.ndim != 1 or not np.all(sums >= 0):
             raise ValueError("the statistics of the vocabulary have another data type or shape")
-        return VocabularyStatistics(mx.array(sums), int(tokens[0]))
+        return VocabularyStatistics(mx.array(sums))
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

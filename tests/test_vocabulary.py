@@ -34,25 +34,21 @@ def test_statistics_in_parts_equal_those_at_once():
     assert mx.array_equal(whole.update(logits[None]), logits[None])
     for part in (logits[:2], logits[2:3], logits[3:]):
         parts.update(part[None])
-    assert whole.tokens == parts.tokens == 7
     assert np.allclose(whole.sums, parts.sums, rtol=1e-5)
     copy = parts.copy()
     copy.update(logits)
-    assert parts.tokens == 7
+    assert np.allclose(whole.sums, parts.sums, rtol=1e-5)
     restored = VocabularyStatistics.restored(whole.state())
-    assert restored.tokens == 7
     assert mx.array_equal(restored.sums, whole.sums)
     assert VocabularyStatistics.restored({}).sums is None
-    with pytest.raises(ValueError, match="another data type"):
-        VocabularyStatistics.restored(whole.state() | {"tokens": np.ones(1, np.uint8)})
 
 
 @pytest.mark.parametrize(
     "state",
     [
         {"sums": np.zeros(3)},
-        {"sums": np.zeros((2, 2), np.float32), "tokens": np.array([1])},
-        {"sums": np.array([-1.0], np.float32), "tokens": np.array([1])},
+        {"sums": np.zeros((2, 2), np.float32)},
+        {"sums": np.array([-1.0], np.float32)},
         {"tokens": np.array([1])},
     ],
 )

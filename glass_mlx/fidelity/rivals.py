@@ -13,20 +13,17 @@ from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.quantizations import REFERENCE, Quantization, quantize
 from glass_mlx.fidelity.scoring import DenseReading, Scores, score
+from glass_mlx.fidelity.static import read_alone
 from glass_mlx.models import named_arrays
 from glass_mlx.models.precision import dequantize, set_dtype
 from glass_mlx.prior.file import GlobalPrior, cache_name
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
-from glass_mlx.vocabulary import log_probabilities
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-_PREFILL_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Rival:
         """
         scores = Scores.exact(reading)
         everything = slice(0, reading.tokens)
-        logprobs = _read_alone(self._model, text, reading.dense.shape[-1])
+        logprobs = read_alone(self._model, text, reading.dense.shape[-1])[1:]
         scores.put(everything, reading, logprobs, np.zeros(reading.tokens, bool))
         scores.bytes[:] = self.share
         yield self.name, Setting(), scores
@@ -103,17 +100,6 @@ class Rival:
             scores = score(own, selector)
             scores.bytes *= self.share
             yield self.sliced_name, setting, scores
-
-
-def _read_alone(model: nn.Module, text: Continuation, size: int) -> mx.array:
-    """Return a model's log-probabilities (T, size) of a text whose prompt it reads itself."""
-    cache = make_prompt_cache(model)
-    for start in range(0, len(text.prompt), _PREFILL_STEP):
-        mx.eval(model(mx.array([text.prompt[start : start + _PREFILL_STEP]]), cache=cache)[:, -1])
-    logits = model(mx.array([text.written[:-1]]), cache=cache)[0, :, :size]
-    logprobs = log_probabilities(logits.astype(mx.float32))
-    mx.eval(logprobs)
-    return logprobs
 
 
 def make_rivals(

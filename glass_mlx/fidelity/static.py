@@ -12,6 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+_PREFILL_STEP = 512
+
 
 class Divergence(NamedTuple):
     """A measured KL divergence from the dense model.
@@ -46,13 +48,30 @@ def read_texts(
     """
     results = []
     for text in texts:
-        tokens = mx.array(text.prompt + text.written[:-1])[None]
-        # Some models share keys and values between layers by their caches.
-        logits = model(tokens, cache=make_prompt_cache(model))[0, len(text.prompt) - 1 :]
-        results.append(log_probabilities(logits))
-        mx.eval(results)
+        results.append(read_alone(model, text))
         progress(1)
     return results
+
+
+def read_alone(model: nn.Module, text: Continuation, size: int | None = None) -> mx.array:
+    """Return a model's log-probabilities of the n written tokens of a text.
+
+    Args:
+        model: the model, which reads the prompt, too.
+        text: the text.
+        size: only the first tokens of the vocabulary count. Default: all.
+
+    Returns:
+        (n, size) float32.
+    """
+    # Some models share keys and values between layers by their caches.
+    cache, prompt = make_prompt_cache(model), text.prompt[:-1]
+    for start in range(0, len(prompt), _PREFILL_STEP):
+        mx.eval(model(mx.array([prompt[start : start + _PREFILL_STEP]]), cache=cache)[:, -1])
+    tokens = text.prompt[-1:] + text.written[:-1]
+    logprobs = log_probabilities(model(mx.array([tokens]), cache=cache)[0, :, :size])
+    mx.eval(logprobs)
+    return logprobs
 
 
 def compare(dense: Sequence[mx.array], sliced: Sequence[mx.array]) -> Divergence:
