@@ -27,6 +27,7 @@ from glass_mlx.prior.display import MIN_EXPERT_TOKENS, describe, draw
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import TYPICAL_TOKENS, expert_prior_weights, fuse, ranks
 from glass_mlx.selection import densities, neurons_to_keep
+from glass_mlx.server.usage import glass_usage
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
 from glass_mlx.statistics import MEAN, MIN_GENERATED_TOKENS
@@ -273,6 +274,7 @@ def test_as_many_layers_are_sliced_as_fit_into_memory(model, tokenizer, monkeypa
     assert saved == pytest.approx(bytes_of(ffns[:2]) / 4, rel=0.03)
     text = summary(last)
     assert "experts of 2 of 4 layers are sliced: memory" in text
+    assert glass_usage(report, last.generation_tokens)["unsliced"] == 2
     assert "--release-dense" in text
     assert "are sliced" not in summary(replace(last, glass=replace(report, unsliced=frozenset())))
 

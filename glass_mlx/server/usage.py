@@ -34,6 +34,7 @@ def glass_usage(report: Report, tokens: int) -> dict[str, Any]:
         "bytes_share": round(read / (tokens * report.dense_bytes), 4),
         "dense_tokens": report.dense_tokens,
         "selections": report.selections,
+        "unsliced": len(report.unsliced),
     }
 
 
