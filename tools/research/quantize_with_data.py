@@ -51,7 +51,7 @@ def setup_arg_parser() -> CommandParser:
         "--target-bits",
         type=float,
         default=4.0,
-        help="Bits a weight of dynamic, between those of 3 and 5 bits (%(default)s).",
+        help="Bits a weight of dynamic with scales, between those of 3 and 5 bits (%(default)s).",
     )
     parser.add_argument("--group-size", type=int, default=64, help="Default: %(default)s.")
     parser.add_argument(
@@ -123,7 +123,9 @@ def dynamic(model: nn.Module, texts: mx.array, config: Config, args: argparse.Na
     """Quantize a model in place as `mlx_lm.dynamic_quant` does, and return its configuration."""
     sizes = (3, args.group_size, 5, args.group_size)
     sensitivities = dict(estimate_sensitivities(model, texts, *sizes, batch_size=1))
-    threshold = estimate_threshold(model, sensitivities, args.target_bits, *sizes)
+    # Scales and biases have four bytes here, and two in the checkpoint.
+    target_bits = args.target_bits + 2 * 16 / args.group_size
+    threshold = estimate_threshold(model, sensitivities, target_bits, *sizes)
 
     def bits(path: str, module: nn.Module) -> bool | dict[str, int]:
         if not hasattr(module, "to_quantized"):
