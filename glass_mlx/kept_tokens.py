@@ -15,6 +15,9 @@ _LOGIT_BIAS = "make_logits_processors.<locals>.logit_bias_processor"
 
 _WORD = re.compile(r"\w+")
 
+# Vocabularies have tokens for later use, which no text contains. Gemma's has 6,242.
+_FOR_LATER_USE = re.compile("unused|reserved", re.IGNORECASE)
+
 
 class KeptTokens:
     """The tokens to keep for a text.
@@ -35,8 +38,8 @@ class KeptTokens:
         """Return the tokens to keep for a text.
 
         These are its tokens, those of its words in other places and with the first letter in the
-        other case, special and added tokens, those that end a text, and those that stand for one
-        byte, of which every text can be put together.
+        other case, special and added tokens unless they are for later use, those that end a text,
+        and those that stand for one byte, of which every text can be put together.
         """
         return self._always.union(text, self._respelled(text))
 
@@ -56,9 +59,10 @@ def _special_tokens(tokenizer: TokenizerWrapper) -> frozenset[int]:
     """Return special and added tokens, those that end a text, and those of single bytes."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     names += [chr(code) for code in range(_BYTE_LEVEL_CODES)]
-    ids = tokenizer.convert_tokens_to_ids(names)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    kept = {*ids, *tokenizer.all_special_ids, *tokenizer.eos_token_ids, *added}
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    special_names = zip(special, tokenizer.convert_ids_to_tokens([*special]), strict=True)
+    used = (token for token, name in special_names if not _FOR_LATER_USE.search(name or ""))
+    kept = {*used, *tokenizer.convert_tokens_to_ids(names), *tokenizer.eos_token_ids}
     return frozenset(int(token) for token in kept if token is not None)
 
 

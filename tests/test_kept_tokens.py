@@ -8,12 +8,13 @@ from mlx_lm.sample_utils import make_logits_processors
 
 def test_special_tokens_and_those_of_the_text():
     tokenizer = chat_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["丰"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["丰", "<unused7>"]})
     tokenizer.add_eos_token("丁")
     special = {tokenizer.convert_tokens_to_ids(token) for token in "不丰丁"}
     kept = KeptTokens(tokenizer)([])
     assert special <= kept
     assert len(kept) < 20
+    assert tokenizer.convert_tokens_to_ids("<unused7>") not in kept
     assert KeptTokens(tokenizer, more=[777])([778]) >= special | {777, 778}
 
 
