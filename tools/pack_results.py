@@ -44,6 +44,8 @@ def packed(row: Row) -> Row:
 
 
 def _name(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_name(item) for item in value]
     is_path = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
     return Path(value).name if is_path else value
 

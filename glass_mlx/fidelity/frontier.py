@@ -86,7 +86,8 @@ def _latency_key(row: Row) -> tuple[Any, ...]:
 
 def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
     series: dict[tuple[str, str], list[tuple[float, Row]]] = {}
-    for row, x in points:
+    gray = 0
+    for row, x in sorted(points, key=lambda point: point[0]["kl"]):
         series.setdefault((row["method"], _kind(row)), []).append((x, row))
     for (method, kind), members in series.items():
         label, color, style = _STYLES.get((method, kind), (None, _GRAY, "D"))
@@ -108,7 +109,9 @@ def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
         for x, row in members:
             parts = [] if label else [method]
             parts += [] if kind == "none" else [_setting_label(row)]
-            _annotate(axes, ", ".join(parts), (x, row["kl"]), color)
+            gray += label is None
+            is_below = label is None and gray % 2 == 0  # neighbors' labels would overlap
+            _annotate(axes, ", ".join(parts), (x, row["kl"]), color, -9 if is_below else 4)
     bound_color = _STYLES["default", "bound"][1]
     axes.axhline(DEFAULT_MAX_KL, color=bound_color, linestyle=":", linewidth=1)
     axes.set_yscale("log")
@@ -118,9 +121,12 @@ def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
     axes.grid(alpha=0.25)
 
 
-def _annotate(axes: "Axes", text: str, point: tuple[float, float], color: str) -> None:
-    """Write a text beside a point."""
-    axes.annotate(text, point, xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
+def _annotate(
+    axes: "Axes", text: str, point: tuple[float, float], color: str, rise: int = 4
+) -> None:
+    """Write a text to the right of a point, so many printer's points above it."""
+    place: dict[str, Any] = {"xytext": (5, rise), "textcoords": "offset points"}
+    axes.annotate(text, point, fontsize=7, color=color, **place)
 
 
 def _kind(row: Row) -> str:
