@@ -122,6 +122,11 @@ def add_model_argument(parser: "argparse._ActionsContainer") -> None:
     )
 
 
+def add_prior_argument(parser: "argparse._ActionsContainer") -> None:
+    """Add the flag that names the model's prior, for commands that search for one."""
+    parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
+
+
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that set how the model's weights are stored in memory."""
     parser.add_argument(

@@ -21,6 +21,7 @@ from glass_mlx.arguments import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_argument,
+    add_prior_argument,
     load_options,
     path,
 )
@@ -96,7 +97,7 @@ def setup_arg_parser() -> CommandParser:
         help="Weight of the prior's ranks against those of the answers (%(default)s).",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
+    add_prior_argument(source)
     source.add_argument("--no-prior", action="store_true", help="Select from the answers alone.")
     add_load_arguments(parser)
     add_adapter_arguments(parser)

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -32,7 +33,11 @@ class KeptTokens:
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, more: Iterable[int] = ()) -> None:
-        self._tokenizer, self._always = tokenizer, _special_tokens(tokenizer).union(more)
+        self._tokenizer, self._more = tokenizer, more
+
+    @cached_property
+    def _always(self) -> frozenset[int]:
+        return _special_tokens(self._tokenizer).union(self._more)
 
     def __call__(self, text: Sequence[int]) -> frozenset[int]:
         """Return the tokens to keep for a text.

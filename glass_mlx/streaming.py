@@ -247,7 +247,7 @@ def _steps(
         record = cache
     else:  # a cache from mlx-lm cannot hold statistics
         record = PromptCache((), session.empty_statistics([selector.config.statistic]))
-    earlier = [*record.tokens]
+    earlier = record.tokens
     statistics = record.begin(session.shapes, session.vocabulary_size, session.total)
 
     def progress(tokens_read: int, total: int) -> None:

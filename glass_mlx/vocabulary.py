@@ -260,13 +260,13 @@ class Shortlister:
         Returns:
             The shortlist, or None if all tokens are kept.
         """
-        self.keep(text[max(0, self._read - _OVERLAP) :])
-        self._read = len(text)
         self._grow()
         scores = self.scores
         if scores is None or self.share >= 1:
             self.shortlist = None
             return None
+        self.keep(text[max(0, self._read - _OVERLAP) :])
+        self._read = len(text)
         kept = (token for token in self._kept if token < len(scores))
         rows = choose_rows(scores, self.share, kept)
         if len(rows) == len(scores):

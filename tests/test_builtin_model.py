@@ -205,7 +205,7 @@ def test_drafts_leave_the_text_of_the_dense_model_as_it_is(default_model, has_dr
 )
 def test_words_of_a_text_can_be_written_in_other_places(default_model, text, word, place):
     _, tokenizer = default_model
-    start, end = (part for part in place.split(word))
+    start, end = place.split(word)
     whole, before, after = (tokenizer.encode(part) for part in (place, start, end))
     spelling = whole[len(before) : len(whole) - len(after)]
     assert tokenizer.decode(spelling) == word

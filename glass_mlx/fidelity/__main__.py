@@ -23,6 +23,7 @@ from glass_mlx.arguments import (
     CommandParser,
     add_load_arguments,
     add_model_argument,
+    add_prior_argument,
     add_settings_arguments,
     check_minimums,
     make_settings,
@@ -112,7 +113,7 @@ def setup_arg_parser() -> CommandParser:
     parser.add_argument(
         "--batch-size", type=int, default=32, help="Prompts continued at once (%(default)s)."
     )
-    parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
+    add_prior_argument(parser)
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -174,7 +174,7 @@ class GlobalPrior:
             return self
         if abs(size - len(scores)) > _MAX_TOKENS_ADDED * size:
             return replace(self, vocabulary=None, about=self.about | {_OTHER_TOKENS: True})
-        return replace(self, vocabulary=np.resize(scores, size) * (np.arange(size) < len(scores)))
+        return replace(self, vocabulary=np.pad(scores[:size], (0, max(0, size - len(scores)))))
 
     def fitted(self, shapes: Mapping[str, Shape], weights: Fingerprint) -> "GlobalPrior":
         """Check that the prior fits a model, and leave out what holds for no other model.

@@ -15,7 +15,12 @@ def test_long_descriptions_and_folders_are_left_out(tmp_path, run_command):
         "method": "default",
         "kl": 0.1,
         "prior": {"model": "m", "tokens": 9, "stability": [0] * 1000},
-        "arguments": {"json": "/home/user/out.jsonl", "files": ["/tmp/a"], "model": "org/name"},
+        "arguments": {
+            "json": "/home/user/out.jsonl",
+            "files": ["/tmp/a"],
+            "seed": "0",
+            "model": "org/name",
+        },
     }
     other = {"method": "3 bits", "kl": 1.0}
     (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in (row, other)))
@@ -25,7 +30,7 @@ def test_long_descriptions_and_folders_are_left_out(tmp_path, run_command):
     (packed,) = map(json.loads, out.read_text().splitlines())
     assert packed == row | {
         "prior": {"model": "m", "tokens": 9},
-        "arguments": {"json": "out.jsonl", "files": ["a"], "model": "org/name"},
+        "arguments": {"json": "out.jsonl", "files": ["a"], "seed": "0", "model": "org/name"},
     }
     (tmp_path / "in.jsonl").write_text("[]\n")
     code, _, err = run_command(pack_results.main, *options)

@@ -16,6 +16,7 @@ from glass_mlx import GlassConfig, PromptCache, Session, make_prompt_cache, stre
 from glass_mlx.arguments import (
     add_load_arguments,
     add_model_argument,
+    add_prior_argument,
     add_settings_arguments,
     check_minimums,
     make_settings,
@@ -47,7 +48,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_argument(parser)
-    parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
+    add_prior_argument(parser)
     add_settings_arguments(parser, f"a bound of {DEFAULT_MAX_KL}")
     parser.add_argument("--limit", type=int, default=10, help="Prompts to use (%(default)s).")
     continuations.add_arguments(parser)
@@ -124,8 +125,7 @@ def format_results(results: Results) -> str:
     """Format KL as a table."""
     cells = []
     for (subject, setting, name), kl in results.items():
-        error = np.std(kl, ddof=1) / len(kl) ** 0.5 if len(kl) > 1 else float("nan")
-        mean = f"{np.mean(kl):.3f} ± {error:.3f}"
+        mean = f"{np.mean(kl):.3f} ± {continuations.standard_error(kl):.3f}"
         cells.append([subject, f"`{setting.flags}`", name, mean, f"{len(kl)}"])
     columns = ["subject", "setting", "statistics", "KL", "conversations"]
     return markdown_table(columns, cells, left=("subject", "setting", "statistics"), padded=False)

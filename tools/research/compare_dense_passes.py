@@ -178,7 +178,7 @@ def main() -> None:
         ]
         print(markdown_table(["passes", "bytes read", "dense tokens"], cells))
         rows = [
-            [str(n), f"{kl.mean():.4f}", f"{kl.std(ddof=1) / len(kl) ** 0.5:.4f}"]
+            [str(n), f"{kl.mean():.4f}", f"{continuations.standard_error(kl):.4f}"]
             for n, kl in divergence(session, tokenizer, args, prior, args.rows).items()
         ]
         print(markdown_table(["dense tokens in a row", "KL", "± s.e."], rows))

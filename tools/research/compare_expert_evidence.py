@@ -227,15 +227,10 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
         kl, read = np.array(pairs).T
         reference = np.array(results[args.ways[0], density])[:, 0]
         ratio = np.log(kl / reference)
-        cells = [f"{kl.mean():.4f}", f"{_standard_error(kl):.4f}", f"{read.mean():.3f}"]
-        rows.append(
-            [name, f"{density:g}", *cells, f"{ratio.mean():+.3f}", f"{_standard_error(ratio):.3f}"]
-        )
+        kl_error, ratio_error = (continuations.standard_error(values) for values in (kl, ratio))
+        cells = [f"{kl.mean():.4f}", f"{kl_error:.4f}", f"{read.mean():.3f}"]
+        rows.append([name, f"{density:g}", *cells, f"{ratio.mean():+.3f}", f"{ratio_error:.3f}"])
     return rows
-
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def main() -> None:

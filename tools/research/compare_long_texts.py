@@ -20,6 +20,7 @@ from glass_mlx import GlassConfig, GlobalPrior, Session, stream_generate
 from glass_mlx.arguments import (
     add_load_arguments,
     add_model_argument,
+    add_prior_argument,
     add_settings_arguments,
     check_minimums,
     make_settings,
@@ -57,7 +58,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_argument(parser)
-    parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
+    add_prior_argument(parser)
     add_settings_arguments(parser, f"a bound of {DEFAULT_MAX_KL}")
     parser.add_argument("--limit", type=int, default=2, help="Use the first LIMIT prompts.")
     parser.add_argument(

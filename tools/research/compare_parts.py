@@ -132,7 +132,7 @@ def main() -> None:
         for (density, parts), values in results.items():
             kl, kept = values.T
             more = kl - results[density, args.parts[0]][:, 0]
-            error = more.std(ddof=1) / len(more) ** 0.5
+            error = continuations.standard_error(more)
             row = [f"{density:g}", str(parts), f"{kept.mean():.3f}", f"{kl.mean():.4f}"]
             cells.append([*row, f"{more.mean():+.4f}", f"{error:.4f}"])
         print(markdown_table(["density", "parts", "kept", "KL", "more", "± s.e."], cells))

@@ -74,7 +74,7 @@ def main() -> None:
         cells = []
         for schedule, values in compare(args).items():
             kl, read, tokens = values.sum(0)
-            error = np.std(values[:, 0] / values[:, 2], ddof=1) / len(values) ** 0.5
+            error = continuations.standard_error(values[:, 0] / values[:, 2])
             cells.append(
                 [
                     *map(str, schedule),

@@ -19,6 +19,7 @@ from glass_mlx import GlassConfig
 from glass_mlx.arguments import (
     add_load_arguments,
     add_model_argument,
+    add_prior_argument,
     add_settings_arguments,
     make_settings,
 )
@@ -52,7 +53,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """Set up and return the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_argument(parser)
-    parser.add_argument("--prior", help="The model's prior. Default: searched for as by generate.")
+    add_prior_argument(parser)
     parser.add_argument(
         "--tasks", nargs="+", required=True, help="The YAML files that make_tasks wrote."
     )

@@ -8,6 +8,7 @@ from glass_mlx import Session, load
 from glass_mlx.fidelity.prompts import WritingSettings, continue_all, read_prompts
 from glass_mlx.fidelity.scoring import DenseReading
 
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
@@ -57,3 +58,8 @@ def read_continuations(
     texts = continue_all(session.model, tokenizer, prompts, writing_settings(args))
     for text in tqdm([text for text in texts if len(text.written) > 1], unit="prompt"):
         yield DenseReading(session, text, points)
+
+
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Return the standard error of a mean over texts, or NaN for a single text."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
