@@ -29,7 +29,7 @@ from glass_mlx.arguments import (
 from glass_mlx.checkpoints.builtin import DEFAULT_MODEL
 from glass_mlx.checkpoints.loading import load, load_draft
 from glass_mlx.command_model import find_prior, load_session
-from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, check_seed
+from glass_mlx.config import GlassConfig, check_seed
 from glass_mlx.conversation import Conversation, full_history, with_answer
 from glass_mlx.errors import check_text, exit_on_error, one_line
 from glass_mlx.generation_report import GenerationResponse, summary
@@ -258,12 +258,13 @@ def _set_budget(chat: Chat, value: str) -> None:
         try:
             chat.set_budget(float(value))
         except ValueError:
-            print("The budget is a positive number, as in /budget 0.1")
+            print("The budget is a number from 0 on, as in /budget 0.2")
             return
     config = chat.config
-    if config.has_budget:
-        bound = config.max_kl or DEFAULT_MAX_KL
-        print(f"KL is bounded by {bound:g} nats per token.")
+    if config.is_exact:
+        print("There is no KL: answers are the dense model's own.")
+    elif config.has_budget:
+        print(f"KL is bounded by {config.bound:g} nats per token.")
     else:
         shares = config.shares
         print(f"There is no bound: density {shares.density:g}, vocabulary {shares.vocabulary:g}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from glass_mlx.arguments import load_options
-from glass_mlx.calibration.first_use import find_or_measure_prior
+from glass_mlx.calibration.first_use import find_needed_prior
 from glass_mlx.checkpoints.loading import advice, load
 from glass_mlx.config import GlassConfig
 from glass_mlx.prior.file import GlobalPrior
@@ -46,7 +46,7 @@ def find_prior(
     config: GlassConfig,
     report: Callable[[str], object] = lambda line: None,
 ) -> GlobalPrior | None:
-    """Find or measure the model's prior; None with `--no-prior` or `--dense`.
+    """Find or measure the model's prior; None with `--no-prior` or `--dense`, or if none is needed.
 
     Args:
         args: the parsed flags.
@@ -62,4 +62,4 @@ def find_prior(
     """
     if args.dense or args.no_prior:
         return None
-    return find_or_measure_prior(session, tokenizer, given, config, args.model, report)
+    return find_needed_prior(session, tokenizer, given, config, args.model, report)

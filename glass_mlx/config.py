@@ -7,11 +7,15 @@ from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.ranking import check_prior_weight
 from glass_mlx.statistics import STATISTICS
 
-# The KL divergence from the dense model that is accepted by default, in nats per token.
-DEFAULT_MAX_KL = 0.1
+# The KL divergence from the dense model that is accepted by default, in nats per token: none.
+DEFAULT_MAX_KL = 0.0
 
 # By default, the selection is first renewed after this many tokens.
 DEFAULT_REFRESH = 32
+
+# Where the text is the dense model's own, a short warm-up is enough, because every token after it
+# is observed, too, and renewals move only rows of the head.
+EXACT_WARMUP, EXACT_REFRESH = 4, 16
 
 
 class Shares(NamedTuple):
@@ -55,9 +59,9 @@ def check_vocabulary(share: float) -> None:
 
 
 def check_max_kl(max_kl: float) -> None:
-    """Raise ValueError unless a bound on the KL divergence is positive and finite."""
-    if not 0 < max_kl < float("inf"):
-        raise ValueError(f"the bound on KL must be positive, not {max_kl}")
+    """Raise ValueError unless a bound on the KL divergence is at least 0 and finite."""
+    if not 0 <= max_kl < float("inf"):
+        raise ValueError(f"the bound on KL must be at least 0 and finite, not {max_kl}")
 
 
 def check_seed(seed: int) -> None:
@@ -70,25 +74,28 @@ def check_seed(seed: int) -> None:
 class GlassConfig:
     """How a model is sliced in one generation.
 
-    By default, a bound on the KL divergence from the dense model decides how much is kept of the
-    FFNs and of the output head: as few bytes as the bound allows. If `density` or `vocabulary` is
-    given, there is no bound, and the other one of the two is 1.
+    By default, the text is the dense model's own: all neurons are kept, and tokens that are drafted
+    with a part of the output head are checked with all of it. With a bound on the KL divergence
+    from the dense model, FFNs are sliced, too, and nothing is checked: as few bytes are read as the
+    bound allows. If `density` or `vocabulary` is given, there is no bound, and the other one of the
+    two is 1.
 
     docs/experiments.md has the measurements behind the defaults.
 
     Attributes:
-        max_kl: bound on the expected KL divergence from the dense model, in nats per token.
-            Default: `DEFAULT_MAX_KL`.
+        max_kl: bound on the expected KL divergence from the dense model, in nats per token; 0 for
+            the dense model's own text. Default: `DEFAULT_MAX_KL`.
         density: share of the neurons of each FFN to keep, in (0, 1]. Counts are rounded to
             multiples that suit the kernels.
         vocabulary: share of the rows of the output head to keep, in (0, 1].
         prior_weight: λ in [0, 1], the weight of the prior's ranks against the local ranks.
         warmup: number of tokens that are generated densely before the first selection, at least 1.
+            With a bound of 0, `EXACT_WARMUP` if that is smaller.
         dense_every: after the warm-up, every token of this number is computed by the dense model,
             which observes it. At least 2, or 0 for none.
         refresh: number of tokens after which the selection is first renewed; see
             `renewal.stretches`. At least 2, or 0 for never. Default: `DEFAULT_REFRESH`, and more
-            for mixtures of experts; see `Session.refresh`.
+            for mixtures of experts, see `Session.refresh`; `EXACT_REFRESH` with a bound of 0.
         statistic: the statistic that ranks neurons locally, a key of `statistics.STATISTICS`.
         prior_statistic: the statistic of the prior that ranks neurons. The prior must have it.
         uniform: whether to keep the same share in every FFN, and to ignore the FFNs that the prior
@@ -142,6 +149,18 @@ class GlassConfig:
     def has_budget(self) -> bool:
         """Whether a bound on KL decides how much is kept."""
         return self.density is None and self.vocabulary is None
+
+    @property
+    def bound(self) -> float | None:
+        """The bound on KL in nats per token, or None if shares are given."""
+        if not self.has_budget:
+            return None
+        return DEFAULT_MAX_KL if self.max_kl is None else self.max_kl
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the text is the dense model's own."""
+        return self.bound == 0
 
     @property
     def shares(self) -> Shares:

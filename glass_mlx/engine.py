@@ -5,10 +5,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from glass_mlx.checked_decoding import CheckedDecoder, CheckedModel
 from glass_mlx.decoding import Decoder
+from glass_mlx.draft_shortlist import DraftShortlister
 from glass_mlx.generation_report import Report, Reporter
+from glass_mlx.models import LogitsOfHidden
 from glass_mlx.renewal import is_dense_pass, is_dense_token, stretches
-from glass_mlx.selection import Selector
+from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
 from glass_mlx.speculation import CheckingModel, SpeculativeDecoder
@@ -101,6 +104,10 @@ class Generation:
         # With a reload, dense weights make room for each slice.
         unsliced = frozenset[str]() if reload else session.without_room(selector)
         self._shortlister = selector.shortlister(statistics.vocabulary)
+        if isinstance(decoder, CheckedDecoder) and session.head is not None:
+            head_share = session.head.bytes / session.weight_bytes
+            head_share = session.ranks.share(head_share)  # ranks may hold unequal parts
+            self._shortlister = selector.draft_shortlister(statistics.vocabulary, head_share)
         if self._shortlister is not None:
             self._shortlister.keep(earlier)
         self._observer = TokenObserver(statistics.text, self._shortlister)
@@ -143,6 +150,9 @@ class Generation:
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
+        if self._selector.is_exact:
+            yield from self._exact_phases(writer)
+            return
         for _, stop in stretches(config, decoder.limit):
             # 3) Select neurons and tokens from everything that the dense model has read.
             # 4) Slice their rows and columns into smaller matrices.
@@ -152,6 +162,62 @@ class Generation:
             #    a token, which adds to the statistics.
             yield from self._sliced_steps(sliced, writer, until=stop)
             del sliced  # so that replaced slices can be freed while new ones are made
+
+    def _exact_phases(self, dense: nn.Module) -> Generator[Step, None, None]:
+        """Generate the dense model's own text after the warm-up; see `checked_decoding`.
+
+        Args:
+            dense: the observed dense model.
+        """
+        decoder, session, shortlister = self._decoder, self._session, self._shortlister
+        if not isinstance(shortlister, DraftShortlister):
+            yield from self._dense_steps(dense, decoder.last(1), until=decoder.limit)
+            return
+        assert session.head is not None
+        check = LogitsOfHidden(session.model, session.head)
+        everything = Selection.everything(session.shapes)
+        for _, stop in stretches(self._selector.config, decoder.limit):
+            # 3) Choose the tokens that drafts may have, from all predictions so far.
+            # 4) Slice their rows of the head.
+            self._flush()
+            with self._reporter.timed("select_time"):
+                shortlist = shortlister.choose(decoder.tokens)
+            self._check_agreement(shortlist)
+            with self._reporter.timed("slice_time"):
+                self._slices.slice_head(shortlist)
+                drafting = self._slices.model
+            read = session.bytes_of(drafting)
+            weight = self._selector.prior_weight(self._statistics)
+            self._reporter.slices(everything, shortlist, weight, read)
+
+            # 5) Draft tokens with these rows, and check them with the whole head. Where that reads
+            #    no fewer bytes, the dense model goes on alone.
+            if shortlist is None:
+                yield from self._dense_steps(dense, decoder.last(1), until=stop)
+                continue
+            hidden: list[mx.array] = []
+            self._slices.show_hidden(hidden.append)
+            model = CheckedModel(drafting, hidden, check, shortlister.observe, shortlister.count)
+            yield from self._checked_steps(model, read, session.head.bytes, until=stop)
+
+    def _checked_steps(
+        self, model: CheckedModel, pass_bytes: int, head_bytes: int, until: float
+    ) -> Generator[Step, None, None]:
+        """Generate with drafts and checks, up to a total number of generated tokens.
+
+        Args:
+            model: the model.
+            pass_bytes: the bytes of weights that it reads for a draft.
+            head_bytes: those that it reads for a check.
+            until: the number of tokens.
+        """
+        passes = checks = 0
+        with closing(self._decoder.run(model, self._decoder.last(1), until)) as run:
+            for sampled in run:
+                drafts = model.passes - passes
+                read = drafts * pass_bytes + (model.checks - checks) * head_bytes
+                passes, checks = model.passes, model.checks
+                yield Step(*sampled, self._reporter.token(False, read, drafts))
 
     def _select_and_slice(self) -> nn.Module:
         """Choose neurons, bring the slices up to date, and return the sliced model."""
@@ -194,7 +260,7 @@ class Generation:
         self,
         model: nn.Module,
         unread: mx.array,
-        until: int,
+        until: float,
         progress: Progress | None = None,
         **options: Any,
     ) -> Generator[Step, None, None]:

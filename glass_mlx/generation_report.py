@@ -33,6 +33,9 @@ class Report:
         down_policy: how quantized down projections are sliced; several policies, separated by
             commas, if the one asked for does not suit every layer.
         dense_tokens: generated tokens that the dense model computed.
+        read_bytes: bytes of weights that were read for all generated tokens, for drafts and checks,
+            too.
+        drafts: how many tokens were drafted, with those that were wrong or void.
         selections: how many times neurons were selected.
         select_time: seconds spent on ranking, fusing and selecting.
         slice_time: seconds spent on slicing the weights.
@@ -64,6 +67,8 @@ class Report:
     prior: str
     down_policy: str
     dense_tokens: int
+    read_bytes: int
+    drafts: int
     selections: int
     select_time: float
     slice_time: float
@@ -119,6 +124,8 @@ class Reporter:
             prior=prior.title if prior else "none",
             down_policy=down_policy,
             dense_tokens=0,
+            read_bytes=0,
+            drafts=0,
             selections=0,
             select_time=0.0,
             slice_time=0.0,
@@ -131,10 +138,23 @@ class Reporter:
             unsliced=frozenset(unsliced),
         )
 
-    def token(self, dense: bool) -> Report:
-        """Count a token, and return the report to yield with the token."""
+    def token(self, dense: bool, read: int | None = None, drafts: int = 0) -> Report:
+        """Count a token, and return the report to yield with the token.
+
+        Args:
+            dense: whether the dense model computed it.
+            read: the bytes of weights that were read for it. Default: those of the model.
+            drafts: how many tokens were drafted for it.
+        """
+        report = self.report
+        if read is None:
+            read = report.dense_bytes if dense else report.sliced_bytes
         self.report = replace(
-            self.report, dense=dense, dense_tokens=self.report.dense_tokens + dense
+            report,
+            dense=dense,
+            dense_tokens=report.dense_tokens + dense,
+            read_bytes=report.read_bytes + read,
+            drafts=report.drafts + drafts,
         )
         return self.report
 
@@ -194,8 +214,14 @@ def summary(response: GenerationResponse) -> str:
     glass = response.glass
     assert glass is not None
     expectation = ""
-    if glass.max_kl is not None:
+    if glass.max_kl == 0:
+        expectation = "\nGLASS: the text is the model's own"
+        if glass.drafts:
+            taken = response.generation_tokens - glass.dense_tokens
+            expectation += f": {taken} of {glass.drafts} drafts were right"
+    elif glass.max_kl is not None:
         expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
+    read = glass.read_bytes / response.generation_tokens
     note = memory_note(glass)
     memory = f"\nGLASS: {note}" if note else ""
     return (
@@ -203,11 +229,10 @@ def summary(response: GenerationResponse) -> str:
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB\n"
-        f"GLASS: density {glass.density_got:.3f} (asked {glass.density:.3g}), "
-        f"vocabulary {glass.vocabulary_got:.3f} (asked {glass.vocabulary:.3g}), probability "
-        f"outside {glass.outside:.4f}, λ {glass.prior_weight:.2f}, "
+        f"GLASS: density {glass.density_got:.3f}, vocabulary {glass.vocabulary_got:.3f}, "
+        f"probability outside {glass.outside:.4f}, λ {glass.prior_weight:.2f}, "
         f"prior {glass.prior}, weights {glass.dense_bytes / 1e6:.1f} -> "
-        f"{glass.sliced_bytes / 1e6:.1f} MB per token\n"
+        f"{read / 1e6:.1f} MB per token\n"
         f"GLASS: {glass.dense_tokens} tokens dense, {glass.selections} selections: select "
         f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s; "
         f"{glass.held_bytes / 1e9:.3f} GB held{expectation}{memory}"

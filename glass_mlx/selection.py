@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from glass_mlx.budget import Budget
-from glass_mlx.config import GlassConfig, check_density
+from glass_mlx.config import GlassConfig, Shares, check_density
+from glass_mlx.draft_shortlist import DraftShortlister
 from glass_mlx.models import membership
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import expert_prior_weights, fuse, largest, ranks
@@ -27,6 +28,15 @@ class Selection:
 
     indices: dict[str, np.ndarray]
     widths: dict[str, int]
+
+    @staticmethod
+    def everything(shapes: Mapping[str, tuple[int, ...]]) -> "Selection":
+        """Return the selection of all neurons of FFNs of some shapes, (m,) or (experts, m)."""
+        indices = {
+            path: np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+            for path, shape in shapes.items()
+        }
+        return Selection(indices, {path: shape[-1] for path, shape in shapes.items()})
 
     @property
     def density(self) -> float:
@@ -183,6 +193,8 @@ class Selector:
         budget: how a bound on KL is spent, or None.
         multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
         read_shares: see above.
+        is_exact: whether the text is the dense model's own, so that nothing is chosen here but the
+            tokens of drafts.
 
     Raises:
         ValueError: if the prior lacks the statistic that the configuration names.
@@ -204,12 +216,16 @@ class Selector:
                 f"the prior {prior.source} has no statistic {config.prior_statistic!r}; it has "
                 f"{', '.join(prior.scores)}"
             )
+        self.is_exact = config.is_exact
+        if self.is_exact:
+            budget = Budget(0.0, Shares(), 0.0, 0.0)
         if config.has_budget and budget is None:
             raise ValueError("without measured curves, give a density or a share of the vocabulary")
         self.budget = budget if config.has_budget else None
         shares = config.shares if self.budget is None else self.budget.shares
         vocabulary = shares.vocabulary if vocabulary_size else 1.0
-        self.config = replace(config, density=shares.density, vocabulary=vocabulary, max_kl=None)
+        fixed = {"max_kl": None, "density": shares.density, "vocabulary": vocabulary}
+        self.config = replace(config, **({"max_kl": 0.0} if self.is_exact else fixed))
         self.prior = prior
         self.multiples, self._always = multiples, always
         self.read_shares, self._whole_shapes = read_shares or {}, whole_shapes
@@ -226,6 +242,18 @@ class Selector:
             every = self.config.dense_every
             bound = self.budget.vocabulary_kl * (every / (every - 1) if every else 1)
         return Shortlister(statistics, share, prior, self._always, bound)
+
+    def draft_shortlister(
+        self, statistics: VocabularyStatistics, head_share: float
+    ) -> DraftShortlister:
+        """Return what chooses the shortlists of drafts.
+
+        Args:
+            statistics: the local statistics, to which predictions are added.
+            head_share: the share of the whole head in the dense model's bytes per token.
+        """
+        prior = None if self.prior is None else self.prior.vocabulary
+        return DraftShortlister(statistics, prior, self._always, head_share)
 
     def prior_weight(self, local: LocalStatistics) -> float:
         """Return the λ in use: 1 if at most one token was read, and 0 without a prior.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.budget import Budget, spend
-from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
+from glass_mlx.config import DEFAULT_REFRESH, EXACT_REFRESH, EXACT_WARMUP, GlassConfig
 from glass_mlx.memory import without_room
 from glass_mlx.models import (
     FFN,
@@ -247,10 +247,16 @@ class Session:
 
     def resolved(self, config: GlassConfig) -> GlassConfig:
         """Return a configuration with the values that depend on the model."""
-        return replace(config, refresh=self.refresh) if config.refresh is None else config
+        refresh = config.refresh
+        if refresh is None:
+            refresh = EXACT_REFRESH if config.is_exact else self.refresh
+        warmup = min(config.warmup, EXACT_WARMUP) if config.is_exact else config.warmup
+        return replace(config, refresh=refresh, warmup=warmup)
 
     def conditions(self, config: GlassConfig) -> dict[str, Any]:
         """Return the conditions on which KL depends in addition to shares; see `conditions`."""
+        if config.is_exact:  # with a schedule of its own, and without KL
+            config = replace(config, density=1.0, max_kl=None)
         weights = self.weight_format
         if "bit" in weights:
             policies = self.sliced_model(config.down_policy).down_policy.split(", ")
@@ -350,7 +356,8 @@ class Session:
         )
         neuron_bytes = self._over_layers(neuron_bytes)
         head_bytes = self.head.bytes if self.head else 0
-        return spend(config.max_kl or DEFAULT_MAX_KL, curves, neuron_bytes, head_bytes)
+        assert config.bound is not None
+        return spend(config.bound, curves, neuron_bytes, head_bytes)
 
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
         """Return local statistics without any tokens; see `LocalStatistics.empty`."""

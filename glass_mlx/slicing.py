@@ -1,9 +1,9 @@
 """A model that computes only selected neurons and logits, with constants for all others."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from glass_mlx.models import (
     FFN,
@@ -18,6 +18,7 @@ from glass_mlx.models import (
     with_modules,
     with_taps,
 )
+from glass_mlx.random_state import random_key, set_random_key
 from glass_mlx.selection import Selection
 from glass_mlx.statistics import MEAN, LocalStatistics
 from glass_mlx.vocabulary import Shortlist
@@ -114,6 +115,11 @@ class SlicedModel:
         model = with_head(model, self._head, self._sliced_head)
         return BackedOffModel(model, self._sliced_head.rows, self._other_logits)
 
+    def show_hidden(self, observe: Callable[[mx.array], None]) -> None:
+        """Show the vectors of which the sliced head computes logits, until it is sliced anew."""
+        assert self._sliced_head is not None
+        self._sliced_head.show(observe)
+
     @property
     def down_policy(self) -> str:
         """How quantized down projections are sliced: the policy, or those of all the layers."""
@@ -142,7 +148,7 @@ class SlicedModel:
             compensation: the constants that replace the other neurons, by FFN. Default: zero.
             shortlist: the tokens whose logits are computed. Default: all.
         """
-        self._slice_head(shortlist)
+        self.slice_head(shortlist)
         compensation = compensation or {}
         fresh = {} if self._reload is None else _reloaded_ffns(self._reload)
         first_compensation = bool(compensation) and not self._is_compensated
@@ -170,13 +176,14 @@ class SlicedModel:
                 if self.slices[ffn.path][1]:
                     ffn.release(fresh[ffn.path])
 
-    def _slice_head(self, shortlist: Shortlist | None) -> None:
-        """Bring the slice of the head up to date."""
+    def slice_head(self, shortlist: Shortlist | None) -> None:
+        """Bring the slice of the head alone up to date, which is the whole head without a list."""
         if shortlist is None or self._head is None:
             self._sliced_head = None
             return
         if self._sliced_head is not None and len(self._sliced_head.rows) == len(shortlist.rows):
             self._sliced_head.move(shortlist.rows)
+            self._sliced_head.show(None)
         else:
             self._sliced_head = None  # frees the previous slice before the new one is made
             self._sliced_head = self._head.sliced(shortlist.rows)
@@ -217,10 +224,9 @@ def _reloaded_ffns(reload: Callable[[], nn.Module]) -> dict[str, FFN]:
     Building a model draws random weights. The global random state is restored, so that the
     generation samples the same tokens as without a reload.
     """
-    (key,) = cast(Iterable[mx.array], mx.random.state)
-    high, low = (int(part) for part in key)
+    key = random_key()
     ffns = {ffn.path: ffn for ffn in find_ffns(reload())}
-    mx.random.seed(high << 32 | low)
+    set_random_key(key)
     return ffns
 
 

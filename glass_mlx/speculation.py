@@ -4,24 +4,25 @@ The target computes every token of the text: it samples a token after each draft
 count as far as they are the tokens that it sampled (arXiv 2211.17192, in the form of mlx-lm).
 """
 
-import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from glass_mlx.cache_masks import cache_parts
-from glass_mlx.decoding import Decoder, Sampled
+from glass_mlx.block_decoding import (
+    Block,
+    BlockDecoder,
+    CacheQuantization,
+    can_take_back,
+    longest_trimmable,
+)
+from glass_mlx.decoding import Sampled
 from glass_mlx.models import vocabulary_size
 from glass_mlx.prompt_cache import check_layers, make_layers
 from glass_mlx.token_observer import TokenObserver
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import (
-    DEFAULT_QUANTIZED_KV_START,
-    generation_stream,
-    maybe_quantize_kv_cache,
-)
+from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 # The number of drafts in a pass, as in mlx-lm.
@@ -29,9 +30,6 @@ DEFAULT_DRAFT_TOKENS = 2
 
 # The draft model's logit of a token that it does not know.
 _UNKNOWN = -1e9
-
-# The attributes with the number of tokens that a cache holds at most.
-_BOUNDS = ("max_size", "chunk_size")
 
 # Samples from logits (rows, vocabulary), the last of which follow all given drafts (n,); returns
 # tokens (rows,) and log-probabilities (rows, vocabulary).
@@ -104,33 +102,19 @@ def check_trimmable(cache: list[Any], tokens: float, name: str) -> None:
     Raises:
         ValueError: if they cannot.
     """
+    if can_take_back(cache, tokens):
+        return
     if not can_trim_prompt_cache(cache):
         kinds = {type(entry).__name__ for entry in cache if not entry.is_trimmable()}
         raise ValueError(
             f"speculative decoding must take drafts back, but tokens cannot be taken out of this "
             f"{name}'s cache ({', '.join(sorted(kinds))}); leave the draft model out"
         )
-    for part in cache_parts(cache):
-        bounds = [getattr(part, attribute, math.inf) for attribute in _BOUNDS]
-        if (bound := min(bounds)) <= getattr(part, "offset", 0) + tokens:
-            raise ValueError(
-                f"speculative decoding must take drafts back, but this {name}'s cache keeps only "
-                f"the latest {bound} tokens of longer texts; generate fewer tokens, or leave the "
-                "draft model out"
-            )
-
-
-@dataclass(frozen=True)
-class CacheQuantization:
-    """How the keys and values of a cache are quantized; see `mlx_lm.generate.generate_step`."""
-
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
-
-    def __call__(self, cache: list[Any]) -> None:
-        """Quantize the entries of a cache in place, once they are long enough."""
-        maybe_quantize_kv_cache(cache, **vars(self))
+    raise ValueError(
+        f"speculative decoding must take drafts back, but this {name}'s cache keeps only "
+        f"the latest {longest_trimmable(cache)} tokens of longer texts; generate fewer tokens, or "
+        "leave the draft model out"
+    )
 
 
 class Draft:
@@ -251,22 +235,21 @@ class CheckingModel(nn.Module):
             self._observer.take(count)
 
 
-class SpeculativeDecoder(Decoder):
+class SpeculativeDecoder(BlockDecoder):
     """A decode loop that lets a draft model propose tokens.
 
-    The first run, which reads the prompt, goes without drafts. In later runs the target has read
-    all tokens but the last when a pass begins, and the draft model all or fewer.
+    The first run, which reads the prompt, goes without drafts. In later runs the draft model has
+    read all tokens but the last, or fewer, when a block begins.
 
     Args:
-        dense: see `Decoder`, also for the other arguments.
+        dense: see `BlockDecoder`, also for the other arguments.
         cache: the prompt cache with the entries of both models. Its list is up to date once the
             generation ends.
         prompt: (T,) token ids of the prompt.
         max_tokens: the maximum number of tokens to generate; -1 for no limit.
         drafting: the draft model.
         prefill_step_size: how many tokens are read at once.
-        quantization: how the keys and values are quantized.
-        **options: further arguments of `Decoder`.
+        **options: further arguments of `BlockDecoder`.
     """
 
     def __init__(
@@ -277,16 +260,15 @@ class SpeculativeDecoder(Decoder):
         max_tokens: int,
         drafting: Drafting,
         prefill_step_size: int = 2048,
-        quantization: CacheQuantization | None = None,
         **options: Any,
     ) -> None:
         entries, draft_entries = drafting.split(dense, cache)
-        self._quantize = quantization or CacheQuantization()
-        options |= vars(self._quantize) | {"prefill_step_size": prefill_step_size}
+        options |= {"prefill_step_size": prefill_step_size}
         super().__init__(dense, entries, prompt, max_tokens, **options)
         size = vocabulary_size(dense)
         self._draft = Draft(drafting, draft_entries, size, prefill_step_size, self._quantize)
         self._both = cache
+        self._drafted = 0
 
     def run(
         self, model: nn.Module, unread: mx.array, until: float, **options: Any
@@ -304,33 +286,11 @@ class SpeculativeDecoder(Decoder):
             yield from super().run(model, unread, until, **options)
             return
         assert isinstance(model, CheckingModel)
-        until = min(until, self.limit)
-        while self.generated < until:
-            count = int(min(self._draft.count, until - self.generated - 1))
-            tokens, logprobs, accepted = self._pass(model, count)
-            for number, token in enumerate(tokens, 1):
-                self._add(token)
-                try:
-                    yield Sampled(token, logprobs[number - 1], number <= accepted)
-                except GeneratorExit:
-                    self._take(model, number, count)
-                    self._read_last(model)
-                    raise
-            self._take(model, len(tokens), count)
-        if self.generated == self.limit:
-            self._read_last(model)
+        yield from self._blocks(model, until)
 
-    def _pass(self, model: CheckingModel, count: int) -> tuple[list[int], mx.array, int]:
-        """Draft tokens, and check them.
-
-        Args:
-            model: the target.
-            count: the number of drafts.
-
-        Returns:
-            The next tokens, log-probabilities (count + 1, vocabulary), and how many of the tokens
-            were drafted.
-        """
+    def _compute(self, model: CheckingModel, most: int) -> Block:
+        """Draft tokens, and check them in one pass; see `BlockDecoder`."""
+        self._drafted = count = min(self._draft.count, most - 1)
         with mx.stream(generation_stream):
             drafts = self._draft.propose(self.tokens, count, self._choose)
             unread = mx.concatenate([self.last(1), drafts])
@@ -342,33 +302,15 @@ class SpeculativeDecoder(Decoder):
         accepted = 0
         while accepted < count and tokens[accepted] == proposed[accepted]:
             accepted += 1
-        return tokens[: accepted + 1], logprobs, accepted
+        return Block(tokens[: accepted + 1], logprobs, accepted)
 
-    def _choose(self, logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
-        """Sample from the logits of one or several places; see `Choose`."""
-        if not self._processors:
-            logprobs = _log_probabilities(logits)
-            return self._sampler(logprobs), logprobs
-        text = self._history.text(self.tokens[-self.generated :])
-        first, sampled, rows = drafts.size + 1 - len(logits), [], []
-        for place in range(len(logits)):
-            row = logits[place : place + 1]
-            so_far = mx.concatenate([text, drafts[: first + place]])
-            for processor in self._processors:
-                row = processor(so_far, row)
-            rows.append(_log_probabilities(row))
-            sampled.append(self._sampler(rows[-1]))
-        return mx.concatenate(sampled), mx.concatenate(rows)
-
-    def _take(self, model: CheckingModel, taken: int, count: int) -> None:
-        """End a pass of so many drafts, of whose tokens the text has taken so many."""
+    def _take(self, model: CheckingModel, taken: int) -> None:
         model.take(taken)
-        trim_prompt_cache(self.cache, count + 1 - taken)
+        trim_prompt_cache(self.cache, self._drafted + 1 - taken)
         self._draft.keep(len(self.tokens) - 1)
 
     def _read_last(self, model: CheckingModel) -> None:
-        """Put the last token into the caches, and sample one more token, as mlx-lm's loop does."""
-        self._pass(model, 0)
+        self._compute(model, 1)
         model.take(1)
         self._catch_up()
 
@@ -381,7 +323,3 @@ class SpeculativeDecoder(Decoder):
         with mx.stream(generation_stream):
             self._draft.read(self.tokens)
         self._both[:] = [*self.cache, *self._draft.cache]  # quantized entries are new objects
-
-
-def _log_probabilities(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

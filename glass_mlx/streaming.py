@@ -8,8 +8,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
+from glass_mlx.block_decoding import CacheQuantization
+from glass_mlx.calibration.first_use import find_needed_prior, make_selector
 from glass_mlx.chat_templates import Messages, encode, encode_text, is_message
+from glass_mlx.checked_decoding import CheckedDecoder
 from glass_mlx.config import CONFIG_FIELDS, GlassConfig
 from glass_mlx.decoding import Decoder
 from glass_mlx.engine import Generation, Step
@@ -19,12 +21,7 @@ from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prompt_cache import PromptCache, check_layers, make_layers, trim_to_shared
 from glass_mlx.selection import Selector
 from glass_mlx.session import Session
-from glass_mlx.speculation import (
-    DEFAULT_DRAFT_TOKENS,
-    CacheQuantization,
-    Drafting,
-    SpeculativeDecoder,
-)
+from glass_mlx.speculation import DEFAULT_DRAFT_TOKENS, Drafting, SpeculativeDecoder
 from glass_mlx.statistics import MIN_GENERATED_TOKENS
 
 import mlx.core as mx
@@ -101,10 +98,15 @@ def stream_generate(
     config = _pop_config(config, kwargs)
     check_max_tokens(max_tokens)
     drafting = None if draft_model is None else Drafting(draft_model, num_draft_tokens)
+    if reload is not None and config.is_exact:
+        raise ValueError(
+            "with a bound of 0 on KL no FFN is sliced, so no dense weights can be released; give a "
+            "larger bound (--max-kl, max_kl), or a density"
+        )
     tokens = _encode(tokenizer, prompt, messages, kwargs.get("prompt_cache"))
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
-    if prior is False:
+    if prior is False and not config.is_exact:
         _check_statistics(tokens, kwargs.get("prompt_cache"), config)
     session, model_prior = Session.of(model), None
     session.check_tokens(cast(list[int], tokens.tolist()))
@@ -112,7 +114,7 @@ def stream_generate(
         _check_drafting(drafting, session.model, tokens.size, max_tokens, kwargs)
     detokenizer = new_detokenizer(tokenizer)
     if prior is not False:
-        model_prior = find_or_measure_prior(session, tokenizer, prior, config)
+        model_prior = find_needed_prior(session, tokenizer, prior, config)
     biased = biased_tokens(kwargs.get("logits_processors") or ())
     selector = make_selector(session, tokenizer, model_prior, config, biased)
     steps = _steps(session, selector, tokens, max_tokens, reload, drafting, **kwargs)
@@ -242,7 +244,7 @@ def _steps(
     draft_model = None if drafting is None else drafting.model
     cache = options.pop("prompt_cache", None)
     cache = cache or make_layers(session.model, max_kv_size, draft_model)
-    decoder = _decoder(session.model, cache, prompt, max_tokens, drafting, **options)
+    decoder = _decoder(session, selector, cache, prompt, max_tokens, drafting, **options)
     if isinstance(cache, PromptCache):
         record = cache
     else:  # a cache from mlx-lm cannot hold statistics
@@ -265,26 +267,29 @@ def _steps(
 
 
 def _decoder(
-    model: nn.Module,
+    session: Session,
+    selector: Selector,
     cache: list[Any],
     prompt: mx.array,
     max_tokens: int,
     drafting: Drafting | None,
     **options: Any,
 ) -> Decoder:
-    """Return the decode loop on a prompt cache, with or without drafts.
+    """Return the decode loop on a prompt cache, with drafts of a model, checks of drafts, or none.
 
     Raises:
         ValueError: if the cache is not one of the model.
     """
+    model = session.model
     if drafting is None:
         check_layers(model, cache)
+    if drafting is None and not selector.is_exact:
         return Decoder(model, cache, prompt, max_tokens, **options)
     names = [field.name for field in fields(CacheQuantization) if field.name in options]
-    quantization = CacheQuantization(**{name: options.pop(name) for name in names})
-    return SpeculativeDecoder(
-        model, cache, prompt, max_tokens, drafting, quantization=quantization, **options
-    )
+    options["quantization"] = CacheQuantization(**{name: options.pop(name) for name in names})
+    if drafting is None:
+        return CheckedDecoder(model, cache, prompt, max_tokens, **options)
+    return SpeculativeDecoder(model, cache, prompt, max_tokens, drafting, **options)
 
 
 def _responses(

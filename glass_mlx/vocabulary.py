@@ -6,6 +6,7 @@ All other tokens share a small probability that is measured on the dense model's
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from glass_mlx.models.head import with_other_logits
 
@@ -114,6 +115,38 @@ def choose_rows(scores: np.ndarray, share: float, always: Iterable[int]) -> np.n
     if count == size:
         return np.arange(size, dtype=np.int32)
     return np.sort(np.argpartition(-scores, count - 1)[:count]).astype(np.int32)
+
+
+def scores_outside(scores: np.ndarray, rows: np.ndarray) -> float:
+    """Return the share of scores (V,) outside of the tokens `rows`."""
+    return float(1 - scores[rows].sum() / max(scores.sum(), np.finfo(np.float32).tiny))
+
+
+def shares_outside(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the share (V,) of each token outside of `rows` in their probability; see `Shortlist`.
+
+    Args:
+        scores: (V,) scores of the tokens.
+        rows: (k,) the tokens inside, fewer than V.
+    """
+    others = scores / max(scores.sum(), np.finfo(np.float32).tiny)
+    others[rows] = 0
+    others **= 2
+    others += _MIN_SHARE * others.mean() + np.finfo(np.float32).tiny
+    others[rows] = 0
+    return (others / others.sum()).astype(np.float32)
+
+
+def expected_outside(of_scores: Any, measured: Any, tokens: int) -> Any:
+    """Return the expected probability outside of a shortlist.
+
+    Args:
+        of_scores: the share of the scores outside.
+        measured: the sum of the probabilities outside over measured tokens.
+        tokens: the number of these tokens.
+    """
+    total = measured + _EXPECTATION_TOKENS * _EXPECTED_OUTSIDE * of_scores**2
+    return np.clip(total / (tokens + _EXPECTATION_TOKENS), 1e-9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -261,35 +294,24 @@ class Shortlister:
             The shortlist, or None if all tokens are kept.
         """
         self._grow()
+        self.shortlist = None
         scores = self.scores
-        if scores is None or self.share >= 1:
-            self.shortlist = None
-            return None
-        self.keep(text[max(0, self._read - _OVERLAP) :])
-        self._read = len(text)
-        kept = (token for token in self._kept if token < len(scores))
-        rows = choose_rows(scores, self.share, kept)
-        if len(rows) == len(scores):
-            self.shortlist = None
-            return None
-        others = scores / max(scores.sum(), np.finfo(np.float32).tiny)
-        others[rows] = 0
-        outside = self._expected_outside(others.sum())
-        others **= 2
-        others += _MIN_SHARE * others.mean() + np.finfo(np.float32).tiny
-        others[rows] = 0
-        self.shortlist = Shortlist(rows, outside, (others / others.sum()).astype(np.float32))
+        if scores is not None and self.share < 1:
+            rows = choose_rows(scores, self.share, self._kept_of(text, len(scores)))
+            if len(rows) < len(scores):
+                outside = self._expected_outside(scores_outside(scores, rows))
+                self.shortlist = Shortlist(rows, outside, shares_outside(scores, rows))
         return self.shortlist
 
-    def _expected_outside(self, scores_outside: float) -> float:
-        """Return the expected probability outside of a shortlist.
+    def _kept_of(self, text: Sequence[int], size: int) -> list[int]:
+        """Return the tokens below a vocabulary's size that a text needs; see `choose`."""
+        self.keep(text[max(0, self._read - _OVERLAP) :])
+        self._read = len(text)
+        return [token for token in self._kept if token < size]
 
-        Args:
-            scores_outside: the share of the scores outside of it.
-        """
-        expected = _EXPECTED_OUTSIDE * scores_outside**2
-        total = float(self._sums[0]) + _EXPECTATION_TOKENS * expected
-        return float(np.clip(total / (self._measured + _EXPECTATION_TOKENS), 1e-9, 0.99))
+    def _expected_outside(self, of_scores: float) -> float:
+        """Return the expected probability outside of a shortlist, from that of the scores."""
+        return float(expected_outside(of_scores, float(self._sums[0]), self._measured))
 
     def _grow(self) -> None:
         """Double the share if the shortlist costs more than it may."""

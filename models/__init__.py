@@ -8,7 +8,15 @@ from .down import DOWN_POLICIES, MeanCompensation, default_down_policy
 from .expert_list import ExpertList
 from .ffn import FFN, membership
 from .fingerprints import Fingerprint, fingerprint, sample_weights
-from .head import BackedOffModel, Head, ObservedLogits, SlicedHead, find_head, with_head
+from .head import (
+    BackedOffModel,
+    Head,
+    LogitsOfHidden,
+    ObservedLogits,
+    SlicedHead,
+    find_head,
+    with_head,
+)
 from .modules import layer_order, named_arrays, with_call, with_modules, with_replacements
 from .ranks import Ranks, world
 from .taps import Observer, OutputObserver, Routing, tapped, with_taps
@@ -24,6 +32,7 @@ __all__ = [
     "ExpertList",
     "Fingerprint",
     "Head",
+    "LogitsOfHidden",
     "MeanCompensation",
     "ObservedLogits",
     "Observer",

@@ -20,6 +20,9 @@ _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 # Shows (..., V) logits, and returns them.
 LogitsObserver = Callable[[mx.array], mx.array]
 
+# Sees the vectors (..., hidden) whose logits a head computes.
+HiddenObserver = Callable[[mx.array], None]
+
 
 @dataclass(frozen=True)
 class Head:
@@ -67,6 +70,11 @@ class SlicedHead(nn.Module):
         self.size = outputs(layer)
         self.slice = take_outputs(layer, rows)
         self.rows = rows
+        self._observe: HiddenObserver | None = None
+
+    def show(self, observe: HiddenObserver | None) -> None:
+        """Show, from now on, the vectors whose logits are computed; to None for nobody."""
+        self._observe = observe
 
     def move(self, rows: np.ndarray) -> None:
         """Replace some rows in place, which costs less than a new slice.
@@ -84,11 +92,18 @@ class SlicedHead(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Compute (..., k) logits of (..., hidden), or look tokens up if the embedding is tied."""
-        return self._whole[0](x) if isinstance(self.slice, _EMBEDDINGS) else self.slice(x)
+        if isinstance(self.slice, _EMBEDDINGS):
+            return self._whole[0](x)
+        return self._logits(x, self.slice)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Compute (..., k) logits of (..., hidden) with a tied embedding."""
-        return self.slice.as_linear(x)
+        return self._logits(x, self.slice.as_linear)
+
+    def _logits(self, x: mx.array, compute: Callable[[mx.array], mx.array]) -> mx.array:
+        if self._observe is not None:
+            self._observe(x)
+        return compute(x)
 
 
 class BackedOffModel(nn.Module):
@@ -141,13 +156,13 @@ class ObservedLogits(nn.Module):
         return self._observe(self.model(*args, **kwargs))
 
 
-class _Recorder(nn.Module):
-    """A module that records that it computed logits."""
+class _Stand(nn.Module):
+    """A module in the place of a head: it looks tokens up, and leaves logits to a function."""
 
-    def __init__(self, layer: nn.Module, path: str, calls: list[str]) -> None:
+    def __init__(self, layer: nn.Module, logits: Callable[[mx.array], mx.array]) -> None:
         super().__init__()
         self.layer = layer
-        self._path, self._calls = path, calls
+        self._logits = logits
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the layer, such as its weights."""
@@ -156,13 +171,45 @@ class _Recorder(nn.Module):
         return self[name] if name in self else getattr(self["layer"], name)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not isinstance(self.layer, _EMBEDDINGS):
-            self._calls.append(self._path)
-        return self.layer(x)
+        return self.layer(x) if isinstance(self.layer, _EMBEDDINGS) else self._logits(x)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        self._calls.append(self._path)
-        return self.layer.as_linear(x)
+        return self._logits(x)
+
+
+def _logits_of(layer: nn.Module) -> Callable[[mx.array], mx.array]:
+    """Return the function of a head that computes logits (..., V) of vectors (..., hidden)."""
+    return layer.as_linear if isinstance(layer, _EMBEDDINGS) else layer
+
+
+class LogitsOfHidden:
+    """Computes a model's logits of the vectors that its head has seen before.
+
+    Args:
+        model: the model.
+        head: its head.
+    """
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        self._compute = _logits_of(head.layer)
+        self._logits = mx.zeros((1, 1, head.size))
+        self._model = with_head(model, head, _Stand(head.layer, lambda x: self._logits))
+        # Some models end with the head, and others with something else, such as a soft cap.
+        self._ends_with_head = self._after_head() is self._logits
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Compute the logits (1, n, V) of vectors (1, n, hidden)."""
+        self._logits = self._compute(hidden)
+        return self._logits if self._ends_with_head else self._after_head()
+
+    def _after_head(self) -> mx.array:
+        """Return what the model makes of the head's logits.
+
+        It is called with one token. MLX computes nothing of what comes before the head, because
+        nothing depends on it.
+        """
+        logits: mx.array = self._model(mx.array([[0]], mx.uint32))
+        return logits
 
 
 def _has_adapter(module: nn.Module | None) -> bool:
@@ -188,9 +235,16 @@ def find_head(model: nn.Module) -> Head | None:
         and not _has_adapter(modules.get(path.rpartition(".")[0]))
     }
     calls: list[str] = []
-    with_replacements(model, {p: _Recorder(layer, p, calls) for p, layer in candidates.items()})(
-        mx.array([[0]], mx.uint32)
-    )
+
+    def recorder(path: str, layer: nn.Module) -> _Stand:
+        def logits(x: mx.array) -> mx.array:
+            calls.append(path)
+            return _logits_of(layer)(x)
+
+        return _Stand(layer, logits)
+
+    recorders = {path: recorder(path, layer) for path, layer in candidates.items()}
+    with_replacements(model, recorders)(mx.array([[0]], mx.uint32))
     return Head(calls[-1], candidates[calls[-1]], size) if calls else None
 
 

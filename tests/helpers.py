@@ -295,8 +295,8 @@ def made_prior(model: nn.Module, seed: int = 0) -> GlobalPrior:
 def curve_record(model: nn.Module, config: GlassConfig | None = None) -> dict[str, Any]:
     """Return a record of curves, measured under the conditions of a configuration."""
     return {
-        "density": {"shares": [0.25, 0.5, 0.75], "kl": [2.0, 0.5, 0.1]},
-        "vocabulary": {"shares": [0.25, 0.5], "kl": [0.2, 0.05]},
+        "density": {"shares": [0.25, 0.5, 0.75], "kl": [2.0, 0.5, 0.05]},
+        "vocabulary": {"shares": [0.25, 0.5], "kl": [0.2, 0.025]},
         "conditions": Session(model).conditions(config or GlassConfig()),
         "tokens": 100,
     }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from glass_mlx import GlassConfig, Session, slicing, stream_generate
+from glass_mlx import GlassConfig, Session, draft_shortlist, slicing, stream_generate
 from glass_mlx.calibration.building import CalibrationSettings, calibrate
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prior.file import GlobalPrior
@@ -18,7 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PROMPT = [*range(40, 52)]
-TOKENS, WHOLE_TOKENS = 17, 4
+TOKENS, WHOLE_TOKENS, EXACT_TOKENS = 17, 4, 12
 
 # Selections after 10 and after 14 tokens, of half of the neurons and of the vocabulary.
 CONFIG = GlassConfig(density=0.5, vocabulary=0.5, warmup=10, refresh=14)
@@ -74,13 +74,32 @@ def tokenizer() -> TokenizerWrapper:
     return TokenizerWrapper(letter_tokenizer())
 
 
-def dense_tokens(model: nn.Module) -> list[int]:
+def dense_tokens(model: nn.Module, count: int = WHOLE_TOKENS) -> list[int]:
     """Return the text of mlx-lm."""
     mx.random.seed(5)
     sampler = make_sampler(temp=1.0)
     responses = mlx_lm.stream_generate(
-        model, tokenizer(), PROMPT, max_tokens=WHOLE_TOKENS, sampler=sampler
+        model, tokenizer(), PROMPT, max_tokens=count, sampler=sampler
     )
+    return [response.token for response in responses]
+
+
+def exact_tokens(session: Session, case: Case) -> list[int]:
+    """Return the text with checked drafts, of which many are wrong."""
+    prior = whole_prior(case)
+    mx.random.seed(5)
+    with patch.object(draft_shortlist, "_MAX_COST", np.inf):
+        responses = [
+            *stream_generate(
+                session,
+                tokenizer(),
+                PROMPT,
+                prior=prior,
+                sampler=make_sampler(temp=1.0),
+                max_tokens=EXACT_TOKENS,
+            )
+        ]
+    assert responses[-1].glass.drafts > 0
     return [response.token for response in responses]
 
 

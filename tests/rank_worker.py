@@ -13,7 +13,16 @@ from typing import Any
 import glass_mlx  # noqa: F401, before MLX
 from glass_mlx import Session
 from glass_mlx.models import divide, world
-from rank_cases import WHOLE_TOKENS, Case, build, calibrated, dense_tokens, generated
+from rank_cases import (
+    EXACT_TOKENS,
+    WHOLE_TOKENS,
+    Case,
+    build,
+    calibrated,
+    dense_tokens,
+    exact_tokens,
+    generated,
+)
 
 import mlx.core as mx
 import numpy as np
@@ -55,6 +64,8 @@ def run(case: Case, counter: Counter) -> dict[str, np.ndarray]:
     tokens, logprobs, selections = generated(session, case)
     found |= {"tokens": tokens, "logprobs": logprobs, "bytes": np.array(counter.take())}
     found |= {f"kept {path}": kept for path, kept in selections.items()}
+    found["exact"] = np.array(exact_tokens(session, case))
+    found["exact_dense"] = np.array(dense_tokens(model, EXACT_TOKENS))
     if case.is_thorough:
         found["again"], _, _ = generated(session, case)
         prior = calibrated(model)

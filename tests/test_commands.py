@@ -18,7 +18,7 @@ LATENCY = ("latency", [])
 BAD_VALUES = [
     (*GENERATE, "--density nan", "the density must be above 0"),
     (*GENERATE, "--density inf", "the density must be above 0"),
-    (*GENERATE, "--max-kl nan", "the bound on KL must be positive"),
+    (*GENERATE, "--max-kl nan", "the bound on KL must be at least 0"),
     (*GENERATE, "--max-tokens -5", "must be at least 1, or -1"),
     (*GENERATE, "--seed -1", "the seed must be from 0"),
     (*GENERATE, "--seed 99999999999999999999", "the seed must be from 0"),

@@ -20,8 +20,8 @@ import pytest
         ({"vocabulary": 1.5}, "share of the vocabulary must be above 0 and at most 1"),
         ({"max_kl": 0.1, "density": 0.5}, "give either the bound, or density and vocabulary"),
         ({"max_kl": 0.1, "vocabulary": 0.5}, "give either the bound, or density and vocabulary"),
-        ({"max_kl": 0}, "bound on KL must be positive"),
-        ({"max_kl": float("nan")}, "bound on KL must be positive"),
+        ({"max_kl": -1}, "bound on KL must be at least 0"),
+        ({"max_kl": float("nan")}, "bound on KL must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

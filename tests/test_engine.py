@@ -537,8 +537,7 @@ def test_generate_returns_the_text_and_prints_statistics(model, tokenizer, capsy
     assert lines[3].startswith("Prompt: 10 tokens, ")
     assert lines[4].startswith("Generation: 16 tokens, ")
     assert lines[6].startswith(
-        "GLASS: density 0.500 (asked 0.5), vocabulary 1.000 (asked 1), probability outside "
-        "0.0000, λ 0.50, prior given, "
+        "GLASS: density 0.500, vocabulary 1.000, probability outside 0.0000, λ 0.50, prior given, "
     )
     assert lines[7].startswith("GLASS: 5 tokens dense, 4 selections: select ")
     assert "4 selections" in lines[7]

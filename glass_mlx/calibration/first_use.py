@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,33 @@ def find_or_measure_prior(
     return match
 
 
+def find_needed_prior(
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior | str | Path | None = None,
+    config: GlassConfig | None = None,
+    model: str | None = None,
+    report: Callable[[str], object] = lambda line: None,
+) -> GlobalPrior | None:
+    """Find a model's prior, and measure one only if the text depends on it.
+
+    The dense model's own text does not. A prior that is found makes it faster all the same.
+
+    Args:
+        session: the model's session; see `find_or_measure_prior`, also for the other arguments and
+            the errors.
+
+    Returns:
+        The prior, or None if there is none and none is needed.
+    """
+    if prior is None and (config or GlassConfig()).is_exact:
+        folder = model_folder(tokenizer)
+        with suppress(NoPriorError):
+            return session.find_prior(prior, folder, model or folder_address(folder), report)
+        return None
+    return find_or_measure_prior(session, tokenizer, prior, config, model, report)
+
+
 def _wait_for(file: Path) -> None:
     """Wait until no process writes a file."""
     while is_locked(file):
@@ -152,7 +180,7 @@ def make_selector(
         more: further tokens that every shortlist keeps; see `KeptTokens`.
     """
     budget = None
-    if config.has_budget:
+    if config.has_budget and not config.is_exact:
         budget = find_or_measure_budget(session, tokenizer, prior, config)
     return session.selector(config, prior, budget, KeptTokens(tokenizer, more))
 
@@ -186,6 +214,27 @@ def find_or_measure_budget(
     return session.spend(config, curves)
 
 
+def is_measured(session: Session, prior: GlobalPrior | None, config: GlassConfig) -> bool:
+    """Return whether it is known what slicing costs, as far as a configuration depends on it."""
+    if not config.bound:
+        return True
+    conditions = session.conditions(config)
+    if prior is not None and prior.curves(conditions) is not None:
+        return True
+    file, _ = _curves_file(session, prior, conditions)
+    return session.ranks.on_first(lambda: _read_curves(file, conditions)) is not None
+
+
+def _curves_file(
+    session: Session, prior: GlobalPrior | None, conditions: dict[str, Any]
+) -> tuple[Path, str]:
+    """Return the file of curves in the user's cache, and a digest of what they hold for."""
+    key = [conditions, None if prior is None else prior.digest]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    name = f"{cache_name('curves', session.fingerprint)}-{digest}.json"
+    return cached_priors().with_name("curves") / name, digest
+
+
 def _cached_curves(
     session: Session,
     tokenizer: TokenizerWrapper,
@@ -194,12 +243,7 @@ def _cached_curves(
     conditions: dict[str, Any],
 ) -> Curves:
     """Read curves from the user's cache, or measure them and keep them there."""
-    key = [conditions, None if prior is None else prior.digest]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-    file = (
-        cached_priors().with_name("curves")
-        / f"{cache_name('curves', session.fingerprint)}-{digest}.json"
-    )
+    file, digest = _curves_file(session, prior, conditions)
     ranks = session.ranks
     if (curves := ranks.on_first(lambda: _read_curves(file, conditions))) is not None:
         return curves

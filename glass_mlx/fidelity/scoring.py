@@ -7,7 +7,7 @@ sliced model left there.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -240,6 +240,8 @@ def score(
     config, session, scores = selector.config, reading.session, Scores.exact(reading)
     if config.warmup > reading.tokens:
         return scores
+    if selector.is_exact:
+        return _score_drafts(reading, selector)
     cache, statistics = reading.state(config.warmup)
     unsliced = session.without_room(selector, required=not masks)
     sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
@@ -279,6 +281,51 @@ def score(
         scores.put(tokens, reading, logprobs, is_dense)
         scores.bytes[tokens] = np.where(is_dense, 1, read / session.weight_bytes)
     return scores
+
+
+def _score_drafts(reading: DenseReading, selector: Selector) -> Scores:
+    """Return the dense model's own scores, and the bytes that drafts and checks would read.
+
+    A draft is right if its token is in the shortlist; see `checked_decoding`.
+    """
+    config, session, scores = selector.config, reading.session, Scores.exact(reading)
+    if session.head is None:
+        return scores
+    head_share = session.head.bytes / session.weight_bytes
+    shortlister = selector.draft_shortlister(VocabularyStatistics(), head_share)
+    _warm_up(shortlister, reading, config)
+    following = np.array(reading.following)
+    for start, stop in stretches(config, reading.tokens + 1):
+        shortlist = shortlister.choose(reading.read(start))
+        first, end = start - 1, int(stop) - 1
+        scores.selections[start] = Selection.everything(session.shapes)
+        if shortlist is not None:
+            scores.vocabulary[start] = shortlist.share
+            scores.dense[first:end] = False
+            draft = 1 - head_share * (1 - shortlist.share)
+            right = np.isin(following[first:end], shortlist.rows)
+            for block in _blocks(right, shortlister.count):
+                drafts = min(shortlister.count, end - first - block.start)
+                read = (drafts * draft + head_share) / (block.stop - block.start)
+                scores.bytes[first + block.start : first + block.stop] = read
+        shortlister.observe(reading.dense[first:end])
+        mx.eval(shortlister.arrays)
+    return scores
+
+
+def _blocks(right: np.ndarray, count: int) -> Iterator[slice]:
+    """Yield the tokens of each block: up to the first wrong draft, and at most so many.
+
+    Args:
+        right: (n,) whether the draft of each token is right.
+        count: the number of drafts in a block.
+    """
+    start = 0
+    while start < len(right):
+        wrong = np.flatnonzero(~right[start : start + count])
+        taken = int(wrong[0]) + 1 if len(wrong) else min(count, len(right) - start)
+        yield slice(start, start + taken)
+        start += taken
 
 
 def _interleaved_ffn(

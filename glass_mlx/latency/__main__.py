@@ -20,7 +20,7 @@ from typing import Any
 
 from glass_mlx.arguments import CommandParser, add_settings_arguments, make_settings, path
 from glass_mlx.checkpoints.loading import advice
-from glass_mlx.config import DEFAULT_MAX_KL, Setting, check_seed
+from glass_mlx.config import DEFAULT_MAX_KL, GlassConfig, Setting, check_seed
 from glass_mlx.errors import exit_on_error
 from glass_mlx.files import check_writable
 from glass_mlx.latency.measured_model import (
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     )
     warnings = [busy_warning()]
     model, tokenizer = load_model(args)
-    prior = load_prior(model, tokenizer, args)
+    prior = load_prior(model, tokenizer, args, settings.shares)
     tokenizer.eos_token_ids = []
     load_peak = mx.get_peak_memory()
     warnings.append(advice(model))
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     slicing_times = {
         kept: time_slicing(session, tokenizer, prior, kept, args.down_policy)
         for kept in settings.shares
-        if kept.density != 1
+        if kept.density != 1 and not GlassConfig(**kept._asdict()).is_exact
     }
     about = made_with() | {
         "model": model_title(args),

@@ -9,7 +9,7 @@ from glass_mlx.arguments import (
     check_minimums,
     division_options,
 )
-from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
+from glass_mlx.calibration.first_use import find_needed_prior, make_selector
 from glass_mlx.checkpoints.loading import DTYPES, load, model_name
 from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.latency.shapes import SHAPES, numbers_tokenizer, random_model, random_prior
@@ -85,12 +85,24 @@ def load_model(args: argparse.Namespace, lazy: bool = False) -> tuple[nn.Module,
 
 
 def load_prior(
-    model: nn.Module, tokenizer: TokenizerWrapper, args: argparse.Namespace
-) -> GlobalPrior:
-    """Find or measure the model's prior; build a random one for random weights."""
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    args: argparse.Namespace,
+    settings: list[Setting],
+) -> GlobalPrior | None:
+    """Find the model's prior, or measure one if the settings need it; random for random weights.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        args: the values of the flags of `add_model_arguments`.
+        settings: how much of the model is kept.
+    """
     if args.shape:
         return random_prior(model, args.down_policy)
-    return find_or_measure_prior(Session.of(model), tokenizer, model=args.model)
+    session, configs = Session.of(model), [GlassConfig(**kept._asdict()) for kept in settings]
+    needing = next((config for config in configs if not config.is_exact), GlassConfig())
+    return find_needed_prior(session, tokenizer, config=needing, model=args.model)
 
 
 def model_title(args: argparse.Namespace) -> str:
@@ -102,7 +114,10 @@ def model_title(args: argparse.Namespace) -> str:
 
 
 def fix_shares(
-    settings: list[Setting], session: Session, tokenizer: TokenizerWrapper, prior: GlobalPrior
+    settings: list[Setting],
+    session: Session,
+    tokenizer: TokenizerWrapper,
+    prior: GlobalPrior | None,
 ) -> list[Setting]:
     """Replace bounds on KL by the shares that they decide.
 
@@ -111,6 +126,9 @@ def fix_shares(
     fixed = []
     for setting in settings:
         config = GlassConfig(**setting._asdict())
+        if config.is_exact:
+            fixed.append(setting)
+            continue
         shares = make_selector(session, tokenizer, prior, config).config.shares
         fixed.append(Setting(density=shares.density, vocabulary=shares.vocabulary))
     return fixed

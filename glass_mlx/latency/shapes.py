@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from glass_mlx.config import GlassConfig
-from glass_mlx.models import named_arrays
+from glass_mlx.models import find_head, named_arrays
 from glass_mlx.prior.file import GlobalPrior, packaged_priors, prior_files
 from glass_mlx.session import Session
 
@@ -117,12 +117,30 @@ def random_model(
     module = _MODULES[shape.model_type]
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(getattr(mx, dtype))
+    _predict_few_tokens(model)
     if bits is not None:
         nn.quantize(model, group_size, bits, mode=mode)
     for _, array in () if lazy else named_arrays(model):
         mx.eval(array)  # one at a time, to hold few intermediate arrays
     model.eval()
     return model
+
+
+def _predict_few_tokens(model: nn.Module) -> None:
+    """Scale the head's rows, so that predictions stay within the first sixteenth of the vocabulary.
+
+    Other random weights predict every token alike, so that no draft would be right.
+    """
+    head = find_head(model)
+    assert head is not None
+    weight = head.layer.weight
+    is_likely = mx.arange(head.size)[:, None] < _likely_tokens(head.size)
+    head.layer.weight = weight * mx.where(is_likely, 30, 0.5).astype(weight.dtype)
+
+
+def _likely_tokens(size: int) -> int:
+    """Return the number of tokens that random weights predict, of a vocabulary's size."""
+    return size // 16
 
 
 def random_prior(model: nn.Module, down_policy: str) -> GlobalPrior:
@@ -140,6 +158,8 @@ def random_prior(model: nn.Module, down_policy: str) -> GlobalPrior:
     conditions = session.conditions(GlassConfig(down_policy=down_policy))
     about = {"curves": [curves | {"conditions": conditions}]}
     vocabulary = generator.random(session.vocabulary_size, dtype=np.float32)
+    vocabulary[_likely_tokens(len(vocabulary)) :] *= 1e-3
+    vocabulary /= vocabulary.sum()
     stacks = {path: shape[0] for path, shape in session.whole_shapes.items() if len(shape) == 2}
     routed = {path: np.full(count, 256, np.float32) for path, count in stacks.items()}
     weights = session.fingerprint

@@ -114,9 +114,9 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
     del lazy
     started = time.perf_counter()
     model, tokenizer = load_model(args)
-    prior = load_prior(model, tokenizer, args)
-    tokenizer.eos_token_ids = []
     session, kept = Session.of(model), [Setting(max_kl=DEFAULT_MAX_KL)]
+    prior = load_prior(model, tokenizer, args, kept)
+    tokenizer.eos_token_ids = []
     if args.shape:
         kept = fix_shares(kept, session, tokenizer, prior)
     trial = _time_step(session, tokenizer)

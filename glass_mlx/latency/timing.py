@@ -133,7 +133,7 @@ def time_run(responses: Iterable[Any]) -> Run:
 def measure(
     session: Session,
     tokenizer: TokenizerWrapper,
-    prior: GlobalPrior,
+    prior: GlobalPrior | None,
     settings: Settings,
     reload: Callable[[], nn.Module],
 ) -> dict[Mode, list[Run]]:
@@ -142,7 +142,7 @@ def measure(
     Args:
         session: the model's session.
         tokenizer: its tokenizer, without an end-of-sequence token.
-        prior: its prior.
+        prior: its prior, or None if none is needed.
         settings: what to time.
         reload: loads the model once more; see `stream_generate`.
 
@@ -180,7 +180,7 @@ def measure(
 def time_slicing(
     session: Session,
     tokenizer: TokenizerWrapper,
-    prior: GlobalPrior,
+    prior: GlobalPrior | None,
     kept: Setting,
     down_policy: str,
 ) -> tuple[float, float]:
@@ -283,7 +283,10 @@ def _speed_figures(
     runs: list[Run], dense: list[Run], prompt_tokens: int, dense_bytes: int
 ) -> dict[str, Any]:
     report = runs[0].report
+    tokens = len(runs[0].times)
     read = report.sliced_bytes if report else dense_bytes
+    if report and report.drafts:
+        read = round(report.read_bytes / tokens)
     speeds = [run.decode_tps for run in runs]
     total = mean(run.total_tps for run in runs)
     # With renewals, the speed includes the time for selecting and slicing.
@@ -291,10 +294,9 @@ def _speed_figures(
     speed = total if is_renewed else mean(speeds)
     speedup = speed / mean(run.decode_tps for run in dense)
     ceiling = dense_bytes / read
-    dense_tokens = report.dense_tokens if report else len(runs[0].times)
     # The first token is computed in prefill.
-    dense_share = (dense_tokens - 1) / (len(runs[0].times) - 1)
-    run_ceiling = 1 / (dense_share + (1 - dense_share) * read / dense_bytes)
+    read_share = (report.read_bytes / dense_bytes - 1) / (tokens - 1) if report else 1.0
+    run_ceiling = 1 / read_share
     run_speedup = total / mean(run.total_tps for run in dense)
     first_token, dense_first_token = (
         median(run.times[0] for run in group) for group in (runs, dense)
@@ -302,7 +304,7 @@ def _speed_figures(
     return {
         "density_got": report.density_got if report else 1.0,
         "vocabulary_got": report.vocabulary_got if report else 1.0,
-        "generation_tokens": len(runs[0].times),
+        "generation_tokens": tokens,
         "repetitions": len(runs),
         "first_token_s": first_token,
         "second_token_s": median(r.times[1] - r.times[0] for r in runs),

@@ -10,6 +10,7 @@ from queue import Empty, Queue
 from threading import Lock
 from typing import Any
 
+from glass_mlx.calibration.first_use import is_measured
 from glass_mlx.errors import is_library_error, one_line
 from glass_mlx.generation_report import GenerationResponse
 from glass_mlx.models import world
@@ -287,8 +288,15 @@ class GlassResponseGenerator(ResponseGenerator):
         """Return the stream of responses.
 
         Raises:
-            RequestError: if the prompt is not enough to select neurons from.
+            RequestError: if the prompt is not enough to select neurons from, or if it is not known
+                what slicing costs.
         """
+        if not is_measured(session, self.model_provider.prior, job.config):
+            raise bad_request(
+                "this server has not measured what slicing costs; give glass.density or "
+                "glass.vocabulary, or start it with --max-kl and a bound above 0",
+                "glass.max_kl",
+            )
         tokenizer, flags = self.model_provider.tokenizer, self.cli_args
         if args.seed is not None:
             mx.random.seed(args.seed)

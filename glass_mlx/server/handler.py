@@ -10,7 +10,6 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from glass_mlx.config import DEFAULT_MAX_KL
 from glass_mlx.errors import one_line
 from glass_mlx.server.body import check_body, parse_body
 from glass_mlx.server.connection import DeadlineReader, drain, is_closed
@@ -291,7 +290,7 @@ class GlassAPIHandler(APIHandler):
     def _model(self) -> dict[str, Any]:
         provider, config = self._provider, self._provider.config
         settings = {
-            "max_kl": (config.max_kl or DEFAULT_MAX_KL) if config.has_budget else None,
+            "max_kl": config.bound,
             "dense": provider.cli_args.dense,
             "dense_tokens_per_second": round(provider.dense_speed, 2),
         }

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from glass_mlx.arguments import division_options, draft_options
-from glass_mlx.calibration.first_use import find_or_measure_budget, find_or_measure_prior
+from glass_mlx.calibration.first_use import find_needed_prior, find_or_measure_budget
 from glass_mlx.checkpoints.loading import load, load_draft, model_name
 from glass_mlx.command_model import note_advice
 from glass_mlx.config import GlassConfig
@@ -164,10 +164,10 @@ class GlassModelProvider(ModelProvider):
         note_advice(model)
         if not args.dense and not args.no_prior:
             given = None if args.prior is None or name != args.model else given_prior(args.prior)
-            self.prior = find_or_measure_prior(
+            self.prior = find_needed_prior(
                 session, tokenizer, given, self.config, name, _report_place
             )
-        if not args.dense and self.config.has_budget:
+        if not args.dense and self.config.has_budget and not self.config.is_exact:
             find_or_measure_budget(session, tokenizer, self.prior, self.config)
         self.session, self.dense_speed = session, dense_speed(model)
 

@@ -20,8 +20,6 @@ def glass_usage(report: Report, tokens: int) -> dict[str, Any]:
         report: the report of the answer's last token.
         tokens: the number of tokens of the answer.
     """
-    sliced = tokens - report.dense_tokens
-    read = report.dense_tokens * report.dense_bytes + sliced * report.sliced_bytes
     return {
         "max_kl": report.max_kl,
         "density": round(report.density_got, 4),
@@ -29,10 +27,11 @@ def glass_usage(report: Report, tokens: int) -> dict[str, Any]:
         "outside": round(report.outside, 6),
         "measured_kl": None if report.measured_kl is None else round(report.measured_kl, 6),
         "measured_tokens": report.measured_tokens,
-        "bytes_per_token": report.sliced_bytes,
+        "bytes_per_token": report.read_bytes // tokens if report.drafts else report.sliced_bytes,
         "dense_bytes_per_token": report.dense_bytes,
-        "bytes_share": round(read / (tokens * report.dense_bytes), 4),
+        "bytes_share": round(report.read_bytes / (tokens * report.dense_bytes), 4),
         "dense_tokens": report.dense_tokens,
+        "drafts": report.drafts,
         "selections": report.selections,
         "unsliced": len(report.unsliced),
     }

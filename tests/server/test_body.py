@@ -126,7 +126,7 @@ def test_a_body_gets_the_form_of_mlx_lm():
         ({"max_kl": "1"}, "glass.max_kl must be a number"),
         ({"max_kl": True}, "glass.max_kl must be a number"),
         ({"dense": 1}, "glass.dense must be true or false"),
-        ({"max_kl": 0}, "the bound on KL must be positive"),
+        ({"max_kl": -1}, "the bound on KL must be at least 0"),
         ({"density": 2}, "the density must be above 0"),
         ({"vocabulary": -1}, "share of the vocabulary must be above 0"),
         ({"max_kl": 0.1, "density": 0.5}, "give either the bound, or density"),

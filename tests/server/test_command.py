@@ -32,6 +32,12 @@ def ask(server, **fields):
     return json.loads(body)
 
 
+def server_command(model, port):
+    """Return the command that serves a model with a bound on KL."""
+    flags = ["--model", str(model), "--port", str(port), "--max-kl", "1"]
+    return [sys.executable, "-m", "glass_mlx.server", *flags]
+
+
 @pytest.fixture
 def command(run_command, folder):
     return partial(run_command, main, "--model", folder, "--port", 0)
@@ -155,7 +161,7 @@ def test_a_prior_is_measured_before_the_port_answers(folder, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "glass_mlx.server", "--model", str(model), "--port", str(port)],
+        server_command(model, port),
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"GLASS_MLX_CACHE": str(tmp_path / "cache")},
@@ -186,7 +192,7 @@ def test_a_prior_is_measured_before_the_port_answers(folder, tmp_path):
 def test_an_interrupt_while_a_prior_is_measured_is_quiet(tmp_path):
     model = save_tiny_folder(tmp_path / "new")
     process = subprocess.Popen(
-        [sys.executable, "-m", "glass_mlx.server", "--model", str(model), "--port", "0"],
+        server_command(model, 0),
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"GLASS_MLX_CACHE": str(tmp_path / "cache")},

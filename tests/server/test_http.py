@@ -6,6 +6,7 @@ import threading
 import time
 
 from glass_mlx.server import generation, handler
+from helpers import save_chat_folder
 from raw_http import (
     connect,
     error_of,
@@ -274,7 +275,8 @@ def test_an_error_in_the_middle_leaves_no_cache_behind(server, monkeypatch):
     """The contents of a cache are unknown after an error."""
     from glass_mlx.engine import Generation
 
-    original, body = Generation._select_and_slice, CHAT | {"max_tokens": 30}
+    original = Generation._select_and_slice
+    body = CHAT | {"max_tokens": 30, "glass": {"density": 0.5}}
     expected = json.loads(exchange(server.address, request_bytes(body))[2])["choices"]
 
     def fail(self):
@@ -284,3 +286,18 @@ def test_an_error_in_the_middle_leaves_no_cache_behind(server, monkeypatch):
     assert exchange(server.address, request_bytes(body))[0] == 500
     monkeypatch.setattr(Generation, "_select_and_slice", original)
     assert json.loads(exchange(server.address, request_bytes(body))[2])["choices"] == expected
+
+
+def test_a_bound_whose_cost_was_not_measured_is_refused(run_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+    folder = save_chat_folder(tmp_path / "tiny")
+    (folder / "glass_prior.safetensors").unlink()
+    with run_server(folder) as server:
+        assert exchange(server.address, request_bytes(CHAT))[0] == 200
+        body = request_bytes(CHAT | {"glass": {"max_kl": 0.5}})
+        status, _, answer = exchange(server.address, body)
+        assert status == 400
+        assert "this server has not measured what slicing costs" in answer.decode()
+        body = request_bytes(CHAT | {"glass": {"density": 0.5}})
+        assert exchange(server.address, body)[0] == 200
+    assert not (tmp_path / "cache").exists()

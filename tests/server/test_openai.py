@@ -58,8 +58,9 @@ def test_a_chat_completion_is_the_text_of_stream_generate(chat, model):
 
 
 def test_a_stream_has_the_same_text(chat):
-    chunks = list(chat(stream=True, stream_options={"include_usage": True}))
-    assert text_of(chunks) == chat().choices[0].message.content
+    options = {"extra_body": {"glass": {"density": 0.5}}}
+    chunks = list(chat(stream=True, stream_options={"include_usage": True}, **options))
+    assert text_of(chunks) == chat(**options).choices[0].message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].usage.completion_tokens == 30
     assert chunks[-1].usage.glass["dense_tokens"] == 19

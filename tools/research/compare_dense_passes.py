@@ -15,6 +15,7 @@ from typing import Any
 
 from glass_mlx import streaming
 from glass_mlx.arguments import add_load_arguments, add_model_argument
+from glass_mlx.block_decoding import Block
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
 from glass_mlx.chat_templates import encode
 from glass_mlx.config import GlassConfig
@@ -63,10 +64,10 @@ class CountingDecoder(SpeculativeDecoder):
     passes: list[bool]
     drafts_in_dense_passes = True
 
-    def _pass(self, model: CheckingModel, count: int) -> tuple[list[int], mx.array, int]:
+    def _compute(self, model: CheckingModel, most: int) -> Block:
         is_dense = model.sliced is None or model._is_due()
         self.passes.append(is_dense)
-        return super()._pass(model, 0 if is_dense and not self.drafts_in_dense_passes else count)
+        return super()._compute(model, 1 if is_dense and not self.drafts_in_dense_passes else most)
 
 
 @contextmanager

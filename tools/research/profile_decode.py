@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-from glass_mlx.config import GlassConfig
+from glass_mlx.config import GlassConfig, Setting
 from glass_mlx.errors import exit_on_error
 from glass_mlx.latency.measured_model import add_model_arguments, load_model, load_prior
 from glass_mlx.models import FFN, named_arrays
@@ -134,7 +134,8 @@ def format_table(parts: dict[str, Parts], times: dict[str, Times]) -> str:
 def run(args: argparse.Namespace) -> None:
     """Measure and print a table."""
     model, tokenizer = load_model(args)
-    session, prior = Session.of(model), load_prior(model, tokenizer, args)
+    session = Session.of(model)
+    prior = load_prior(model, tokenizer, args, [Setting(density=args.density)])
     selector = session.selector(GlassConfig(density=args.density, prior_weight=1.0), prior)
     selection = selector.select(session.empty_statistics())
     models = {"dense": model, "sliced": session.slice(selection, args.down_policy)}
