@@ -11,7 +11,7 @@ from glass_mlx.vocabulary import (
     Shortlist,
     Shortlister,
     VocabularyStatistics,
-    choose_rows,
+    choose_nested_rows,
     expected_outside,
     scores_outside,
     shares_outside,
@@ -106,7 +106,7 @@ class DraftShortlister(Shortlister):
         if scores is None:
             return None
         kept = self._kept_of(text, len(scores))
-        rows = [choose_rows(scores, share, kept) for share in _SHARES]
+        rows = choose_nested_rows(scores, _SHARES, kept)
         of_scores = np.array([scores_outside(scores, r) for r in rows])
         wrong = expected_outside(of_scores, np.array(self._sums), self._measured)
         costs = {
@@ -117,17 +117,23 @@ class DraftShortlister(Shortlister):
             for count in _COUNTS
         }
         place, count = min(costs, key=lambda choice: costs[choice])
-        self._outside = _membership_outside(rows, len(scores))
-        if costs[place, count] < _MAX_COST and len(rows[place]) < len(scores):
-            self.count, self.share = count, len(rows[place]) / len(scores)
-            shares = shares_outside(scores, rows[place])
-            self.shortlist = Shortlist(rows[place], float(wrong[place]), shares)
+        self._outside = _is_outside(rows, len(scores))
+        chosen = np.sort(rows[place]).astype(np.int32)
+        if costs[place, count] < _MAX_COST and len(chosen) < len(scores):
+            self.count, self.share = count, len(chosen) / len(scores)
+            shares = shares_outside(scores, chosen)
+            self.shortlist = Shortlist(chosen, float(wrong[place]), shares)
         return self.shortlist
 
 
-def _membership_outside(rows: list[np.ndarray], size: int) -> mx.array:
-    """Return whether each token is outside of each list of tokens, (size, lists) float32."""
-    outside = np.ones((size, len(rows)), np.float32)
-    for column, inside in enumerate(rows):
-        outside[inside, column] = 0
-    return mx.array(outside)
+def _is_outside(rows: Sequence[np.ndarray], size: int) -> mx.array:
+    """Return whether each token is outside of each of several nested lists, (size, lists) float32.
+
+    Args:
+        rows: the tokens of each list, among those of the next.
+        size: the number of tokens.
+    """
+    first = np.full(size, len(rows), np.uint8)  # the first list that has the token
+    for number, inside in reversed([*enumerate(rows)]):
+        first[inside] = number
+    return (mx.array(first)[:, None] > mx.arange(len(rows))).astype(mx.float32)

@@ -218,9 +218,12 @@ def summary(response: GenerationResponse) -> str:
         expectation = "\nGLASS: the text is the model's own"
         if glass.drafts:
             taken = response.generation_tokens - glass.dense_tokens
-            expectation += f": {taken} of {glass.drafts} drafts were right"
+            expectation += f"; {taken} tokens took {glass.drafts} drafts"
     elif glass.max_kl is not None:
         expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
+    kept = f"vocabulary {glass.vocabulary_got:.3f}, probability outside {glass.outside:.4f}"
+    if glass.max_kl != 0:
+        kept = f"density {glass.density_got:.3f}, {kept}, λ {glass.prior_weight:.2f}"
     read = glass.read_bytes / response.generation_tokens
     note = memory_note(glass)
     memory = f"\nGLASS: {note}" if note else ""
@@ -229,9 +232,7 @@ def summary(response: GenerationResponse) -> str:
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB\n"
-        f"GLASS: density {glass.density_got:.3f}, vocabulary {glass.vocabulary_got:.3f}, "
-        f"probability outside {glass.outside:.4f}, λ {glass.prior_weight:.2f}, "
-        f"prior {glass.prior}, weights {glass.dense_bytes / 1e6:.1f} -> "
+        f"GLASS: {kept}, prior {glass.prior}, weights {glass.dense_bytes / 1e6:.1f} -> "
         f"{read / 1e6:.1f} MB per token\n"
         f"GLASS: {glass.dense_tokens} tokens dense, {glass.selections} selections: select "
         f"{glass.select_time:.3f} s, slice {glass.slice_time:.3f} s; "

@@ -108,13 +108,30 @@ def choose_rows(scores: np.ndarray, share: float, always: Iterable[int]) -> np.n
     Returns:
         (k,) int32 sorted token ids.
     """
+    (rows,) = choose_nested_rows(scores, [share], always)
+    return np.sort(rows).astype(np.int32)
+
+
+def choose_nested_rows(
+    scores: np.ndarray, shares: Sequence[float], always: Iterable[int]
+) -> list[np.ndarray]:
+    """Choose the tokens of the largest scores for several shares, each among those of the next.
+
+    Args:
+        scores: (V,) scores of the tokens.
+        shares: the shares of tokens to keep, in (0, 1], increasing.
+        always: tokens to keep whatever their scores are; see `choose_rows`.
+
+    Returns:
+        (k,) int token ids in no order, for each share.
+    """
     size, scores = len(scores), scores.copy()
     scores[[*always]] = np.inf
     needed = np.count_nonzero(np.isinf(scores))
-    count = max(rows_to_keep(size, share), min(size, _MULTIPLE * -(-needed // _MULTIPLE)))
-    if count == size:
-        return np.arange(size, dtype=np.int32)
-    return np.sort(np.argpartition(-scores, count - 1)[:count]).astype(np.int32)
+    least = min(size, _MULTIPLE * -(-needed // _MULTIPLE))
+    counts = [max(rows_to_keep(size, share), least) for share in shares]
+    order = np.argpartition(-scores, np.array(counts) - 1)
+    return [order[:count] for count in counts]
 
 
 def scores_outside(scores: np.ndarray, rows: np.ndarray) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glass_mlx.config import DEFAULT_MAX_KL
 from glass_mlx.reporting.plotting import new_figure
 
 import numpy as np
@@ -67,7 +66,7 @@ def draw(rows: Sequence[Row], speedups: Mapping[tuple[Any, ...], float] | None) 
     figure.suptitle(f"{rows[0]['model']}: how far from the model, for how many bytes")
     ratios = {"width_ratios": [2, 1][:panels]}
     first, *others = figure.subplots(1, panels, squeeze=False, sharey=True, gridspec_kw=ratios)[0]
-    rows = [row for row in rows if row["method"] != "dense" and row["kl"] > 0]
+    rows = [row for row in rows if row["method"] != "dense"]
     _draw_panel(first, [(row, float(row["run_share"])) for row in rows])
     first.set_xlabel("bytes of weights per token, over the dense model's (whole run)")
     first.set_ylabel("KL from the dense model, nats per token")
@@ -87,7 +86,10 @@ def _latency_key(row: Row) -> tuple[Any, ...]:
 def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
     series: dict[tuple[str, str], list[tuple[float, Row]]] = {}
     gray = 0
+    exact = [x for row, x in points if row["kl"] == 0]
     for row, x in sorted(points, key=lambda point: point[0]["kl"]):
+        if row["kl"] == 0:  # which has no place on a logarithmic axis
+            continue
         series.setdefault((row["method"], _kind(row)), []).append((x, row))
     for (method, kind), members in series.items():
         label, color, style = _STYLES.get((method, kind), (None, _GRAY, "D"))
@@ -112,12 +114,12 @@ def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
             gray += label is None
             is_below = label is None and gray % 2 == 0  # neighbors' labels would overlap
             _annotate(axes, ", ".join(parts), (x, row["kl"]), color, -9 if is_below else 4)
-    bound_color = _STYLES["default", "bound"][1]
-    axes.axhline(DEFAULT_MAX_KL, color=bound_color, linestyle=":", linewidth=1)
     axes.set_yscale("log")
     axes.margins(x=0.1)
-    left = axes.get_xlim()[0]
-    _annotate(axes, f"default bound {DEFAULT_MAX_KL}", (left, DEFAULT_MAX_KL), bound_color)
+    color = _STYLES["default", "bound"][1]
+    for x in exact:
+        axes.axvline(x, color=color, linestyle="--", linewidth=2.2, label="glass-mlx, KL 0")
+        _annotate(axes, "KL 0: the model's own text", (x, axes.get_ylim()[0]), color)
     axes.grid(alpha=0.25)
 
 

@@ -3,11 +3,12 @@
 import json
 import sys
 
-from glass_mlx import GlassConfig, GlobalPrior, Session, load
+from glass_mlx import GlassConfig, GlobalPrior, Session, draft_shortlist, load
 from helpers import made_prior, save_tiny_folder
 
 import add_curves
 import compare_dense_passes
+import compare_drafts
 import compare_expert_evidence
 import compare_long_texts
 import compare_outside
@@ -44,6 +45,19 @@ def test_schedules_are_compared(folder, tmp_path, monkeypatch, capsys):
     kl, speed = ([float(row.split("|")[n]) for row in (sparse, dense)] for n in (4, 6))
     assert kl[0] > kl[1] > 0
     assert speed[0] > speed[1] > 1
+
+
+def test_schedules_of_drafts_are_compared(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(draft_shortlist, "_MAX_COST", 10)
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 50]
+    run(monkeypatch, compare_drafts, *arguments, "--warmup", 1, 16)
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:3] for row in cells] == [
+        [prior, warmup, "16"] for prior in ("yes", "no") for warmup in ("1", "16")
+    ]
+    assert all(0 < float(row[3]) < 1 for row in cells)
+    assert float(cells[2][4]) > 0
 
 
 def test_choices_in_parts_are_compared(folder, tmp_path, monkeypatch, capsys):
