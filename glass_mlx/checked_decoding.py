@@ -12,6 +12,7 @@ from typing import Any
 
 from glass_mlx.block_decoding import Block, BlockDecoder, can_take_back
 from glass_mlx.decoding import Sampled
+from glass_mlx.models import DraftingModel
 from glass_mlx.random_state import random_key, set_random_key
 
 import mlx.core as mx
@@ -24,10 +25,10 @@ class CheckedModel(nn.Module):
     """A model that drafts with a sliced head, and checks with the whole one.
 
     Args:
-        drafting: the model with the sliced head, whose logits are (1, 1, vocabulary).
+        drafting: the model with the sliced head.
         hidden: the list to which the sliced head adds the vectors that it sees.
         check: computes the whole logits (1, n, vocabulary) of vectors (1, n, hidden).
-        observe: sees the whole logits (1, n, vocabulary) of tokens of the text.
+        observe: sees the probabilities (n, vocabulary) of predictions for tokens of the text.
         count: the number of drafts in a block.
 
     Attributes:
@@ -37,38 +38,46 @@ class CheckedModel(nn.Module):
 
     def __init__(
         self,
-        drafting: nn.Module,
+        drafting: DraftingModel,
         hidden: list[mx.array],
         check: Callable[[mx.array], mx.array],
-        observe: Callable[[mx.array], mx.array],
+        observe: Callable[[mx.array], None],
         count: int,
     ) -> None:
         super().__init__()
         self._drafting, self._hidden, self._check = drafting, hidden, check
         self._observe = observe
-        self._logits = mx.zeros(0)
+        self._probabilities = mx.zeros(0)
         self.count, self.passes, self.checks = count, 0, 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        """Compute the logits of a draft; the arguments are the model's."""
+    def __call__(self, token: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array]:
+        """Read a token (1,); return logits (1, vocabulary) and log-probabilities of the next."""
         self.passes += 1
-        logits: mx.array = self._drafting(*args, **kwargs)
-        return logits
+        logits, total = self._drafting(token[None], cache=cache)
+        return logits[:, -1], logits[:, -1] - total[:, -1]
 
-    def check(self) -> mx.array:
-        """Compute the whole logits (n, vocabulary) of all drafts since the last check."""
+    def check(self) -> tuple[mx.array, mx.array]:
+        """Return the whole logits and log-probabilities of all drafts since the last check.
+
+        Both are (n, vocabulary). Exponentials of a whole vocabulary take long on a CPU, so they are
+        computed once for the log-probabilities and for what is observed.
+        """
         self.checks += 1
-        self._logits = self._check(mx.concatenate(self._hidden, axis=-2))
+        logits = self._check(mx.concatenate(self._hidden, axis=-2)).squeeze(0)
         self._hidden.clear()
-        return self._logits.squeeze(0)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        exponentials = mx.exp(shifted.astype(mx.float32))
+        total = exponentials.sum(axis=-1, keepdims=True)
+        self._probabilities = exponentials / total
+        return logits, shifted - mx.log(total).astype(logits.dtype)
 
     def forget(self) -> None:
         """Leave out of the next check what was computed since the last one."""
         self._hidden.clear()
 
     def take(self, count: int) -> None:
-        """Observe the first logits of the latest check. The others followed a wrong draft."""
-        mx.async_eval(self._observe(self._logits[:, :count]))
+        """Observe the first predictions of the latest check. The others follow a wrong draft."""
+        self._observe(self._probabilities[:count])
 
 
 class CheckedDecoder(BlockDecoder):
@@ -110,18 +119,18 @@ class CheckedDecoder(BlockDecoder):
         with mx.stream(generation_stream):
             key, unread, drafts = random_key(), self.last(1), mx.zeros(0, mx.uint32)
             for _ in range(count):
-                logits = model(unread[None], cache=self.cache)
-                unread, _ = self._choose(logits[:, -1], drafts)
+                unread, _ = self._choose_one(*model(unread, self.cache), drafts)
                 unread = unread.astype(mx.uint32)
                 mx.async_eval(unread)
                 drafts = mx.concatenate([drafts, unread])
             set_random_key(key)
-            logits, sampled, rows = model.check(), [], []
-            self._keys = []
+            logits, logprobs = model.check()
+            sampled, rows, self._keys = [], [], []
             for place in range(count):
-                token, logprobs = self._choose(logits[place : place + 1], drafts[:place])
+                row = slice(place, place + 1)
+                token, chosen_from = self._choose_one(logits[row], logprobs[row], drafts[:place])
                 sampled.append(token)
-                rows.append(logprobs)
+                rows.append(chosen_from)
                 self._keys.append(random_key())
             mx.eval(sampled, drafts, self._keys)
         tokens, proposed = [int(t) for t in sampled], [int(t) for t in drafts]
@@ -130,8 +139,23 @@ class CheckedDecoder(BlockDecoder):
             right += 1
         return Block(tokens[: right + 1], mx.concatenate(rows))
 
+    def _choose_one(
+        self, logits: mx.array, logprobs: mx.array, drafts: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Sample a token from its logits, (1, vocabulary); see `_choose`.
+
+        Args:
+            logits: the logits, for logits processors.
+            logprobs: the log-probabilities that they stand for.
+            drafts: (n,) the tokens after the text so far.
+        """
+        if self._processors:
+            return self._choose(logits, drafts)
+        return self._sampler(logprobs), logprobs
+
     def _take(self, model: CheckedModel, taken: int) -> None:
-        model.take(taken)
+        with mx.stream(generation_stream):
+            model.take(taken)
         set_random_key(self._keys[taken - 1])
         void = self._drafted - taken
         with mx.stream(generation_stream):
@@ -146,7 +170,7 @@ class CheckedDecoder(BlockDecoder):
         assert self._before is not None
         self.cache[:] = self._before
         for token in tokens:
-            model(mx.array([[token]], mx.uint32), cache=self.cache)
+            model(mx.array([token], mx.uint32), self.cache)
             mx.eval([entry.state for entry in self.cache])
         model.forget()
 

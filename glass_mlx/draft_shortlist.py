@@ -6,6 +6,7 @@ bytes of the whole head, which checks it, over more tokens.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from glass_mlx.vocabulary import (
     Shortlist,
@@ -24,25 +25,34 @@ import numpy as np
 _SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _COUNTS = (2, 4, 6, 8)
 
-# A product with several rows takes this much longer for each further row. A GPU took 1.5 times as
-# long for 4 rows as for one, and a CPU 1.2 times (docs/experiments.md).
-_ROW_COST = 0.1
-
-# Where this share of the bytes or more would be read, drafts do not pay.
+# Where drafts would cost this much of the dense model or more, they do not pay.
 _MAX_COST = 0.98
 
 
-def cost_of_drafts(share: float, count: int, wrong: float, head_share: float) -> float:
-    """Return the bytes per token of the text, over the dense model's.
+@dataclass(frozen=True)
+class HeadCost:
+    """What the whole head costs.
+
+    Attributes:
+        share: its share of the dense model's bytes per token.
+        row: how much longer a product takes for each further row, over a product with one row.
+    """
+
+    share: float
+    row: float
+
+
+def cost_of_drafts(share: float, count: int, wrong: float, head: HeadCost) -> float:
+    """Return the cost of a token of the text, over the dense model's: its bytes, if rows are free.
 
     Args:
         share: the share of the vocabulary in the shortlist.
         count: the number of drafts in a block.
         wrong: the probability that a draft is wrong.
-        head_share: the share of the whole head in the dense model's bytes.
+        head: what the whole head costs.
     """
-    drafts = count * (1 - head_share * (1 - share))
-    check = head_share * (1 + _ROW_COST * (count - 1))
+    drafts = count * (1 - head.share * (1 - share))
+    check = head.share * (1 + head.row * (count - 1))
     taken = (1 - (1 - wrong) ** count) / wrong  # the mean of drafts up to the first wrong one
     return (drafts + check) / taken
 
@@ -54,7 +64,7 @@ class DraftShortlister(Shortlister):
         statistics: the local statistics, to which predictions are added.
         prior: (V,) the prior's mean flattened predictions, or None.
         always: returns the tokens to keep for the tokens of a text.
-        head_share: the share of the whole head in the dense model's bytes per token.
+        head: what the whole head costs.
 
     Attributes:
         count: the number of drafts in a block.
@@ -65,11 +75,11 @@ class DraftShortlister(Shortlister):
         statistics: VocabularyStatistics,
         prior: np.ndarray | None,
         always: Callable[[Sequence[int]], Collection[int]],
-        head_share: float,
+        head: HeadCost,
     ) -> None:
         super().__init__(statistics, 1.0, prior, always)
         self.count = 0
-        self._head_share = head_share
+        self._head = head
         self._outside: mx.array | None = None
         self._sums = mx.zeros(len(_SHARES))
 
@@ -84,16 +94,23 @@ class DraftShortlister(Shortlister):
         Returns:
             The same logits, made to depend on the sums.
         """
-        logits = self.statistics.update(logits)
+        flat = logits.reshape(-1, logits.shape[-1])
+        self.add(mx.softmax(flat.astype(mx.float32), axis=-1))
+        assert self.statistics.sums is not None
+        return mx.depends(logits, [self.statistics.sums, self._sums])
+
+    def add(self, probabilities: mx.array) -> None:
+        """Add the probabilities (n, V) float32 of n predictions; see `observe`."""
+        # Flattened by a temperature of 2, which saves exponentials of the whole vocabulary.
+        roots = mx.sqrt(probabilities)
+        self.statistics.add(roots / roots.sum(axis=-1, keepdims=True))
         if self._outside is not None:
-            flat = logits.reshape(-1, logits.shape[-1]).astype(mx.float32)
-            self._measured += len(flat)
-            self._sums = self._sums + (mx.softmax(flat, axis=-1) @ self._outside).sum(0)
-            logits = mx.depends(logits, [self._sums])
-        return logits
+            self._measured += len(probabilities)
+            self._sums = self._sums + (probabilities @ self._outside).sum(0)
+        mx.async_eval(self.arrays)
 
     def choose(self, text: Sequence[int]) -> Shortlist | None:
-        """Choose the shortlist and the number of drafts that read the fewest bytes.
+        """Choose the shortlist and the number of drafts that cost least.
 
         Args:
             text: the tokens so far, which begin with those of the last call.
@@ -111,7 +128,7 @@ class DraftShortlister(Shortlister):
         wrong = expected_outside(of_scores, np.array(self._sums), self._measured)
         costs = {
             (place, count): cost_of_drafts(
-                len(rows[place]) / len(scores), count, wrong[place], self._head_share
+                len(rows[place]) / len(scores), count, wrong[place], self._head
             )
             for place in range(len(_SHARES))
             for count in _COUNTS

@@ -104,10 +104,9 @@ class Generation:
         # With a reload, dense weights make room for each slice.
         unsliced = frozenset[str]() if reload else session.without_room(selector)
         self._shortlister = selector.shortlister(statistics.vocabulary)
-        if isinstance(decoder, CheckedDecoder) and session.head is not None:
-            head_share = session.head.bytes / session.weight_bytes
-            head_share = session.ranks.share(head_share)  # ranks may hold unequal parts
-            self._shortlister = selector.draft_shortlister(statistics.vocabulary, head_share)
+        cost = session.head_cost if isinstance(decoder, CheckedDecoder) else None
+        if cost is not None:
+            self._shortlister = selector.draft_shortlister(statistics.vocabulary, cost)
         if self._shortlister is not None:
             self._shortlister.keep(earlier)
         self._observer = TokenObserver(statistics.text, self._shortlister)
@@ -185,8 +184,7 @@ class Generation:
             self._check_agreement(shortlist)
             with self._reporter.timed("slice_time"):
                 self._slices.slice_head(shortlist)
-                drafting = self._slices.model
-            read = session.bytes_of(drafting)
+            read = session.bytes_of(self._slices.model)
             weight = self._selector.prior_weight(self._statistics)
             self._reporter.slices(everything, shortlist, weight, read)
 
@@ -196,8 +194,8 @@ class Generation:
                 yield from self._dense_steps(dense, decoder.last(1), until=stop)
                 continue
             hidden: list[mx.array] = []
-            self._slices.show_hidden(hidden.append)
-            model = CheckedModel(drafting, hidden, check, shortlister.observe, shortlister.count)
+            drafting = self._slices.drafting_model(hidden.append)
+            model = CheckedModel(drafting, hidden, check, shortlister.add, shortlister.count)
             yield from self._checked_steps(model, read, session.head.bytes, until=stop)
 
     def _checked_steps(

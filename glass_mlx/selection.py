@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from glass_mlx.budget import Budget
 from glass_mlx.config import GlassConfig, Shares, check_density
-from glass_mlx.draft_shortlist import DraftShortlister
+from glass_mlx.draft_shortlist import DraftShortlister, HeadCost
 from glass_mlx.models import membership
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.ranking import expert_prior_weights, fuse, largest, ranks
@@ -244,16 +244,16 @@ class Selector:
         return Shortlister(statistics, share, prior, self._always, bound)
 
     def draft_shortlister(
-        self, statistics: VocabularyStatistics, head_share: float
+        self, statistics: VocabularyStatistics, head: HeadCost
     ) -> DraftShortlister:
         """Return what chooses the shortlists of drafts.
 
         Args:
             statistics: the local statistics, to which predictions are added.
-            head_share: the share of the whole head in the dense model's bytes per token.
+            head: what the whole head costs.
         """
         prior = None if self.prior is None else self.prior.vocabulary
-        return DraftShortlister(statistics, prior, self._always, head_share)
+        return DraftShortlister(statistics, prior, self._always, head)
 
     def prior_weight(self, local: LocalStatistics) -> float:
         """Return the λ in use: 1 if at most one token was read, and 0 without a prior.

@@ -10,6 +10,7 @@ from typing import Any
 
 from glass_mlx.budget import Budget, spend
 from glass_mlx.config import DEFAULT_REFRESH, EXACT_REFRESH, EXACT_WARMUP, GlassConfig
+from glass_mlx.draft_shortlist import HeadCost
 from glass_mlx.memory import without_room
 from glass_mlx.models import (
     FFN,
@@ -244,6 +245,13 @@ class Session:
         if self.division is None or not self.division.is_pipeline:
             return value
         return sum(self.division.ranks.gather(value))
+
+    @property
+    def head_cost(self) -> HeadCost | None:
+        """What the whole head costs, or None if it cannot be sliced; the same on all ranks."""
+        if self.head is None:
+            return None
+        return self.ranks.share(HeadCost(self.head.bytes / self.weight_bytes, self.head.row_cost))
 
     def resolved(self, config: GlassConfig) -> GlassConfig:
         """Return a configuration with the values that depend on the model."""

@@ -8,6 +8,7 @@ from typing import Any
 from glass_mlx.models import (
     FFN,
     BackedOffModel,
+    DraftingModel,
     Head,
     MeanCompensation,
     Routing,
@@ -115,10 +116,17 @@ class SlicedModel:
         model = with_head(model, self._head, self._sliced_head)
         return BackedOffModel(model, self._sliced_head.rows, self._other_logits)
 
-    def show_hidden(self, observe: Callable[[mx.array], None]) -> None:
-        """Show the vectors of which the sliced head computes logits, until it is sliced anew."""
+    def drafting_model(self, observe: Callable[[mx.array], None]) -> DraftingModel:
+        """Return the model that drafts with the sliced head.
+
+        Args:
+            observe: sees the vectors of which the head computes logits, until it is sliced anew.
+        """
+        assert self._head is not None
         assert self._sliced_head is not None
         self._sliced_head.show(observe)
+        model = with_head(self._dense, self._head, self._sliced_head)
+        return DraftingModel(model, self._sliced_head.rows, self._head.size)
 
     @property
     def down_policy(self) -> str:

@@ -57,9 +57,14 @@ class VocabularyStatistics:
     def update(self, logits: mx.array) -> mx.array:
         """Add the predictions (..., V) of some tokens; return them, depending on the sum."""
         flat = logits.reshape(-1, logits.shape[-1])
-        total = flattened(flat).sum(0)
-        self.sums = total if self.sums is None else self.sums + total
+        self.add(flattened(flat))
+        assert self.sums is not None
         return mx.depends(logits, [self.sums])
+
+    def add(self, predictions: mx.array) -> None:
+        """Add flattened predictions (n, V)."""
+        total = predictions.sum(0)
+        self.sums = total if self.sums is None else self.sums + total
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the sums as a named array, for `restored`."""

@@ -10,6 +10,7 @@ from .ffn import FFN, membership
 from .fingerprints import Fingerprint, fingerprint, sample_weights
 from .head import (
     BackedOffModel,
+    DraftingModel,
     Head,
     LogitsOfHidden,
     ObservedLogits,
@@ -29,6 +30,7 @@ __all__ = [
     "QUANTIZED_ACTIVATIONS",
     "BackedOffModel",
     "Division",
+    "DraftingModel",
     "ExpertList",
     "Fingerprint",
     "Head",

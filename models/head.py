@@ -17,6 +17,12 @@ from .vocabulary import vocabulary_size
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
+# A product with several rows reads the weights once, and takes about this much longer for each
+# further row: 4 rows took 1.5 times as long as one on a GPU and 1.7 times on a CPU, and 8 rows 2.7
+# and 1.8 times (docs/experiments.md). MLX's CPU backend is bound by arithmetic unless the weights
+# are float32, so that n rows take n times as long.
+_ROW_COST, _BOUND_BY_ARITHMETIC = 0.15, 1.0
+
 # Shows (..., V) logits, and returns them.
 LogitsObserver = Callable[[mx.array], mx.array]
 
@@ -42,6 +48,12 @@ class Head:
     def bytes(self) -> int:
         """The bytes of its weights."""
         return sum(array.nbytes for _, array in named_arrays(self.layer))
+
+    @property
+    def row_cost(self) -> float:
+        """How much longer a product takes for each further row, over a product with one row."""
+        is_fast = mx.default_device() == mx.gpu or self.layer.weight.dtype == mx.float32
+        return _ROW_COST if is_fast else _BOUND_BY_ARITHMETIC
 
     def sliced(self, rows: np.ndarray) -> "SlicedHead":
         """Return a head that computes only some logits.
@@ -141,6 +153,31 @@ def with_other_logits(logits: mx.array, rows: mx.array, others: mx.array) -> mx.
     full = (total + others).astype(logits.dtype)
     index = mx.broadcast_to(rows, logits.shape)
     return mx.put_along_axis(full, index, logits, axis=-1)
+
+
+class DraftingModel(nn.Module):
+    """A model whose head computes some of the logits, and that gives other tokens no chance.
+
+    Args:
+        model: the model with a `SlicedHead`, whose logits are (..., k).
+        rows: (k,) the tokens of these logits.
+        size: the number of all tokens V.
+    """
+
+    def __init__(self, model: nn.Module, rows: np.ndarray, size: int) -> None:
+        super().__init__()
+        self.model = model
+        self._rows, self._size = mx.array(rows), size
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+        """Compute logits (..., V), and the logarithm (..., 1) of the sum of their exponentials.
+
+        The arguments are the model's.
+        """
+        logits = self.model(*args, **kwargs)
+        full = mx.full((*logits.shape[:-1], self._size), -mx.inf, logits.dtype)
+        full = mx.put_along_axis(full, mx.broadcast_to(self._rows, logits.shape), logits, axis=-1)
+        return full, mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class ObservedLogits(nn.Module):

@@ -7,7 +7,7 @@ from glass_mlx import GlassConfig, stream_generate
 from glass_mlx import draft_shortlist as draft_shortlist_module
 from glass_mlx.calibration import first_use
 from glass_mlx.calibration.first_use import make_selector
-from glass_mlx.draft_shortlist import DraftShortlister, cost_of_drafts
+from glass_mlx.draft_shortlist import DraftShortlister, HeadCost, cost_of_drafts
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.models.architectures import tiny_model
@@ -187,13 +187,14 @@ def test_drafts_that_do_not_pay_are_not_made(model, tokenizer, monkeypatch):
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("wrong", [0.001, 0.1, 0.5])
 def test_the_cost_of_drafts_is_what_blocks_read(count, wrong):
-    share, head = 0.25, 0.4
+    share, head, row = 0.25, 0.4, 0.1
     generator = np.random.default_rng(0)
     firsts = np.argmax(np.c_[generator.random((100_000, count)) < wrong, np.ones(100_000)], axis=1)
     taken = np.minimum(firsts + 1, count)
-    check = head * (1 + 0.1 * (count - 1))
+    check = head * (1 + row * (count - 1))
     read = count * (1 - head + share * head) + check
-    assert cost_of_drafts(share, count, wrong, head) == pytest.approx(read / taken.mean(), rel=0.02)
+    cost = cost_of_drafts(share, count, wrong, HeadCost(head, row))
+    assert cost == pytest.approx(read / taken.mean(), rel=0.02)
 
 
 def peaked_logits(size=4096, likely=40, tokens=64, seed=0):
@@ -206,7 +207,8 @@ def peaked_logits(size=4096, likely=40, tokens=64, seed=0):
 
 def test_the_shortlist_has_what_predictions_need(monkeypatch):
     monkeypatch.setattr(draft_shortlist_module, "_MAX_COST", 0.98)
-    shortlister = DraftShortlister(VocabularyStatistics(), None, lambda text: {7, 4000}, 0.5)
+    head = HeadCost(0.5, 0.1)
+    shortlister = DraftShortlister(VocabularyStatistics(), None, lambda text: {7, 4000}, head)
     assert shortlister.choose([]) is None  # nothing is known
     shortlister.observe(peaked_logits(tokens=8))
     shortlist = shortlister.choose([7, 4000])

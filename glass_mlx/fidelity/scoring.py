@@ -289,10 +289,9 @@ def _score_drafts(reading: DenseReading, selector: Selector) -> Scores:
     A draft is right if its token is in the shortlist; see `checked_decoding`.
     """
     config, session, scores = selector.config, reading.session, Scores.exact(reading)
-    if session.head is None:
+    if (cost := session.head_cost) is None:
         return scores
-    head_share = session.head.bytes / session.weight_bytes
-    shortlister = selector.draft_shortlister(VocabularyStatistics(), head_share)
+    shortlister = selector.draft_shortlister(VocabularyStatistics(), cost)
     _warm_up(shortlister, reading, config)
     following = np.array(reading.following)
     for start, stop in stretches(config, reading.tokens + 1):
@@ -302,11 +301,11 @@ def _score_drafts(reading: DenseReading, selector: Selector) -> Scores:
         if shortlist is not None:
             scores.vocabulary[start] = shortlist.share
             scores.dense[first:end] = False
-            draft = 1 - head_share * (1 - shortlist.share)
+            draft = 1 - cost.share * (1 - shortlist.share)
             right = np.isin(following[first:end], shortlist.rows)
             for block in _blocks(right, shortlister.count):
                 drafts = min(shortlister.count, end - first - block.start)
-                read = (drafts * draft + head_share) / (block.stop - block.start)
+                read = (drafts * draft + cost.share) / (block.stop - block.start)
                 scores.bytes[first + block.start : first + block.stop] = read
         shortlister.observe(reading.dense[first:end])
         mx.eval(shortlister.arrays)
