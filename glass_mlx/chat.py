@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from glass_mlx.arguments import (
     CommandParser,
@@ -112,7 +112,8 @@ class Chat:
         session: the model's session.
         tokenizer: its tokenizer.
         config: how answers are sliced.
-        prior: the model's prior, or None to go without one.
+        prior: the model's prior; None to find or measure one when an answer needs it, False to go
+            without one.
         system_prompt: the system prompt, or None.
         max_kv_size: the maximum size of the cache, or None.
         draft_model: drafts tokens, or None.
@@ -129,7 +130,7 @@ class Chat:
         session: Session,
         tokenizer: TokenizerWrapper,
         config: GlassConfig,
-        prior: GlobalPrior | None,
+        prior: GlobalPrior | Literal[False] | None,
         system_prompt: str | None = None,
         max_kv_size: int | None = None,
         draft_model: nn.Module | None = None,
@@ -151,7 +152,7 @@ class Chat:
         """Bound the KL divergence of the next answers.
 
         Raises:
-            ValueError: if the bound is not positive.
+            ValueError: if the bound is out of range.
         """
         self.config = replace(self.config, max_kl=max_kl, density=None, vocabulary=None)
 
@@ -218,7 +219,7 @@ class Chat:
             self._tokenizer,
             unread,
             config=self.config,
-            prior=self._prior or False,
+            prior=self._prior,
             prompt_cache=self.conversation.cache,
             prompt_progress_callback=progress,
             draft_model=self._draft_model,
@@ -339,7 +340,7 @@ def run(args: argparse.Namespace) -> None:
         session,
         tokenizer,
         config,
-        prior,
+        False if args.no_prior or args.dense else prior,
         args.system_prompt,
         args.max_kv_size,
         load_draft(args.draft_model, tokenizer, **draft_options(args)),

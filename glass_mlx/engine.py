@@ -14,7 +14,7 @@ from glass_mlx.renewal import is_dense_pass, is_dense_token, stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
 from glass_mlx.slicing import mean_compensation
-from glass_mlx.speculation import CheckingModel, SpeculativeDecoder
+from glass_mlx.speculation import SpeculativeDecoder, TargetModel
 from glass_mlx.statistics import LocalStatistics
 from glass_mlx.token_observer import TokenObserver
 from glass_mlx.vocabulary import Shortlist
@@ -145,7 +145,7 @@ class Generation:
         # 2) Warm-up. The dense model writes the first tokens, which are observed separately.
         writer = self._session.observed_by_token(self._observer)
         if isinstance(decoder, SpeculativeDecoder):
-            writer = CheckingModel(writer, self._observer)
+            writer = TargetModel(writer, self._observer)
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
@@ -283,9 +283,9 @@ class Generation:
     ) -> Generator[Step, None, None]:
         """Generate with the sliced model, up to a total number of generated tokens."""
         config, decoder = self._selector.config, self._decoder
-        model: Interleaved | CheckingModel
-        if isinstance(dense, CheckingModel):
-            model = CheckingModel(dense.dense, self._observer, sliced, self._is_dense_pass_due)
+        model: Interleaved | TargetModel
+        if isinstance(dense, TargetModel):
+            model = TargetModel(dense.dense, self._observer, sliced, self._is_dense_pass_due)
         else:
             model = Interleaved(
                 sliced, dense, decoder.generated, lambda number: is_dense_token(config, number)

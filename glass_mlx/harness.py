@@ -27,7 +27,8 @@ from tqdm import tqdm
 class GlassLM(MLXLM):
     """mlx-lm's class for the harness, with a sliced model.
 
-    Contexts are read by the dense model, which also computes the first token of a continuation, as
+    Where the engine writes the dense model's own text, scores are the dense model's. Otherwise
+    contexts are read by the dense model, which also computes the first token of a continuation, as
     it does in the engine. The other tokens are scored by the slices that are selected from the
     context; running texts as if the model had written them. What is generated comes from the engine
     itself.
@@ -102,7 +103,9 @@ class GlassLM(MLXLM):
         reading = DenseReading(self._session, text, points, self._read(text.prompt))
         dense = _total(Scores.exact(reading))
         self._dense_scores[key] = dense
-        return dense if self.is_dense or selector is None else _total(score(reading, selector))
+        if self.is_dense or selector is None or selector.is_exact:
+            return dense
+        return _total(score(reading, selector))
 
     def _read(self, context: list[int]) -> PromptCache:
         """Return a prompt cache with a context. The choices of a question come one by one."""

@@ -195,7 +195,7 @@ class Draft:
         return mx.pad(logits, [(0, 0), (0, missing)], constant_values=_UNKNOWN)
 
 
-class CheckingModel(nn.Module):
+class TargetModel(nn.Module):
     """The target of speculative decoding: each of its passes is dense or sliced as a whole.
 
     Args:
@@ -276,7 +276,7 @@ class SpeculativeDecoder(BlockDecoder):
         """Generate until a total number of tokens is reached; see `Decoder.run`.
 
         Args:
-            model: the model that reads the prompt, and later a `CheckingModel`.
+            model: the model that reads the prompt, and later a `TargetModel`.
             unread: (n,) the last n tokens, which are not in the cache yet; the last one after the
                 first run.
             until: the total number of generated tokens to stop at, which no pass exceeds.
@@ -285,10 +285,10 @@ class SpeculativeDecoder(BlockDecoder):
         if self.generated == 0:
             yield from super().run(model, unread, until, **options)
             return
-        assert isinstance(model, CheckingModel)
+        assert isinstance(model, TargetModel)
         yield from self._blocks(model, until)
 
-    def _compute(self, model: CheckingModel, most: int) -> Block:
+    def _compute(self, model: TargetModel, most: int) -> Block:
         """Draft tokens, and check them in one pass; see `BlockDecoder`."""
         self._drafted = count = min(self._draft.count, most - 1)
         with mx.stream(generation_stream):
@@ -304,12 +304,12 @@ class SpeculativeDecoder(BlockDecoder):
             accepted += 1
         return Block(tokens[: accepted + 1], logprobs, accepted)
 
-    def _take(self, model: CheckingModel, taken: int) -> None:
+    def _take(self, model: TargetModel, taken: int) -> None:
         model.take(taken)
         trim_prompt_cache(self.cache, self._drafted + 1 - taken)
         self._draft.keep(len(self.tokens) - 1)
 
-    def _read_last(self, model: CheckingModel) -> None:
+    def _read_last(self, model: TargetModel) -> None:
         self._compute(model, 1)
         model.take(1)
         self._catch_up()

@@ -246,3 +246,10 @@ def test_a_draft_model_proposes_tokens(chat, folder):
     assert chat(*lines, flags=flags + draft) == chat(*lines, flags=flags)
     # Drafts do not change how the conversation goes on after its cache is lost.
     assert chat("丁", "r", *lines, flags=flags + draft)[2:] == chat(*lines, flags=flags)
+
+
+def test_a_bound_above_0_measures_a_prior_when_it_is_needed(chat, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+    (folder / "glass_prior.safetensors").unlink()
+    answers = chat("丁", "/budget 2", "丁", "/stats")
+    assert f"prior {tmp_path / 'cache'}" in answers[3]

@@ -25,7 +25,7 @@ from glass_mlx.fidelity.prompts import read_prompts
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.tables import markdown_table
 from glass_mlx.session import Session
-from glass_mlx.speculation import CheckingModel, SpeculativeDecoder
+from glass_mlx.speculation import SpeculativeDecoder, TargetModel
 
 import continuations
 import mlx.core as mx
@@ -64,7 +64,7 @@ class CountingDecoder(SpeculativeDecoder):
     passes: list[bool]
     drafts_in_dense_passes = True
 
-    def _compute(self, model: CheckingModel, most: int) -> Block:
+    def _compute(self, model: TargetModel, most: int) -> Block:
         is_dense = model.sliced is None or model._is_due()
         self.passes.append(is_dense)
         return super()._compute(model, 1 if is_dense and not self.drafts_in_dense_passes else most)
