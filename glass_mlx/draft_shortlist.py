@@ -25,6 +25,10 @@ import numpy as np
 _SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _COUNTS = (2, 4, 6, 8)
 
+# Vocabularies are sorted by frequency, as most merges of byte pairs are found first for the most
+# frequent tokens. So each token is expected in proportion to 1 / (its id + this number).
+_FREQUENT_TOKENS = 200
+
 # Where drafts would cost this much of the dense model or more, they do not pay.
 _MAX_COST = 0.98
 
@@ -64,6 +68,7 @@ class DraftShortlister(Shortlister):
         statistics: the local statistics, to which predictions are added.
         prior: (V,) the prior's mean flattened predictions, or None.
         always: returns the tokens to keep for the tokens of a text.
+        size: the number V of tokens.
         head: what the whole head costs.
 
     Attributes:
@@ -75,9 +80,12 @@ class DraftShortlister(Shortlister):
         statistics: VocabularyStatistics,
         prior: np.ndarray | None,
         always: Callable[[Sequence[int]], Collection[int]],
+        size: int,
         head: HeadCost,
     ) -> None:
-        super().__init__(statistics, 1.0, prior, always)
+        by_id = _by_id(size)
+        expected = by_id if prior is None else (by_id + prior / max(float(prior.sum()), 1e-9)) / 2
+        super().__init__(statistics, 1.0, expected, always)
         self.count = 0
         self._head = head
         self._outside: mx.array | None = None
@@ -120,8 +128,7 @@ class DraftShortlister(Shortlister):
         """
         self.shortlist, self.share, self.count = None, 1.0, 0
         scores = self.scores
-        if scores is None:
-            return None
+        assert scores is not None
         kept = self._kept_of(text, len(scores))
         rows = choose_nested_rows(scores, _SHARES, kept)
         of_scores = np.array([scores_outside(scores, r) for r in rows])
@@ -141,6 +148,12 @@ class DraftShortlister(Shortlister):
             shares = shares_outside(scores, chosen)
             self.shortlist = Shortlist(chosen, float(wrong[place]), shares)
         return self.shortlist
+
+
+def _by_id(size: int) -> np.ndarray:
+    """Return how likely each token (size,) is by its id alone."""
+    weights = 1 / (np.arange(size, dtype=np.float32) + _FREQUENT_TOKENS)
+    return weights / weights.sum()
 
 
 def _is_outside(rows: Sequence[np.ndarray], size: int) -> mx.array:

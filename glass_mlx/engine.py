@@ -106,7 +106,9 @@ class Generation:
         self._shortlister = selector.shortlister(statistics.vocabulary)
         cost = session.head_cost if isinstance(decoder, CheckedDecoder) else None
         if cost is not None:
-            self._shortlister = selector.draft_shortlister(statistics.vocabulary, cost)
+            self._shortlister = selector.draft_shortlister(
+                statistics.vocabulary, session.vocabulary_size, cost
+            )
         if self._shortlister is not None:
             self._shortlister.keep(earlier)
         self._observer = TokenObserver(statistics.text, self._shortlister)

@@ -244,16 +244,17 @@ class Selector:
         return Shortlister(statistics, share, prior, self._always, bound)
 
     def draft_shortlister(
-        self, statistics: VocabularyStatistics, head: HeadCost
+        self, statistics: VocabularyStatistics, size: int, head: HeadCost
     ) -> DraftShortlister:
         """Return what chooses the shortlists of drafts.
 
         Args:
             statistics: the local statistics, to which predictions are added.
+            size: the number of tokens.
             head: what the whole head costs.
         """
         prior = None if self.prior is None else self.prior.vocabulary
-        return DraftShortlister(statistics, prior, self._always, head)
+        return DraftShortlister(statistics, prior, self._always, size, head)
 
     def prior_weight(self, local: LocalStatistics) -> float:
         """Return the λ in use: 1 if at most one token was read, and 0 without a prior.

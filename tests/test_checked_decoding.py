@@ -201,19 +201,19 @@ def peaked_logits(size=4096, likely=40, tokens=64, seed=0):
     """Return the logits of predictions that nearly always are among a few likely tokens."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(tokens, size))
-    logits[:, :likely] += 14 + 2 * generator.normal(size=(tokens, likely))
+    logits[:, -likely:] += 14 + 2 * generator.normal(size=(tokens, likely))
     return mx.array(logits.astype(np.float32))
 
 
 def test_the_shortlist_has_what_predictions_need(monkeypatch):
     monkeypatch.setattr(draft_shortlist_module, "_MAX_COST", 0.98)
     head = HeadCost(0.5, 0.1)
-    shortlister = DraftShortlister(VocabularyStatistics(), None, lambda text: {7, 4000}, head)
-    assert shortlister.choose([]) is None  # nothing is known
+    shortlister = DraftShortlister(VocabularyStatistics(), None, lambda text: {7, 4000}, 4096, head)
+    assert {*range(64)} <= {*shortlister.choose([]).rows.tolist()}  # nothing is known but the ids
     shortlister.observe(peaked_logits(tokens=8))
     shortlist = shortlister.choose([7, 4000])
     assert shortlist.share == 1 / 64
-    assert {*range(40), 4000} <= {*shortlist.rows.tolist()}
+    assert {*range(4056, 4096), 7, 4000} <= {*shortlist.rows.tolist()}
     shortlister.observe(peaked_logits(seed=1))
     others = mx.array(np.setdiff1d(np.arange(4096), shortlist.rows))
     outside = mx.softmax(peaked_logits(seed=1), axis=-1)[:, others].sum()

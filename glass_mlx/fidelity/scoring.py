@@ -291,7 +291,8 @@ def _score_drafts(reading: DenseReading, selector: Selector) -> Scores:
     config, session, scores = selector.config, reading.session, Scores.exact(reading)
     if (cost := session.head_cost) is None:
         return scores
-    shortlister = selector.draft_shortlister(VocabularyStatistics(), cost)
+    size = session.vocabulary_size
+    shortlister = selector.draft_shortlister(VocabularyStatistics(), size, cost)
     _warm_up(shortlister, reading, config)
     following = np.array(reading.following)
     for start, stop in stretches(config, reading.tokens + 1):
