@@ -1,6 +1,7 @@
 """Drafts with a part of the head, checked with all of it, compared with mlx-lm's own generation."""
 
 import copy
+from functools import partial
 
 import glass_mlx
 from glass_mlx import GlassConfig, stream_generate
@@ -208,9 +209,12 @@ def peaked_logits(size=4096, likely=40, tokens=64, seed=0):
 def test_the_shortlist_has_what_predictions_need(monkeypatch):
     monkeypatch.setattr(draft_shortlist_module, "_MAX_COST", 0.98)
     head = HeadCost(0.5, 0.1)
-    shortlister = DraftShortlister(VocabularyStatistics(), None, lambda text: {7, 4000}, 4096, head)
-    assert {*range(64)} <= {*shortlister.choose([]).rows.tolist()}  # nothing is known but the ids
-    shortlister.observe(peaked_logits(tokens=8))
+    make = partial(
+        DraftShortlister, VocabularyStatistics(), None, lambda text: {7, 4000}, 4096, head
+    )
+    assert {*range(62)} <= {*make().choose([]).rows.tolist()}  # nothing is known but the ids
+    shortlister = make()
+    shortlister.observe(peaked_logits(tokens=256))
     shortlist = shortlister.choose([7, 4000])
     assert shortlist.share == 1 / 64
     assert {*range(4056, 4096), 7, 4000} <= {*shortlist.rows.tolist()}
