@@ -100,9 +100,12 @@ class BlockDecoder(Decoder):
         super().__init__(dense, cache, prompt, max_tokens, **(options | vars(self._quantize)))
 
     def _blocks(self, model: Any, until: float) -> Generator[Sampled, None, None]:
-        """Generate until a total number of tokens is reached, which no block exceeds."""
+        """Generate until a total number of tokens is reached, which no block exceeds.
+
+        It ends earlier if the model asks for that; see `_is_over`.
+        """
         until = min(until, self.limit)
-        while self.generated < until:
+        while self.generated < until and not self._is_over(model):
             block = self._compute(model, int(min(until - self.generated, 2**31)))
             for number, token in enumerate(block.tokens, 1):
                 self._add(token)
@@ -115,6 +118,10 @@ class BlockDecoder(Decoder):
             self._take(model, len(block.tokens))
         if self.generated == self.limit:
             self._read_last(model)
+
+    def _is_over(self, model: Any) -> bool:
+        """Return whether a run ends before the next block, although there are tokens left."""
+        return False
 
     @abstractmethod
     def _compute(self, model: Any, most: int) -> Block:

@@ -12,6 +12,7 @@ from typing import Any
 
 from glass_mlx.block_decoding import Block, BlockDecoder, can_take_back
 from glass_mlx.decoding import Sampled
+from glass_mlx.draft_shortlist import MAX_WRONG
 from glass_mlx.models import DraftingModel
 from glass_mlx.random_state import random_key, set_random_key
 
@@ -34,6 +35,7 @@ class CheckedModel(nn.Module):
     Attributes:
         passes: how many tokens were drafted, or read again.
         checks: how many times the whole head was read.
+        wrong: how many blocks ended with a wrong draft.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class CheckedModel(nn.Module):
         self._drafting, self._hidden, self._check = drafting, hidden, check
         self._observe = observe
         self._probabilities = mx.zeros(0)
-        self.count, self.passes, self.checks = count, 0, 0
+        self.count, self.passes, self.checks, self.wrong = count, 0, 0, 0
 
     def __call__(self, token: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array]:
         """Read a token (1,); return logits (1, vocabulary) and log-probabilities of the next."""
@@ -110,6 +112,9 @@ class CheckedDecoder(BlockDecoder):
         else:
             yield from super().run(model, unread, until, **options)
 
+    def _is_over(self, model: CheckedModel) -> bool:
+        return model.wrong >= MAX_WRONG
+
     def _compute(self, model: CheckedModel, most: int) -> Block:
         """Draft tokens one by one, and check all of them; see `BlockDecoder`."""
         # The cache is quantized after as many tokens as without drafts.
@@ -158,6 +163,7 @@ class CheckedDecoder(BlockDecoder):
             model.take(taken)
         set_random_key(self._keys[taken - 1])
         void = self._drafted - taken
+        model.wrong += void > 0
         with mx.stream(generation_stream):
             if void and self._before is None:
                 trim_prompt_cache(self.cache, void)

@@ -29,6 +29,9 @@ _COUNTS = (2, 4, 6, 8)
 # frequent tokens. So each token is expected in proportion to 1 / (its id + this number).
 _FREQUENT_TOKENS = 200
 
+# After so many wrong drafts, the shortlist is chosen anew before its time.
+MAX_WRONG = 2
+
 # Where drafts would cost this much of the dense model or more, they do not pay.
 _MAX_COST = 0.98
 

@@ -178,27 +178,29 @@ class Generation:
         check = LogitsOfHidden(session.model, session.head)
         everything = Selection.everything(session.shapes)
         for _, stop in stretches(self._selector.config, decoder.limit):
-            # 3) Choose the tokens that drafts may have, from all predictions so far.
-            # 4) Slice their rows of the head.
-            self._flush()
-            with self._reporter.timed("select_time"):
-                shortlist = shortlister.choose(decoder.tokens)
-            self._check_agreement(shortlist)
-            with self._reporter.timed("slice_time"):
-                self._slices.slice_head(shortlist)
-            read = session.bytes_of(self._slices.model)
-            weight = self._selector.prior_weight(self._statistics)
-            self._reporter.slices(everything, shortlist, weight, read)
+            while decoder.generated < stop:
+                # 3) Choose the tokens that drafts may have, from all predictions so far.
+                # 4) Slice their rows of the head.
+                self._flush()
+                with self._reporter.timed("select_time"):
+                    shortlist = shortlister.choose(decoder.tokens)
+                self._check_agreement(shortlist)
+                with self._reporter.timed("slice_time"):
+                    self._slices.slice_head(shortlist)
+                read = session.bytes_of(self._slices.model)
+                weight = self._selector.prior_weight(self._statistics)
+                self._reporter.slices(everything, shortlist, weight, read)
 
-            # 5) Draft tokens with these rows, and check them with the whole head. Where that reads
-            #    no fewer bytes, the dense model goes on alone.
-            if shortlist is None:
-                yield from self._dense_steps(dense, decoder.last(1), until=stop)
-                continue
-            hidden: list[mx.array] = []
-            drafting = self._slices.drafting_model(hidden.append)
-            model = CheckedModel(drafting, hidden, check, shortlister.add, shortlister.count)
-            yield from self._checked_steps(model, read, session.head.bytes, until=stop)
+                # 5) Draft tokens with these rows, and check them with the whole head, until the
+                #    next renewal or until drafts were wrong. Where drafts do not pay, the dense
+                #    model goes on alone.
+                if shortlist is None:
+                    yield from self._dense_steps(dense, decoder.last(1), until=stop)
+                    continue
+                hidden: list[mx.array] = []
+                drafting = self._slices.drafting_model(hidden.append)
+                model = CheckedModel(drafting, hidden, check, shortlister.add, shortlister.count)
+                yield from self._checked_steps(model, read, session.head.bytes, until=stop)
 
     def _checked_steps(
         self, model: CheckedModel, pass_bytes: int, head_bytes: int, until: float

@@ -14,6 +14,7 @@ from typing import Any
 
 from glass_mlx.cache_masks import masked_as_one_by_one
 from glass_mlx.config import GlassConfig
+from glass_mlx.draft_shortlist import MAX_WRONG
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.models import FFN, Routing, with_call, with_replacements, with_taps
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, read_prompt
@@ -296,36 +297,42 @@ def _score_drafts(reading: DenseReading, selector: Selector) -> Scores:
     _warm_up(shortlister, reading, config)
     following = np.array(reading.following)
     for start, stop in stretches(config, reading.tokens + 1):
-        shortlist = shortlister.choose(reading.read(start))
-        first, end = start - 1, int(stop) - 1
-        scores.selections[start] = Selection.everything(session.shapes)
-        if shortlist is not None:
-            scores.vocabulary[start] = shortlist.share
-            scores.dense[first:end] = False
-            draft = 1 - cost.share * (1 - shortlist.share)
-            right = np.isin(following[first:end], shortlist.rows)
-            for block in _blocks(right, shortlister.count):
-                drafts = min(shortlister.count, end - first - block.start)
-                read = (drafts * draft + cost.share) / (block.stop - block.start)
-                scores.bytes[first + block.start : first + block.stop] = read
-        shortlister.observe(reading.dense[first:end])
-        mx.eval(shortlister.arrays)
+        while start < stop:
+            shortlist = shortlister.choose(reading.read(start))
+            first = end = start - 1
+            scores.selections[start] = Selection.everything(session.shapes)
+            if shortlist is None:
+                end = int(stop) - 1
+            else:
+                scores.vocabulary[start] = shortlist.share
+                draft = 1 - cost.share * (1 - shortlist.share)
+                right = np.isin(following[first : int(stop) - 1], shortlist.rows)
+                for taken, drafts in _blocks(right, shortlister.count):
+                    block = slice(end, end + taken)
+                    scores.dense[block] = False
+                    scores.bytes[block] = (drafts * draft + cost.share) / taken
+                    end += taken
+            shortlister.observe(reading.dense[first:end])
+            mx.eval(shortlister.arrays)
+            start = end + 1
     return scores
 
 
-def _blocks(right: np.ndarray, count: int) -> Iterator[slice]:
-    """Yield the tokens of each block: up to the first wrong draft, and at most so many.
+def _blocks(right: np.ndarray, count: int) -> Iterator[tuple[int, int]]:
+    """Yield the number of tokens of each block, and that of its drafts, until drafts were wrong.
 
     Args:
         right: (n,) whether the draft of each token is right.
         count: the number of drafts in a block.
     """
-    start = 0
-    while start < len(right):
-        wrong = np.flatnonzero(~right[start : start + count])
-        taken = int(wrong[0]) + 1 if len(wrong) else min(count, len(right) - start)
-        yield slice(start, start + taken)
+    start = wrong = 0
+    while start < len(right) and wrong < MAX_WRONG:
+        drafts = min(count, len(right) - start)
+        first_wrong = np.flatnonzero(~right[start : start + drafts])
+        taken = int(first_wrong[0]) + 1 if len(first_wrong) else drafts
+        yield taken, drafts
         start += taken
+        wrong += taken < drafts
 
 
 def _interleaved_ffn(
