@@ -216,9 +216,9 @@ def summary(response: GenerationResponse) -> str:
     expectation = ""
     if glass.max_kl == 0:
         expectation = "\nGLASS: the text is the model's own"
-        if glass.drafts:
-            taken = response.generation_tokens - glass.dense_tokens
-            expectation += f"; {taken} tokens took {glass.drafts} drafts"
+        taken = response.generation_tokens - glass.dense_tokens
+        drafts = f"{taken} tokens took {glass.drafts} drafts"
+        expectation += f"; {drafts if glass.drafts else 'drafts did not pay'}"
     elif glass.max_kl is not None:
         expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
     kept = f"vocabulary {glass.vocabulary_got:.3f}, probability outside {glass.outside:.4f}"
