@@ -1,8 +1,8 @@
 """A fixed protocol that measures a machine in minutes, for the table of machines in the README.
 
-Three models of published sizes with random weights, and a real one, decode dense and with the
-default bound on KL. On a GPU, weights have 4 bits; on a CPU, which multiplies floats faster, they
-are float32. Nothing in the result identifies a person or a single machine.
+Three models of published sizes with random weights, and a real one, decode dense and by default. On
+a GPU, weights have 4 bits; on a CPU, which multiplies floats faster, they are float32. Nothing in
+the result identifies a person or a single machine.
 """
 
 import sys
