@@ -16,11 +16,12 @@ from .modules import named_arrays, with_replacements
 from .vocabulary import vocabulary_size
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 # A product with several rows reads the weights once, and takes about this much longer for each
 # further row: 4 rows took 1.5 times as long as one on a GPU and 1.7 times on a CPU, and 8 rows 2.7
-# and 1.8 times (docs/experiments.md). MLX's CPU backend is bound by arithmetic unless the weights
-# are float32, so that n rows take n times as long.
+# and 1.8 times (docs/experiments.md). MLX's CPU backend is bound by arithmetic if weights are
+# quantized, so that n rows take n times as long.
 _ROW_COST, _BOUND_BY_ARITHMETIC = 0.15, 1.0
 
 # Shows (..., V) logits, and returns them.
@@ -52,8 +53,8 @@ class Head:
     @property
     def row_cost(self) -> float:
         """How much longer a product takes for each further row, over a product with one row."""
-        is_fast = mx.default_device() == mx.gpu or self.layer.weight.dtype == mx.float32
-        return _ROW_COST if is_fast else _BOUND_BY_ARITHMETIC
+        is_slow = mx.default_device() == mx.cpu and isinstance(self.layer, _QUANTIZED)
+        return _BOUND_BY_ARITHMETIC if is_slow else _ROW_COST
 
     def sliced(self, rows: np.ndarray) -> "SlicedHead":
         """Return a head that computes only some logits.
