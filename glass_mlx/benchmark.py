@@ -183,11 +183,13 @@ def report(methods: dict[str, Callable[[], Iterator[Any]]], trials: int, delay: 
         print(f"Averages, {name}: {_line(responses)}")
     if "sliced" in found:
         dense, sliced = (mean(r.generation_tps for r in found[name]) for name in found)
-        glass = found["sliced"][-1].glass
+        last = found["sliced"][-1]
+        glass = last.glass
+        read = glass.bytes_per_token(last.generation_tokens)
         print(
             f"Sliced over dense: generation_tps={sliced / dense:.3f}, density="
             f"{glass.density_got:.3f}, vocabulary={glass.vocabulary_got:.3f}, bytes_per_token="
-            f"{glass.sliced_bytes / glass.dense_bytes:.3f}"
+            f"{read / glass.dense_bytes:.3f}"
         )
 
 

@@ -10,7 +10,6 @@ from glass_mlx.cache_masks import cache_parts
 from glass_mlx.decoding import Decoder, Sampled
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, maybe_quantize_kv_cache
 from mlx_lm.models.cache import can_trim_prompt_cache
 
@@ -79,25 +78,16 @@ class BlockDecoder(Decoder):
     of `Decoder`. When a block begins, the model has read all tokens but the last.
 
     Args:
-        dense: see `Decoder`, also for the other arguments.
-        cache: the prompt cache.
-        prompt: (T,) token ids of the prompt.
-        max_tokens: the maximum number of tokens to generate; -1 for no limit.
+        *args: arguments of `Decoder`.
         quantization: how the keys and values are quantized.
         **options: further arguments of `Decoder`.
     """
 
     def __init__(
-        self,
-        dense: nn.Module,
-        cache: list[Any],
-        prompt: mx.array,
-        max_tokens: int,
-        quantization: CacheQuantization | None = None,
-        **options: Any,
+        self, *args: Any, quantization: CacheQuantization | None = None, **options: Any
     ) -> None:
         self._quantize = quantization or CacheQuantization()
-        super().__init__(dense, cache, prompt, max_tokens, **(options | vars(self._quantize)))
+        super().__init__(*args, **(options | vars(self._quantize)))
 
     def _blocks(self, model: Any, until: float) -> Generator[Sampled, None, None]:
         """Generate until a total number of tokens is reached, which no block exceeds.

@@ -81,6 +81,14 @@ class Report:
     shortlist: Shortlist | None = None
     unsliced: frozenset[str] = frozenset()
 
+    def bytes_per_token(self, tokens: int) -> int:
+        """Return the bytes of weights that a sliced token reads: with drafts, the mean of a text's.
+
+        Args:
+            tokens: the number of generated tokens.
+        """
+        return round(self.read_bytes / tokens) if self.drafts else self.sliced_bytes
+
 
 @dataclass
 class GenerationResponse(DenseResponse):

@@ -180,7 +180,7 @@ def make_selector(
         more: further tokens that every shortlist keeps; see `KeptTokens`.
     """
     budget = None
-    if config.has_budget and not config.is_exact:
+    if config.bound:
         budget = find_or_measure_budget(session, tokenizer, prior, config)
     return session.selector(config, prior, budget, KeptTokens(tokenizer, more))
 
@@ -208,9 +208,9 @@ def find_or_measure_budget(
         ValueError: if the curves cannot be measured.
     """
     conditions = session.conditions(config)
-    curves = None if prior is None else prior.curves(conditions)
+    curves = _known_curves(session, prior, conditions)
     if curves is None:
-        curves = _cached_curves(session, tokenizer, prior, config, conditions)
+        curves = _measure_curves(session, tokenizer, prior, config, conditions)
     return session.spend(config, curves)
 
 
@@ -218,11 +218,18 @@ def is_measured(session: Session, prior: GlobalPrior | None, config: GlassConfig
     """Return whether it is known what slicing costs, as far as a configuration depends on it."""
     if not config.bound:
         return True
-    conditions = session.conditions(config)
-    if prior is not None and prior.curves(conditions) is not None:
-        return True
+    return _known_curves(session, prior, session.conditions(config)) is not None
+
+
+def _known_curves(
+    session: Session, prior: GlobalPrior | None, conditions: dict[str, Any]
+) -> Curves | None:
+    """Return the curves that a prior has, or those in the user's cache; None if there are none."""
+    curves = None if prior is None else prior.curves(conditions)
+    if curves is not None:
+        return curves
     file, _ = _curves_file(session, prior, conditions)
-    return session.ranks.on_first(lambda: _read_curves(file, conditions)) is not None
+    return session.ranks.on_first(lambda: _read_curves(file, conditions))
 
 
 def _curves_file(
@@ -235,18 +242,16 @@ def _curves_file(
     return cached_priors().with_name("curves") / name, digest
 
 
-def _cached_curves(
+def _measure_curves(
     session: Session,
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | None,
     config: GlassConfig,
     conditions: dict[str, Any],
 ) -> Curves:
-    """Read curves from the user's cache, or measure them and keep them there."""
+    """Measure curves, and keep them in the user's cache."""
     file, digest = _curves_file(session, prior, conditions)
     ranks = session.ranks
-    if (curves := ranks.on_first(lambda: _read_curves(file, conditions))) is not None:
-        return curves
     print(
         "curves: what slicing costs is not known yet for this model with these settings. Measuring "
         f"it once, into {file} (to choose by hand: --density, --vocabulary)",

@@ -284,9 +284,7 @@ def _speed_figures(
 ) -> dict[str, Any]:
     report = runs[0].report
     tokens = len(runs[0].times)
-    read = report.sliced_bytes if report else dense_bytes
-    if report and report.drafts:
-        read = round(report.read_bytes / tokens)
+    read = report.bytes_per_token(tokens) if report else dense_bytes
     speeds = [run.decode_tps for run in runs]
     total = mean(run.total_tps for run in runs)
     # With renewals, the speed includes the time for selecting and slicing.

@@ -167,7 +167,7 @@ class GlassModelProvider(ModelProvider):
             self.prior = find_needed_prior(
                 session, tokenizer, given, self.config, name, _report_place
             )
-        if not args.dense and self.config.has_budget and not self.config.is_exact:
+        if not args.dense and self.config.bound:
             find_or_measure_budget(session, tokenizer, self.prior, self.config)
         self.session, self.dense_speed = session, dense_speed(model)
 

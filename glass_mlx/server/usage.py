@@ -27,7 +27,7 @@ def glass_usage(report: Report, tokens: int) -> dict[str, Any]:
         "outside": round(report.outside, 6),
         "measured_kl": None if report.measured_kl is None else round(report.measured_kl, 6),
         "measured_tokens": report.measured_tokens,
-        "bytes_per_token": report.read_bytes // tokens if report.drafts else report.sliced_bytes,
+        "bytes_per_token": report.bytes_per_token(tokens),
         "dense_bytes_per_token": report.dense_bytes,
         "bytes_share": round(report.read_bytes / (tokens * report.dense_bytes), 4),
         "dense_tokens": report.dense_tokens,
