@@ -16,6 +16,11 @@ from glass_mlx.vocabulary import Shortlister, VocabularyStatistics
 import numpy as np
 
 
+def all_neurons(shape: tuple[int, ...]) -> np.ndarray:
+    """Return the int32 indices of all neurons of an FFN, of the shape (m,) or (experts, m)."""
+    return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The kept neurons of every FFN.
@@ -32,10 +37,7 @@ class Selection:
     @staticmethod
     def everything(shapes: Mapping[str, tuple[int, ...]]) -> "Selection":
         """Return the selection of all neurons of FFNs of some shapes, (m,) or (experts, m)."""
-        indices = {
-            path: np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
-            for path, shape in shapes.items()
-        }
+        indices = {path: all_neurons(shape) for path, shape in shapes.items()}
         return Selection(indices, {path: shape[-1] for path, shape in shapes.items()})
 
     @property

@@ -20,7 +20,7 @@ from glass_mlx.models import (
     with_taps,
 )
 from glass_mlx.random_state import random_key, set_random_key
-from glass_mlx.selection import Selection
+from glass_mlx.selection import Selection, all_neurons
 from glass_mlx.statistics import MEAN, LocalStatistics
 from glass_mlx.vocabulary import Shortlist
 
@@ -168,7 +168,7 @@ class SlicedModel:
             for ffn, stream in zip(group, streams, strict=False):
                 indices = selection.indices[ffn.path]
                 if ffn.path in self._unsliced:
-                    indices = np.broadcast_to(np.arange(ffn.width, dtype=np.int32), ffn.shape)
+                    indices = all_neurons(ffn.shape)
                 with mx.stream(stream):
                     changed = self._slice(ffn, indices, first_compensation)
                     if changed.any() and self.slices[ffn.path][1]:

@@ -11,12 +11,11 @@ from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
 from .adapters import is_adapted
-from .linear import check_indices, is_linear, outputs, put_outputs, take_outputs
+from .linear import check_indices, is_linear, is_quantized, outputs, put_outputs, take_outputs
 from .modules import named_arrays, with_replacements
 from .vocabulary import vocabulary_size
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 # A product with several rows reads the weights once, and takes about this much longer for each
 # further row: 4 rows took 1.5 times as long as one on a GPU and 1.7 times on a CPU, and 8 rows 2.7
@@ -53,7 +52,7 @@ class Head:
     @property
     def row_cost(self) -> float:
         """How much longer a product takes for each further row, over a product with one row."""
-        is_slow = mx.default_device() == mx.cpu and isinstance(self.layer, _QUANTIZED)
+        is_slow = mx.default_device() == mx.cpu and is_quantized(self.layer)
         return _BOUND_BY_ARITHMETIC if is_slow else _ROW_COST
 
     def sliced(self, rows: np.ndarray) -> "SlicedHead":
