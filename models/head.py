@@ -18,10 +18,14 @@ from .vocabulary import vocabulary_size
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 # A product with several rows reads the weights once, and takes about this much longer for each
-# further row: 4 rows took 1.5 times as long as one on a GPU and 1.7 times on a CPU, and 8 rows 2.7
-# and 1.8 times (docs/experiments.md). MLX's CPU backend is bound by arithmetic if weights are
-# quantized, so that n rows take n times as long.
-_ROW_COST, _BOUND_BY_ARITHMETIC = 0.15, 1.0
+# further row: 4 rows took 1.5 times as long as one with Metal and 1.7 times on a CPU, and 8 rows
+# 2.7 and 1.8 times; with CUDA 8 rows took 1.2 to 1.4 times as long (docs/experiments.md). MLX's CPU
+# backend is bound by arithmetic if weights are quantized, so that n rows take n times as long.
+_ROW_COST, _CUDA_ROW_COST, _BOUND_BY_ARITHMETIC = 0.15, 0.04, 1.0
+
+# With CUDA and quantized weights, fewer rows than this take one product each, and this many take
+# no longer than one.
+_CUDA_ROWS = 8
 
 # Shows (..., V) logits, and returns them.
 LogitsObserver = Callable[[mx.array], mx.array]
@@ -52,8 +56,9 @@ class Head:
     @property
     def row_cost(self) -> float:
         """How much longer a product takes for each further row, over a product with one row."""
-        is_slow = mx.default_device() == mx.cpu and is_quantized(self.layer)
-        return _BOUND_BY_ARITHMETIC if is_slow else _ROW_COST
+        if mx.default_device() == mx.cpu:
+            return _BOUND_BY_ARITHMETIC if is_quantized(self.layer) else _ROW_COST
+        return _CUDA_ROW_COST if mx.cuda.is_available() else _ROW_COST
 
     def sliced(self, rows: np.ndarray) -> "SlicedHead":
         """Return a head that computes only some logits.
@@ -229,6 +234,8 @@ class LogitsOfHidden:
 
     def __init__(self, model: nn.Module, head: Head) -> None:
         self._compute = _logits_of(head.layer)
+        is_padded = mx.cuda.is_available() and is_quantized(head.layer)
+        self._least_rows = _CUDA_ROWS if is_padded else 1
         self._logits = mx.zeros((1, 1, head.size))
         self._model = with_head(model, head, _Stand(head.layer, lambda x: self._logits))
         # Some models end with the head, and others with something else, such as a soft cap.
@@ -236,7 +243,10 @@ class LogitsOfHidden:
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Compute the logits (1, n, V) of vectors (1, n, hidden)."""
-        self._logits = self._compute(hidden)
+        count = hidden.shape[-2]
+        missing = max(0, self._least_rows - count)
+        padded = mx.pad(hidden, [(0, 0), (0, missing), (0, 0)])
+        self._logits = self._compute(padded)[:, :count]
         return self._logits if self._ends_with_head else self._after_head()
 
     def _after_head(self) -> mx.array:
