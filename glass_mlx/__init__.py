@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from glass_mlx.prior.file import GlobalPrior
     from glass_mlx.prior.lookup import NoPriorError
     from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, trim_prompt_cache
+    from glass_mlx.sampling import make_sampler
     from glass_mlx.selection import Selection
     from glass_mlx.session import Session, resolve_prior
     from glass_mlx.streaming import generate, stream_generate
@@ -42,6 +43,7 @@ _NAMES = {
     "prior.file": ("GlobalPrior",),
     "prior.lookup": ("NoPriorError",),
     "prompt_cache": ("PromptCache", "make_prompt_cache", "trim_prompt_cache"),
+    "sampling": ("make_sampler",),
     "selection": ("Selection",),
     "session": ("Session", "resolve_prior"),
     "streaming": ("generate", "stream_generate"),
@@ -60,6 +62,7 @@ __all__ = [
     "load",
     "load_prompt_cache",
     "make_prompt_cache",
+    "make_sampler",
     "resolve_prior",
     "save_prompt_cache",
     "stream_generate",

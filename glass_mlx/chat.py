@@ -36,6 +36,7 @@ from glass_mlx.generation_report import GenerationResponse, summary
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.lookup import given_prior
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache
+from glass_mlx.sampling import make_sampler
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.streaming import check_max_tokens, stream_generate
@@ -43,7 +44,6 @@ from glass_mlx.streaming import check_max_tokens, stream_generate
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.chat import setup_arg_parser as mlx_lm_arg_parser
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 HELP = """\

@@ -1,9 +1,10 @@
-"""Decoding with drafts from a shortlist, which the whole head checks: the dense model's own text.
+"""Decoding with drafts from a shortlist, which the whole head checks: the text of the whole head.
 
-The body of the model computes every token, and a head with few rows samples a draft of the next
-one. After some drafts, one product of the whole head with the vectors of all of them samples every
-token anew, with the same random numbers. So drafts are the dense model's tokens unless one of these
-is not in the shortlist. This is self-speculative decoding (arXiv 2309.08168) of the head alone.
+The body of the model, dense or sliced, computes every token, and a head with few rows samples a
+draft of the next one. After some drafts, one product of the whole head with the vectors of all of
+them samples every token anew, with the same random numbers. So drafts are the tokens of the whole
+head unless one of these is not in the shortlist. This is self-speculative decoding (arXiv
+2309.08168) of the head alone.
 """
 
 import copy
@@ -12,9 +13,10 @@ from typing import Any
 
 from glass_mlx.block_decoding import Block, BlockDecoder, can_take_back
 from glass_mlx.decoding import Sampled
-from glass_mlx.draft_shortlist import MAX_WRONG
+from glass_mlx.draft_shortlist import MAX_MISSING, DraftShortlister
 from glass_mlx.models import DraftingModel
 from glass_mlx.random_state import random_key, set_random_key
+from glass_mlx.token_observer import TokenObserver
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,36 +28,59 @@ class CheckedModel(nn.Module):
     """A model that drafts with a sliced head, and checks with the whole one.
 
     Args:
-        drafting: the model with the sliced head.
+        sliced: the sliced model with the sliced head.
+        dense: the dense model with the sliced head, which shows its tokens to the observer.
+        is_dense: whether the dense model drafts a token, by its number.
         hidden: the list to which the sliced head adds the vectors that it sees.
         check: computes the whole logits (1, n, vocabulary) of vectors (1, n, hidden).
-        observe: sees the probabilities (n, vocabulary) of predictions for tokens of the text.
-        count: the number of drafts in a block.
+        observer: sees what the dense model computes.
+        shortlister: has chosen the tokens of the sliced head, and sees the predictions.
 
     Attributes:
+        count: the number of drafts in a block.
         passes: how many tokens were drafted, or read again.
+        dense_passes: how many of them by the dense model.
         checks: how many times the whole head was read.
-        wrong: how many blocks ended with a wrong draft.
+        missing: how many tokens of the text were not in the shortlist.
     """
 
     def __init__(
         self,
-        drafting: DraftingModel,
+        sliced: DraftingModel,
+        dense: DraftingModel,
+        is_dense: Callable[[int], bool],
         hidden: list[mx.array],
         check: Callable[[mx.array], mx.array],
-        observe: Callable[[mx.array], None],
-        count: int,
+        observer: TokenObserver,
+        shortlister: DraftShortlister,
     ) -> None:
         super().__init__()
-        self._drafting, self._hidden, self._check = drafting, hidden, check
-        self._observe = observe
+        self._sliced, self._dense, self._is_dense = sliced, dense, is_dense
+        self._hidden, self._check = hidden, check
+        self._observer, self._shortlister = observer, shortlister
         self._probabilities = mx.zeros(0)
-        self.count, self.passes, self.checks, self.wrong = count, 0, 0, 0
+        self._drafted: list[int] = []
+        self.count = shortlister.count
+        self.passes, self.dense_passes, self.checks, self.missing = 0, 0, 0, 0
 
-    def __call__(self, token: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array]:
-        """Read a token (1,); return logits (1, vocabulary) and log-probabilities of the next."""
+    def __call__(self, token: mx.array, cache: list[Any], number: int) -> tuple[mx.array, mx.array]:
+        """Read a token and predict the next one.
+
+        Args:
+            token: (1,) its id.
+            cache: the prompt cache.
+            number: the number of the next token among the generated ones.
+
+        Returns:
+            Its logits (1, vocabulary) and log-probabilities (1, vocabulary).
+        """
+        is_dense = self._is_dense(number)
+        logits, total = (self._dense if is_dense else self._sliced)(token[None], cache=cache)
+        if is_dense:
+            self._observer.end_pass(1)
+        self._drafted.append(number)
         self.passes += 1
-        logits, total = self._drafting(token[None], cache=cache)
+        self.dense_passes += is_dense
         return logits[:, -1], logits[:, -1] - total[:, -1]
 
     def check(self) -> tuple[mx.array, mx.array]:
@@ -73,13 +98,31 @@ class CheckedModel(nn.Module):
         self._probabilities = exponentials / total
         return logits, shifted - mx.log(total).astype(logits.dtype)
 
-    def forget(self) -> None:
-        """Leave out of the next check what was computed since the last one."""
-        self._hidden.clear()
+    def take(self, count: int, corrected: int | None = None) -> None:
+        """Observe the first tokens of the latest check. The others follow a wrong draft.
 
-    def take(self, count: int) -> None:
-        """Observe the first predictions of the latest check. The others follow a wrong draft."""
-        self._observe(self._probabilities[:count])
+        Args:
+            count: the number of these tokens.
+            corrected: the last of them if its draft was wrong.
+        """
+        self._shortlister.add(self._probabilities[:count])
+        if corrected is not None:
+            assert self._shortlister.shortlist is not None
+            self._shortlister.wrong += 1
+            self.missing += bool(self._shortlister.shortlist.shares[corrected] > 0)
+        self._end_passes(count)
+
+    def forget(self) -> None:
+        """Leave out of the next check, and do not observe, what was read since the last one."""
+        self._hidden.clear()
+        self._end_passes(0)
+
+    def _end_passes(self, count: int) -> None:
+        """Tell the observer that only the first tokens since the last call are of the text."""
+        for place, number in enumerate(self._drafted):
+            if self._is_dense(number):
+                self._observer.take(int(place < count))
+        self._drafted.clear()
 
 
 class CheckedDecoder(BlockDecoder):
@@ -91,7 +134,7 @@ class CheckedDecoder(BlockDecoder):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._drafted = 0
+        self._drafted, self._is_wrong = 0, False
         self._before: list[Any] | None = None
         self._keys: list[mx.array] = []
 
@@ -101,11 +144,11 @@ class CheckedDecoder(BlockDecoder):
         """Generate until a total number of tokens is reached; see `Decoder.run`.
 
         Args:
-            model: the dense model, or a `CheckedModel`.
+            model: the dense or the sliced model, or a `CheckedModel`.
             unread: (n,) the last n tokens, which are not in the cache yet; for a `CheckedModel` the
                 last one.
             until: the total number of generated tokens to stop at.
-            **options: options of runs of the dense model.
+            **options: options of runs without checks.
         """
         if isinstance(model, CheckedModel):
             yield from self._blocks(model, until)
@@ -113,7 +156,7 @@ class CheckedDecoder(BlockDecoder):
             yield from super().run(model, unread, until, **options)
 
     def _is_over(self, model: CheckedModel) -> bool:
-        return model.wrong >= MAX_WRONG
+        return model.missing >= MAX_MISSING
 
     def _compute(self, model: CheckedModel, most: int) -> Block:
         """Draft tokens one by one, and check all of them; see `BlockDecoder`."""
@@ -123,8 +166,9 @@ class CheckedDecoder(BlockDecoder):
         self._before = None if can_take_back(self.cache, count) else copy.deepcopy(self.cache)
         with mx.stream(generation_stream):
             key, unread, drafts = random_key(), self.last(1), mx.zeros(0, mx.uint32)
-            for _ in range(count):
-                unread, _ = self._choose_one(*model(unread, self.cache), drafts)
+            for place in range(1, count + 1):
+                prediction = model(unread, self.cache, self.generated + place)
+                unread, _ = self._choose_one(*prediction, drafts)
                 unread = unread.astype(mx.uint32)
                 mx.async_eval(unread)
                 drafts = mx.concatenate([drafts, unread])
@@ -142,6 +186,7 @@ class CheckedDecoder(BlockDecoder):
         right = 0
         while right < count - 1 and tokens[right] == proposed[right]:
             right += 1
+        self._is_wrong = tokens[right] != proposed[right]
         return Block(tokens[: right + 1], mx.concatenate(rows))
 
     def _choose_one(
@@ -160,10 +205,9 @@ class CheckedDecoder(BlockDecoder):
 
     def _take(self, model: CheckedModel, taken: int) -> None:
         with mx.stream(generation_stream):
-            model.take(taken)
+            model.take(taken, self.tokens[-1] if self._is_wrong else None)
         set_random_key(self._keys[taken - 1])
         void = self._drafted - taken
-        model.wrong += void > 0
         with mx.stream(generation_stream):
             if void and self._before is None:
                 trim_prompt_cache(self.cache, void)
@@ -175,8 +219,9 @@ class CheckedDecoder(BlockDecoder):
         """Go back to the cache before the block, and read those of its tokens that were right."""
         assert self._before is not None
         self.cache[:] = self._before
-        for token in tokens:
-            model(mx.array([token], mx.uint32), self.cache)
+        first = self.generated - len(tokens) + 1
+        for number, token in enumerate(tokens, first):
+            model(mx.array([token], mx.uint32), self.cache, number)
             mx.eval([entry.state for entry in self.cache])
         model.forget()
 

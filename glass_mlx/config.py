@@ -76,9 +76,9 @@ class GlassConfig:
 
     By default, the text is the dense model's own: all neurons are kept, and tokens that are drafted
     with a part of the output head are checked with all of it. With a bound on the KL divergence
-    from the dense model, FFNs are sliced, too, and nothing is checked: as few bytes are read as the
-    bound allows. If `density` or `vocabulary` is given, there is no bound, and the other one of the
-    two is 1.
+    from the dense model, FFNs are sliced, too, to the smallest density that the bound allows. If
+    `density` or `vocabulary` is given, there is no bound. Without a `vocabulary` drafts are
+    checked, so that the head costs nothing of the text.
 
     docs/experiments.md has the measurements behind the defaults.
 
@@ -87,7 +87,8 @@ class GlassConfig:
             the dense model's own text. Default: `DEFAULT_MAX_KL`.
         density: share of the neurons of each FFN to keep, in (0, 1]. Counts are rounded to
             multiples that suit the kernels.
-        vocabulary: share of the rows of the output head to keep, in (0, 1].
+        vocabulary: share of the rows of the output head that compute each token, in (0, 1], without
+            drafts and checks. Without a density, it is 1.
         prior_weight: λ in [0, 1], the weight of the prior's ranks against the local ranks.
         warmup: number of tokens that are generated densely before the first selection, at least 1.
             With a bound of 0, `EXACT_WARMUP` if that is smaller.
@@ -141,8 +142,8 @@ class GlassConfig:
             check_max_kl(self.max_kl)
             if not self.has_budget:
                 raise ValueError(
-                    "a bound on KL (--max-kl, max_kl) decides the density and the vocabulary; "
-                    "give either the bound, or density and vocabulary"
+                    "a bound on KL (--max-kl, max_kl) decides the density, and goes with checked "
+                    "drafts; give either the bound, or density and vocabulary"
                 )
 
     @property
@@ -163,14 +164,19 @@ class GlassConfig:
         return self.bound == 0
 
     @property
+    def has_drafts(self) -> bool:
+        """Whether tokens are drafted with a part of the head, and checked with all of it."""
+        return self.vocabulary is None
+
+    @property
     def shares(self) -> Shares:
         """The shares to keep. Without a value they are 1."""
         return Shares(self.density or 1.0, self.vocabulary or 1.0)
 
     @property
     def is_dense(self) -> bool:
-        """Whether everything is kept."""
-        return not self.has_budget and self.shares == (1, 1)
+        """Whether everything is kept, for every token."""
+        return not self.has_budget and not self.has_drafts and self.shares == (1, 1)
 
 
 CONFIG_FIELDS = tuple(f.name for f in fields(GlassConfig))

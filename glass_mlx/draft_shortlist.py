@@ -1,8 +1,9 @@
 """The shortlist of drafts that the whole head checks: how many tokens it has, and how many drafts.
 
-A draft is wrong if the dense model samples a token outside of the shortlist. Then the tokens that
-were drafted after it are void. A longer shortlist makes that rarer, and a longer block spreads the
-bytes of the whole head, which checks it, over more tokens.
+A draft is wrong if the whole head samples another token: one outside of the shortlist, or one that
+the same random number stands for only if all tokens are there. Then the tokens that were drafted
+after it are void. A longer shortlist makes that rarer, and a longer block spreads the bytes of the
+whole head, which checks it, over more tokens.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -29,8 +30,15 @@ _COUNTS = (2, 4, 6, 8)
 # frequent tokens. So each token is expected in proportion to 1 / (its id + this number).
 _FREQUENT_TOKENS = 200
 
-# After so many wrong drafts, the shortlist is chosen anew before its time.
-MAX_WRONG = 2
+# After so many tokens that were not in the shortlist, it is chosen anew before its time.
+MAX_MISSING = 2
+
+# Before any draft is checked, as many are expected to be wrong as tokens are missing. This counts
+# as much as one wrong draft.
+_EXPECTED_WRONG = 1.0
+
+# A draft is right at least this often, which keeps costs finite.
+_MIN_RIGHT = 0.05
 
 # Where drafts would cost this much of the dense model or more, they do not pay.
 _MAX_COST = 0.98
@@ -76,6 +84,7 @@ class DraftShortlister(Shortlister):
 
     Attributes:
         count: the number of drafts in a block.
+        wrong: how many drafts were wrong so far.
     """
 
     def __init__(
@@ -89,15 +98,12 @@ class DraftShortlister(Shortlister):
         by_id = _by_id(size)
         expected = by_id if prior is None else (by_id + prior / max(float(prior.sum()), 1e-9)) / 2
         super().__init__(statistics, 1.0, expected, always)
-        self.count = 0
+        self.count, self.wrong = 0, 0
         self._head = head
         self._outside: mx.array | None = None
-        self._sums = mx.zeros(len(_SHARES))
-
-    @property
-    def measured(self) -> None:
-        """Nothing: a text of checked drafts costs no KL divergence."""
-        return None
+        self._missed = mx.zeros(len(_SHARES))
+        self._missed_before, self._expected = np.zeros(len(_SHARES)), 0.0
+        self._place: int | None = None  # that of the current shortlist among the shares
 
     def observe(self, logits: mx.array) -> mx.array:
         """Add predictions (..., V) of the dense model to the statistics, and measure them.
@@ -108,7 +114,7 @@ class DraftShortlister(Shortlister):
         flat = logits.reshape(-1, logits.shape[-1])
         self.add(mx.softmax(flat.astype(mx.float32), axis=-1))
         assert self.statistics.sums is not None
-        return mx.depends(logits, [self.statistics.sums, self._sums])
+        return mx.depends(logits, [self.statistics.sums, self._missed])
 
     def add(self, probabilities: mx.array) -> None:
         """Add the probabilities (n, V) float32 of n predictions; see `observe`."""
@@ -117,7 +123,7 @@ class DraftShortlister(Shortlister):
         self.statistics.add(roots / roots.sum(axis=-1, keepdims=True))
         if self._outside is not None:
             self._measured += len(probabilities)
-            self._sums = self._sums + (probabilities @ self._outside).sum(0)
+            self._missed = self._missed + (probabilities @ self._outside).sum(0)
         mx.async_eval(self.arrays)
 
     def choose(self, text: Sequence[int]) -> Shortlist | None:
@@ -129,13 +135,15 @@ class DraftShortlister(Shortlister):
         Returns:
             The shortlist, or None if drafts do not pay.
         """
-        self.shortlist, self.share, self.count = None, 1.0, 0
+        excess = self._excess()
+        self.shortlist, self.share, self.count, self._place = None, 1.0, 0, None
         scores = self.scores
         assert scores is not None
         kept = self._kept_of(text, len(scores))
         rows = choose_nested_rows(scores, _SHARES, kept)
         of_scores = np.array([scores_outside(scores, r) for r in rows])
-        wrong = expected_outside(of_scores, np.array(self._sums), self._measured)
+        missing = expected_outside(of_scores, np.array(self._missed), self._measured)
+        wrong = np.minimum(excess * missing, 1 - _MIN_RIGHT)
         costs = {
             (place, count): cost_of_drafts(
                 len(rows[place]) / len(scores), count, wrong[place], self._head
@@ -147,10 +155,18 @@ class DraftShortlister(Shortlister):
         self._outside = _is_outside(rows, len(scores))
         chosen = np.sort(rows[place]).astype(np.int32)
         if costs[place, count] < _MAX_COST and len(chosen) < len(scores):
-            self.count, self.share = count, len(chosen) / len(scores)
+            self.count, self.share, self._place = count, len(chosen) / len(scores), place
             shares = shares_outside(scores, chosen)
             self.shortlist = Shortlist(chosen, float(wrong[place]), shares)
         return self.shortlist
+
+    def _excess(self) -> float:
+        """Return how many times as many drafts were wrong as tokens were expected to be missing."""
+        missed = np.array(self._missed)
+        if self._place is not None:
+            self._expected += float((missed - self._missed_before)[self._place])
+        self._missed_before = missed
+        return (self.wrong + _EXPECTED_WRONG) / (self._expected + _EXPECTED_WRONG)
 
 
 def _by_id(size: int) -> np.ndarray:

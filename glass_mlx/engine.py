@@ -151,95 +151,118 @@ class Generation:
         if decoder.generated < min(config.warmup, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
 
-        if self._selector.is_exact:
-            yield from self._exact_phases(writer)
+        if self._selector.is_exact and self._shortlister is None:
+            yield from self._dense_steps(writer, decoder.last(1), until=decoder.limit)
             return
         for _, stop in stretches(config, decoder.limit):
-            # 3) Select neurons and tokens from everything that the dense model has read.
+            # 3) Select neurons from everything that the dense model has read.
             # 4) Slice their rows and columns into smaller matrices.
-            sliced = self._select_and_slice()
+            self._slice_neurons()
 
             # 5) Decode on the slices until the next renewal. Now and then the dense model computes
             #    a token, which adds to the statistics.
-            yield from self._sliced_steps(sliced, writer, until=stop)
-            del sliced  # so that replaced slices can be freed while new ones are made
+            if isinstance(self._shortlister, DraftShortlister):
+                yield from self._drafted_steps(self._shortlister, writer, until=stop)
+            else:
+                self._slice_head()
+                yield from self._sliced_steps(writer, until=stop)
 
-    def _exact_phases(self, dense: nn.Module) -> Generator[Step, None, None]:
-        """Generate the dense model's own text after the warm-up; see `checked_decoding`.
+    def _slice_neurons(self) -> None:
+        """Choose neurons, and bring their slices up to date."""
+        self._flush()
+        if self._selector.is_exact:
+            return
+        with self._reporter.timed("select_time"):
+            selection = self._selector.select(self._statistics)
+            compensation = mean_compensation(self._statistics)
+        with self._reporter.timed("slice_time"):
+            self._slices.update(selection, compensation)
+
+    def _slice_head(self) -> Shortlist | None:
+        """Choose the tokens whose logits are computed, and slice their rows of the head.
+
+        Returns:
+            The tokens, or None for all.
+        """
+        self._flush()
+        shortlist = None
+        if self._shortlister is not None:
+            with self._reporter.timed("select_time"):
+                shortlist = self._shortlister.choose(self._decoder.tokens)
+        self._check_agreement(shortlist)
+        with self._reporter.timed("slice_time"):
+            self._slices.slice_head(shortlist)
+        selection = self._slices.selection
+        if self._selector.is_exact:
+            selection = Selection.everything(self._session.shapes)
+        self._reporter.slices(
+            selection,
+            shortlist,
+            self._selector.prior_weight(self._statistics),
+            self._session.bytes_of(self._slices.model),
+        )
+        return shortlist
+
+    def _drafted_steps(
+        self, shortlister: DraftShortlister, dense: nn.Module, until: float
+    ) -> Generator[Step, None, None]:
+        """Generate with drafts from shortlists, up to a total number of generated tokens.
+
+        Where drafts do not pay, the models compute tokens one by one.
 
         Args:
+            shortlister: chooses the shortlists.
             dense: the observed dense model.
+            until: the number of tokens.
         """
-        decoder, session, shortlister = self._decoder, self._session, self._shortlister
-        if not isinstance(shortlister, DraftShortlister):
-            yield from self._dense_steps(dense, decoder.last(1), until=decoder.limit)
-            return
+        decoder, session, slices = self._decoder, self._session, self._slices
         assert session.head is not None
         check = LogitsOfHidden(session.model, session.head)
-        everything = Selection.everything(session.shapes)
-        for _, stop in stretches(self._selector.config, decoder.limit):
-            while decoder.generated < stop:
-                # 3) Choose the tokens that drafts may have, from all predictions so far.
-                # 4) Slice their rows of the head.
-                self._flush()
-                with self._reporter.timed("select_time"):
-                    shortlist = shortlister.choose(decoder.tokens)
-                self._check_agreement(shortlist)
-                with self._reporter.timed("slice_time"):
-                    self._slices.slice_head(shortlist)
-                read = session.bytes_of(self._slices.model)
-                weight = self._selector.prior_weight(self._statistics)
-                self._reporter.slices(everything, shortlist, weight, read)
-
-                # 5) Draft tokens with these rows, and check them with the whole head, until the
-                #    next renewal or until drafts were wrong. Where drafts do not pay, the dense
-                #    model goes on alone.
-                if shortlist is None:
-                    yield from self._dense_steps(dense, decoder.last(1), until=stop)
-                    continue
-                hidden: list[mx.array] = []
-                drafting = self._slices.drafting_model(hidden.append)
-                model = CheckedModel(drafting, hidden, check, shortlister.add, shortlister.count)
-                yield from self._checked_steps(model, read, session.head.bytes, until=stop)
+        observed = session.ffns_observed_by_token(self._observer)
+        while decoder.generated < until:  # once more whenever drafts were wrong
+            shortlist = self._slice_head()
+            if shortlist is None:
+                yield from self._sliced_steps(dense, until)
+                continue
+            hidden: list[mx.array] = []
+            model = CheckedModel(
+                slices.drafting_model(slices.with_whole_head, hidden.append),
+                slices.drafting_model(observed, hidden.append),
+                self._is_dense,
+                hidden,
+                check,
+                self._observer,
+                shortlister,
+            )
+            yield from self._checked_steps(model, shortlist, until)
 
     def _checked_steps(
-        self, model: CheckedModel, pass_bytes: int, head_bytes: int, until: float
+        self, model: CheckedModel, shortlist: Shortlist, until: float
     ) -> Generator[Step, None, None]:
         """Generate with drafts and checks, up to a total number of generated tokens.
 
         Args:
             model: the model.
-            pass_bytes: the bytes of weights that it reads for a draft.
-            head_bytes: those that it reads for a check.
+            shortlist: the tokens of its drafts.
             until: the number of tokens.
         """
-        passes = checks = 0
+        assert self._session.head is not None
+        head, report = self._session.head.bytes, self._reporter.report
+        unread = head - round(head * shortlist.share)
+        dense_bytes, sliced_bytes = report.dense_bytes - unread, report.sliced_bytes
+        passes = dense_passes = checks = 0
         with closing(self._decoder.run(model, self._decoder.last(1), until)) as run:
             for sampled in run:
-                drafts = model.passes - passes
-                read = drafts * pass_bytes + (model.checks - checks) * head_bytes
-                passes, checks = model.passes, model.checks
-                yield Step(*sampled, self._reporter.token(False, read, drafts))
+                drafts, dense = model.passes - passes, model.dense_passes - dense_passes
+                read = dense * dense_bytes + (drafts - dense) * sliced_bytes
+                read += (model.checks - checks) * head
+                passes, dense_passes, checks = model.passes, model.dense_passes, model.checks
+                is_dense = self._is_dense(self._decoder.generated)
+                yield Step(*sampled, self._reporter.checked_token(is_dense, read, drafts))
 
-    def _select_and_slice(self) -> nn.Module:
-        """Choose neurons, bring the slices up to date, and return the sliced model."""
-        self._flush()
-        with self._reporter.timed("select_time"):
-            selection = self._selector.select(self._statistics)
-            compensation = mean_compensation(self._statistics)
-            shortlist = self._choose_shortlist()
-        self._check_agreement(shortlist)
-        with self._reporter.timed("slice_time"):
-            self._slices.update(selection, compensation, shortlist)
-            sliced = self._slices.model
-        self._reporter.slices(
-            self._slices.selection,
-            shortlist,
-            self._selector.prior_weight(self._statistics),
-            self._session.bytes_of(sliced),
-            None if self._shortlister is None else self._shortlister.measured,
-        )
-        return sliced
+    def _is_dense(self, number: int) -> bool:
+        """Return whether the dense model computes a token after the warm-up, by its number."""
+        return is_dense_token(self._selector.config, number)
 
     def _flush(self) -> None:
         """Add what is observed to the statistics."""
@@ -251,12 +274,6 @@ class Generation:
         """Check that all ranks of a divided model go on with the same tokens."""
         chosen = None if shortlist is None else (shortlist.rows.tobytes(), shortlist.outside)
         self._session.ranks.check_agreement(self._decoder.tokens, chosen)
-
-    def _choose_shortlist(self) -> Shortlist | None:
-        """Choose the tokens whose logits are computed; None for all."""
-        if self._shortlister is None:
-            return None
-        return self._shortlister.choose(self._decoder.tokens)
 
     def _dense_steps(
         self,
@@ -282,18 +299,24 @@ class Generation:
                     )
                 yield Step(*sampled, self._reporter.token(dense=True))
 
-    def _sliced_steps(
-        self, sliced: nn.Module, dense: nn.Module, until: float
-    ) -> Generator[Step, None, None]:
-        """Generate with the sliced model, up to a total number of generated tokens."""
-        config, decoder = self._selector.config, self._decoder
+    def _sliced_steps(self, dense: nn.Module, until: float) -> Generator[Step, None, None]:
+        """Generate with the sliced model, up to a total number of generated tokens.
+
+        Where the text is the dense model's own, that one computes and observes every token.
+
+        Args:
+            dense: the observed dense model.
+            until: the number of tokens.
+        """
+        decoder, sliced = self._decoder, self._slices.model
+        if self._selector.is_exact:
+            yield from self._dense_steps(dense, decoder.last(1), until)
+            return
         model: Interleaved | TargetModel
         if isinstance(dense, TargetModel):
             model = TargetModel(dense.dense, self._observer, sliced, self._is_dense_pass_due)
         else:
-            model = Interleaved(
-                sliced, dense, decoder.generated, lambda number: is_dense_token(config, number)
-            )
+            model = Interleaved(sliced, dense, decoder.generated, self._is_dense)
         run = decoder.run(model, decoder.last(1), until)
         with closing(run):
             for sampled in run:

@@ -34,10 +34,10 @@ from glass_mlx.errors import exit_on_error, is_library_error, library_reason
 from glass_mlx.files import write_text
 from glass_mlx.models import world
 from glass_mlx.prior.lookup import given_prior
+from glass_mlx.sampling import make_sampler
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
 
 
 def setup_arg_parser() -> CommandParser:

@@ -18,13 +18,14 @@ class Report:
 
     Attributes:
         dense: whether the dense model computed this token.
-        max_kl: the bound on KL that decided the shares to keep, in nats per token, or None.
+        max_kl: the bound on KL that decided the density, in nats per token, or None.
         density: the share of neurons asked for.
         vocabulary: the share of the vocabulary asked for.
         density_got: the share of the neurons that a token reads in the slices; 1 before there are
             slices.
         vocabulary_got: the share of the vocabulary in the slices; 1 before there are slices.
-        outside: the probability that is expected outside of this share; 0 before there are slices.
+        outside: the probability that is expected outside of this share, 0 before there are slices.
+            Where drafts are checked, this is how likely a draft is to be wrong.
         prior_weight: λ, the weight of the prior; 1 if only one token was read, 0 without a prior.
         statistic: the statistic that ranks neurons locally.
         prior_statistic: the statistic that ranks neurons in the prior.
@@ -35,6 +36,7 @@ class Report:
         dense_tokens: generated tokens that the dense model computed.
         read_bytes: bytes of weights that were read for all generated tokens, for drafts and checks,
             too.
+        checked_tokens: generated tokens that were drafted and checked, or replaced a draft.
         drafts: how many tokens were drafted, with those that were wrong or void.
         selections: how many times neurons were selected.
         select_time: seconds spent on ranking, fusing and selecting.
@@ -44,11 +46,6 @@ class Report:
             `dense_bytes` before there are slices.
         held_bytes: bytes of arrays in this process after the latest slicing: dense weights unless
             they were released, slices and cache.
-        measured_tokens: tokens that the dense model computed while shortlists of the current share
-            were in use, up to the latest selection.
-        measured_kl: the mean KL divergence, on these tokens, of the dense model's logits from what
-            the shortlist makes of them, in nats per token: what the vocabulary costs, without the
-            neurons. None without such tokens.
         selection: the kept neurons of each FFN, or None before they are selected.
         shortlist: the kept tokens of the vocabulary, or None if all are kept.
         unsliced: the FFNs that are not sliced because memory has no room for their slices.
@@ -68,6 +65,7 @@ class Report:
     down_policy: str
     dense_tokens: int
     read_bytes: int
+    checked_tokens: int
     drafts: int
     selections: int
     select_time: float
@@ -75,8 +73,6 @@ class Report:
     dense_bytes: int
     sliced_bytes: int
     held_bytes: int
-    measured_tokens: int
-    measured_kl: float | None
     selection: Selection | None
     shortlist: Shortlist | None = None
     unsliced: frozenset[str] = frozenset()
@@ -133,6 +129,7 @@ class Reporter:
             down_policy=down_policy,
             dense_tokens=0,
             read_bytes=0,
+            checked_tokens=0,
             drafts=0,
             selections=0,
             select_time=0.0,
@@ -140,28 +137,41 @@ class Reporter:
             dense_bytes=dense_bytes,
             sliced_bytes=dense_bytes,
             held_bytes=mx.get_active_memory(),
-            measured_tokens=0,
-            measured_kl=None,
             selection=None,
             unsliced=frozenset(unsliced),
         )
 
-    def token(self, dense: bool, read: int | None = None, drafts: int = 0) -> Report:
+    def token(self, dense: bool) -> Report:
         """Count a token, and return the report to yield with the token.
 
         Args:
             dense: whether the dense model computed it.
-            read: the bytes of weights that were read for it. Default: those of the model.
-            drafts: how many tokens were drafted for it.
         """
         report = self.report
-        if read is None:
-            read = report.dense_bytes if dense else report.sliced_bytes
+        read = report.dense_bytes if dense else report.sliced_bytes
         self.report = replace(
             report,
             dense=dense,
             dense_tokens=report.dense_tokens + dense,
             read_bytes=report.read_bytes + read,
+        )
+        return self.report
+
+    def checked_token(self, dense: bool, read: int, drafts: int) -> Report:
+        """Count a token that was drafted and checked; see `token`.
+
+        Args:
+            dense: whether the dense model drafted it.
+            read: the bytes of weights that were read for it.
+            drafts: how many tokens were drafted for it.
+        """
+        report = self.report
+        self.report = replace(
+            report,
+            dense=dense,
+            dense_tokens=report.dense_tokens + dense,
+            read_bytes=report.read_bytes + read,
+            checked_tokens=report.checked_tokens + 1,
             drafts=report.drafts + drafts,
         )
         return self.report
@@ -172,10 +182,8 @@ class Reporter:
         shortlist: Shortlist | None,
         prior_weight: float,
         sliced_bytes: int,
-        measured: tuple[int, float] | None = None,
     ) -> None:
-        """Record new slices, and what shortlists have cost; see `Shortlister.measured`."""
-        measured_tokens, measured_kl = measured or (0, None)
+        """Record new slices."""
         self.report = replace(
             self.report,
             density_got=selection.read_density(self._read_shares),
@@ -185,8 +193,6 @@ class Reporter:
             selections=self.report.selections + 1,
             sliced_bytes=sliced_bytes,
             held_bytes=mx.get_active_memory(),
-            measured_tokens=measured_tokens,
-            measured_kl=measured_kl,
             selection=selection,
             shortlist=shortlist,
         )
@@ -222,13 +228,12 @@ def summary(response: GenerationResponse) -> str:
     glass = response.glass
     assert glass is not None
     expectation = ""
+    drafts = f"; {glass.checked_tokens} tokens took {glass.drafts} drafts" if glass.drafts else ""
     if glass.max_kl == 0:
-        expectation = "\nGLASS: the text is the model's own"
-        taken = response.generation_tokens - glass.dense_tokens
-        drafts = f"{taken} tokens took {glass.drafts} drafts"
-        expectation += f"; {drafts if glass.drafts else 'drafts did not pay'}"
+        expectation = "\nGLASS: the text is the model's own" + (drafts or "; drafts did not pay")
     elif glass.max_kl is not None:
         expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
+        expectation += drafts
     kept = f"vocabulary {glass.vocabulary_got:.3f}, probability outside {glass.outside:.4f}"
     if glass.max_kl != 0:
         kept = f"density {glass.density_got:.3f}, {kept}, λ {glass.prior_weight:.2f}"

@@ -40,7 +40,7 @@ class GlassLM(MLXLM):
         prior: the model's prior, or None.
         max_tokens: the maximum number of tokens to generate, over the task's own.
         use_chat_template: whether contexts go through the chat template. Default: if there is one.
-        sampler: see `mlx_lm.sample_utils.make_sampler`.
+        sampler: see `sampling.make_sampler`.
 
     Attributes:
         is_dense: whether the next answers are the dense model's.

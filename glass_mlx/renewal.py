@@ -44,12 +44,14 @@ def _renewals(config: GlassConfig) -> Iterator[int]:
 def is_dense_token(config: GlassConfig, number: int) -> bool:
     """Return whether the dense model computes a generated token after the warm-up.
 
+    Where the text is the dense model's own, no token is computed for the sake of observation.
+
     Args:
         config: the configuration, with its warm-up and `dense_every`.
         number: the number of the token, counted from 1.
     """
     after_warmup = number - config.warmup
-    if config.dense_every == 0 or config.is_dense:
+    if config.dense_every == 0 or config.is_dense or config.is_exact:
         return False
     return after_warmup % config.dense_every == 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from glass_mlx.budget import Budget
-from glass_mlx.config import GlassConfig, Shares, check_density
+from glass_mlx.config import GlassConfig, check_density
 from glass_mlx.draft_shortlist import DraftShortlister, HeadCost
 from glass_mlx.models import membership
 from glass_mlx.prior.file import GlobalPrior
@@ -190,7 +190,7 @@ class Selector:
         whole_shapes: the shapes of the whole model's FFNs; see `counts_to_keep`.
 
     Attributes:
-        config: the configuration, with shares.
+        config: the configuration, with a density unless the text is the dense model's own.
         prior: the model's prior, or None.
         budget: how a bound on KL is spent, or None.
         multiples: the multiple that each FFN's number of kept neurons is rounded to, by path.
@@ -220,30 +220,29 @@ class Selector:
             )
         self.is_exact = config.is_exact
         if self.is_exact:
-            budget = Budget(0.0, Shares(), 0.0, 0.0)
+            budget = Budget(0.0, 1.0)
         if config.has_budget and budget is None:
-            raise ValueError("without measured curves, give a density or a share of the vocabulary")
+            raise ValueError("without a measured curve, give a density")
         self.budget = budget if config.has_budget else None
-        shares = config.shares if self.budget is None else self.budget.shares
-        vocabulary = shares.vocabulary if vocabulary_size else 1.0
-        fixed = {"max_kl": None, "density": shares.density, "vocabulary": vocabulary}
-        self.config = replace(config, **({"max_kl": 0.0} if self.is_exact else fixed))
+        density = config.shares.density if self.budget is None else self.budget.density
+        if self.is_exact:
+            self.config = replace(config, max_kl=0.0)
+        elif config.has_drafts or vocabulary_size:
+            self.config = replace(config, max_kl=None, density=density)
+        else:
+            self.config = replace(config, density=density, vocabulary=1.0)
         self.prior = prior
         self.multiples, self._always = multiples, always
         self.read_shares, self._whole_shapes = read_shares or {}, whole_shapes
         self._kept_dense = prior.kept_dense if prior and not config.uniform else ()
 
     def shortlister(self, statistics: VocabularyStatistics) -> Shortlister | None:
-        """Return what chooses the shortlists of a generation, or None if the head stays whole."""
+        """Return what chooses the shortlists of a generation without drafts; None for none."""
         share = self.config.shares.vocabulary
         if share == 1:
             return None
         prior = None if self.prior is None else self.prior.vocabulary
-        bound = None
-        if self.budget is not None:  # the budget's KL is a mean over dense tokens, too
-            every = self.config.dense_every
-            bound = self.budget.vocabulary_kl * (every / (every - 1) if every else 1)
-        return Shortlister(statistics, share, prior, self._always, bound)
+        return Shortlister(statistics, share, prior, self._always)
 
     def draft_shortlister(
         self, statistics: VocabularyStatistics, size: int, head: HeadCost

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from glass_mlx.budget import Budget, spend
+from glass_mlx.budget import Budget
 from glass_mlx.config import DEFAULT_REFRESH, EXACT_REFRESH, EXACT_WARMUP, GlassConfig
 from glass_mlx.draft_shortlist import HeadCost
 from glass_mlx.memory import without_room
@@ -31,7 +31,7 @@ from glass_mlx.models import (
     weight_bytes,
     with_taps,
 )
-from glass_mlx.prior.curves import Curves, conditions
+from glass_mlx.prior.curves import conditions
 from glass_mlx.prior.file import FILE_NAME, GlobalPrior, cached_priors, packaged_priors
 from glass_mlx.prior.hub import PREFIX
 from glass_mlx.prior.lookup import find_prior
@@ -356,17 +356,6 @@ class Session:
             self.whole_shapes,
         )
 
-    def spend(self, config: GlassConfig, curves: Curves) -> Budget:
-        """Return the shares that read the fewest bytes within a configuration's bound on KL."""
-        neuron_bytes = sum(
-            ffn.neuron_bytes(config.down_policy) * self.read_shares.get(ffn.path, 1.0)
-            for ffn in self.ffns
-        )
-        neuron_bytes = self._over_layers(neuron_bytes)
-        head_bytes = self.head.bytes if self.head else 0
-        assert config.bound is not None
-        return spend(config.bound, curves, neuron_bytes, head_bytes)
-
     def empty_statistics(self, names: Iterable[str] = STATISTICS) -> LocalStatistics:
         """Return local statistics without any tokens; see `LocalStatistics.empty`."""
         return LocalStatistics.empty(self.shapes, names, self.total)
@@ -382,8 +371,11 @@ class Session:
 
     def observed_by_token(self, observer: TokenObserver) -> nn.Module:
         """Return the model with its FFNs and logits observed for single tokens."""
-        model = with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
-        return ObservedLogits(model, observer.logits)
+        return ObservedLogits(self.ffns_observed_by_token(observer), observer.logits)
+
+    def ffns_observed_by_token(self, observer: TokenObserver) -> nn.Module:
+        """Return the model with its FFNs, but not its logits, observed for single tokens."""
+        return with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
 
     def without_room(self, selector: Selector, required: bool = True) -> frozenset[str]:
         """Return the FFNs whose slices do not fit into memory; see `memory.without_room`.

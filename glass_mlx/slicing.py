@@ -69,10 +69,10 @@ def _trust(tokens: Any) -> Any:
 
 
 class SlicedModel:
-    """A model with sliced FFNs and a sliced head. `update` changes its slices in place.
+    """A model with sliced FFNs and a sliced head. Updates change its slices in place.
 
-    There is one set of slices, so that a renewal moves only the neurons that changed. Get `model`
-    again after every update, and make a second `SlicedModel` for a second selection.
+    There is one set of slices, so that a renewal moves only what changed. Get `model` again after
+    every update, and make a second `SlicedModel` for a second selection.
 
     Args:
         dense: the dense model, which does not change unless it is released.
@@ -107,25 +107,31 @@ class SlicedModel:
         self._other_logits = mx.zeros(0)
 
     @property
+    def with_whole_head(self) -> nn.Module:
+        """The model with sliced FFNs, after the latest update, and the whole head."""
+        return with_modules(self._dense, {path: parts for path, (_, parts) in self.slices.items()})
+
+    @property
     def model(self) -> nn.Module:
         """The sliced model after the latest update."""
-        parts = {path: parts for path, (_, parts) in self.slices.items()}
-        model = with_modules(self._dense, parts)
         if self._head is None or self._sliced_head is None:
-            return model
-        model = with_head(model, self._head, self._sliced_head)
+            return self.with_whole_head
+        model = with_head(self.with_whole_head, self._head, self._sliced_head)
         return BackedOffModel(model, self._sliced_head.rows, self._other_logits)
 
-    def drafting_model(self, observe: Callable[[mx.array], None]) -> DraftingModel:
-        """Return the model that drafts with the sliced head.
+    def drafting_model(
+        self, model: nn.Module, observe: Callable[[mx.array], None]
+    ) -> DraftingModel:
+        """Return a model that drafts with the sliced head.
 
         Args:
+            model: the model with the whole head.
             observe: sees the vectors of which the head computes logits, until it is sliced anew.
         """
         assert self._head is not None
         assert self._sliced_head is not None
         self._sliced_head.show(observe)
-        model = with_head(self._dense, self._head, self._sliced_head)
+        model = with_head(model, self._head, self._sliced_head)
         return DraftingModel(model, self._sliced_head.rows, self._head.size)
 
     @property
@@ -144,9 +150,8 @@ class SlicedModel:
         self,
         selection: Selection,
         compensation: Mapping[str, MeanCompensation] | None = None,
-        shortlist: Shortlist | None = None,
     ) -> None:
-        """Bring the slices up to date with a selection.
+        """Bring the slices of FFNs up to date with a selection.
 
         An FFN or expert whose slice already has nearly all of the selected neurons keeps that slice
         and its compensation. The first update that has compensation gives it to every FFN.
@@ -154,9 +159,7 @@ class SlicedModel:
         Args:
             selection: the neurons to keep.
             compensation: the constants that replace the other neurons, by FFN. Default: zero.
-            shortlist: the tokens whose logits are computed. Default: all.
         """
-        self.slice_head(shortlist)
         compensation = compensation or {}
         fresh = {} if self._reload is None else _reloaded_ffns(self._reload)
         first_compensation = bool(compensation) and not self._is_compensated
@@ -185,7 +188,7 @@ class SlicedModel:
                     ffn.release(fresh[ffn.path])
 
     def slice_head(self, shortlist: Shortlist | None) -> None:
-        """Bring the slice of the head alone up to date, which is the whole head without a list."""
+        """Bring the slice of the head up to date. Without a shortlist, the head is whole."""
         if shortlist is None or self._head is None:
             self._sliced_head = None
             return

@@ -283,7 +283,7 @@ def _decoder(
     model = session.model
     if drafting is None:
         check_layers(model, cache)
-    if drafting is None and not selector.is_exact:
+    if drafting is None and not selector.config.has_drafts:
         return Decoder(model, cache, prompt, max_tokens, **options)
     names = [field.name for field in fields(CacheQuantization) if field.name in options]
     options["quantization"] = CacheQuantization(**{name: options.pop(name) for name in names})

@@ -16,7 +16,8 @@ _MAX_HELD = 32
 class TokenObserver:
     """Holds what the dense model computes for single tokens, and adds it to statistics in batches.
 
-    In speculative decoding a pass computes several tokens, and `take` follows each pass.
+    Where a pass may compute drafts, in speculative decoding and in that with a checked shortlist,
+    `take` follows for each pass.
 
     Adding a token takes a dozen small operations in every layer, an eighth of a small model's time.
     A batch takes no more. The vectors are parts of what the model computes anyway, and hold only
@@ -33,6 +34,7 @@ class TokenObserver:
         self._routing: dict[str, list[Routing]] = {}
         self._outputs: dict[str, list[mx.array]] = {}
         self._logits: list[mx.array] = []
+        self._rows: list[int] = []
         self._taken: list[int] = []
 
     def hidden(self, path: str, hidden: mx.array, *, routing: Routing | None = None) -> mx.array:
@@ -55,20 +57,25 @@ class TokenObserver:
 
     def logits(self, logits: mx.array) -> mx.array:
         """Hold the logits (..., n, V) of n tokens, which end them, and return them."""
-        if len(self._logits) == _MAX_HELD:
+        if len(self._rows) == _MAX_HELD:
             self.flush()
         self._logits.append(logits)
+        self.end_pass(logits.shape[-2])
         return logits
 
+    def end_pass(self, tokens: int) -> None:
+        """Note how many tokens a pass has computed. `logits` does that itself."""
+        self._rows.append(tokens)
+
     def take(self, count: int) -> None:
-        """Count only the first tokens of the latest pass. The others were drafts, and wrong."""
+        """Count only the first tokens of the next pass. The others were drafts, and wrong."""
         self._taken.append(count)
-        if sum(logits.shape[-2] for logits in self._logits) >= _MAX_HELD:
+        if len(self._taken) == len(self._rows) and sum(self._rows) >= _MAX_HELD:
             self.flush()
 
     def flush(self) -> None:
         """Add everything that is held to the statistics, which stay lazy."""
-        if not self._logits:
+        if not self._rows:
             return
         mask = self._mask()
         for path, parts in self._hidden.items():
@@ -77,22 +84,21 @@ class TokenObserver:
         for path, parts in self._outputs.items():
             self._text.update_outputs(path, self._joined(parts))
         arrays: list[object] = [self._text.sums, self._text.outputs]
-        if self._shortlister is not None:
+        if self._shortlister is not None and self._logits:
             self._shortlister.observe(self._joined(self._logits))
             arrays += self._shortlister.arrays
         self._hidden, self._routing, self._outputs = {}, {}, {}
-        self._logits, self._taken = [], []
+        self._logits, self._rows, self._taken = [], [], []
         mx.async_eval(arrays)
 
     def _mask(self) -> np.ndarray | None:
         """Return which of the tokens that are held count, (T,) of 1 and 0, or None for all."""
         if not self._taken:
             return None
-        rows = [logits.shape[-2] for logits in self._logits]
-        if rows == self._taken:
+        if self._rows == self._taken:
             return None
         # A pass that failed has rows, and nothing of it was taken.
-        pairs = zip_longest(rows, self._taken, fillvalue=0)
+        pairs = zip_longest(self._rows, self._taken, fillvalue=0)
         return np.concatenate([np.arange(n) < taken for n, taken in pairs])
 
     def _joined(self, parts: list[mx.array]) -> mx.array:

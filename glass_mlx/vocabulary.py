@@ -25,10 +25,6 @@ _EXPECTED_OUTSIDE, _EXPECTATION_TOKENS = 0.2, 8
 # Every token outside gets at least this share of what it would get if all shares were equal.
 _MIN_SHARE = 1e-3
 
-# The shortlist grows once its KL is this many times what it may be. The bound counts as much as
-# this many measured tokens, because few tokens make most of the divergence.
-_EXCESS, _BOUND_TOKENS = 2.0, 64
-
 # A word of the text may continue from tokens that were already read, at most this many.
 _OVERLAP = 8
 
@@ -191,11 +187,9 @@ class Shortlist:
         return len(self.rows) / len(self.shares)
 
     @cached_property
-    def _others(self) -> mx.array:
-        """Whether a token is not in `rows`, and the logarithm of its share or 0: (V, 2) float32."""
-        is_other = self.shares > 0
-        logs = np.log(self.shares, where=is_other, out=np.zeros_like(self.shares))
-        return mx.array(np.stack([is_other, logs], axis=1).astype(np.float32))
+    def _is_other(self) -> mx.array:
+        """Whether a token is not in `rows`, (V,) float32."""
+        return mx.array((self.shares > 0).astype(np.float32))
 
     @property
     def log_odds(self) -> mx.array:
@@ -208,25 +202,13 @@ class Shortlist:
         rows = mx.array(self.rows)
         return with_other_logits(logits[..., rows], rows, self.log_odds)
 
-    def divergence(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Compare the shortlist with predictions of the dense model.
+    def missed(self, logits: mx.array) -> mx.array:
+        """Return the probability (n,) float32 that predictions give to all other tokens.
 
         Args:
             logits: (n, V) the dense model's logits of n tokens.
-
-        Returns:
-            The probability outside of the shortlist, (n,), and the KL divergence of all logits from
-            those of the shortlist, (n,) nats. Both are float32.
         """
-        # Sums over the vocabulary are products with vectors, which need few passes over it.
-        logits = mx.maximum(logits.astype(mx.float32), -1e30)
-        p, log_total = mx.softmax(logits, axis=-1), mx.logsumexp(logits, axis=-1)
-        outside, cross = mx.split(p @ self._others, 2, axis=-1)
-        outside, cross = outside.squeeze(-1), cross.squeeze(-1)
-        entropy = (p * logits) @ self._others[:, 0] - outside * log_total
-        inside = mx.maximum(1 - outside, 1e-6)
-        kl = inside * mx.log(inside / (1 - self.outside)) + entropy - cross
-        return outside, kl - outside * float(np.log(self.outside))
+        return mx.softmax(logits.astype(mx.float32), axis=-1) @ self._is_other
 
 
 class Shortlister:
@@ -237,8 +219,6 @@ class Shortlister:
         share: the share of tokens to keep, in (0, 1].
         prior: (V,) the prior's mean flattened predictions, or None.
         always: returns the tokens to keep for the tokens of a text. Default: the same tokens.
-        bound: KL in nats per token that the shortlist may cost where it is used. Where it costs far
-            more, the shortlist grows. Default: it never grows.
 
     Attributes:
         share: the current share of tokens.
@@ -251,32 +231,18 @@ class Shortlister:
         share: float,
         prior: np.ndarray | None,
         always: Callable[[Sequence[int]], Collection[int]] = frozenset,
-        bound: float | None = None,
     ) -> None:
         self.statistics, self.share = statistics, share
         self.shortlist: Shortlist | None = None
-        self._prior, self._always, self._bound = prior, always, bound
+        self._prior, self._always = prior, always
         self._kept: set[int] = set()
         self._read = 0
-        self._forget()
-
-    def _forget(self) -> None:
-        self._measured, self._sums = 0, mx.zeros(2)
+        self._measured, self._missed = 0, mx.zeros(())
 
     @property
     def arrays(self) -> list[object]:
         """All sums, for `mx.eval`: prefill does not compute logits."""
-        return [self.statistics.sums, self._sums]
-
-    @property
-    def measured(self) -> tuple[int, float] | None:
-        """What shortlists of the current share cost where they were compared with dense logits.
-
-        Returns:
-            The number of tokens and the mean KL divergence in nats per token, or None if there are
-            no such tokens.
-        """
-        return (self._measured, float(self._sums[1]) / self._measured) if self._measured else None
+        return [self.statistics.sums, self._missed]
 
     @property
     def scores(self) -> np.ndarray | None:
@@ -298,9 +264,8 @@ class Shortlister:
             return logits
         flat = logits.reshape(-1, logits.shape[-1])
         self._measured += len(flat)
-        measures = mx.stack([*self.shortlist.divergence(flat)])
-        self._sums = self._sums + measures.sum(-1)
-        return mx.depends(logits, [self._sums])
+        self._missed = self._missed + self.shortlist.missed(flat).sum()
+        return mx.depends(logits, [self._missed])
 
     def keep(self, text: Sequence[int]) -> None:
         """Keep, from now on, the tokens that a text always needs."""
@@ -315,7 +280,6 @@ class Shortlister:
         Returns:
             The shortlist, or None if all tokens are kept.
         """
-        self._grow()
         self.shortlist = None
         scores = self.scores
         if scores is not None and self.share < 1:
@@ -333,13 +297,4 @@ class Shortlister:
 
     def _expected_outside(self, of_scores: float) -> float:
         """Return the expected probability outside of a shortlist, from that of the scores."""
-        return float(expected_outside(of_scores, float(self._sums[0]), self._measured))
-
-    def _grow(self) -> None:
-        """Double the share if the shortlist costs more than it may."""
-        if self._bound is None:
-            return
-        total = float(self._sums[1]) + _BOUND_TOKENS * self._bound
-        if total / (self._measured + _BOUND_TOKENS) > _EXCESS * self._bound:
-            self.share = min(1.0, 2 * self.share)
-            self._forget()
+        return float(expected_outside(of_scores, float(self._missed), self._measured))

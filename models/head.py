@@ -236,18 +236,20 @@ class LogitsOfHidden:
         self._compute = _logits_of(head.layer)
         is_padded = mx.cuda.is_available() and is_quantized(head.layer)
         self._least_rows = _CUDA_ROWS if is_padded else 1
-        self._logits = mx.zeros((1, 1, head.size))
-        self._model = with_head(model, head, _Stand(head.layer, lambda x: self._logits))
+        # Of one array. The function that returns it must not hold this object, which would then be
+        # freed late, and the model with it.
+        self._logits = logits = [mx.zeros((1, 1, head.size))]
+        self._model = with_head(model, head, _Stand(head.layer, lambda x: logits[0]))
         # Some models end with the head, and others with something else, such as a soft cap.
-        self._ends_with_head = self._after_head() is self._logits
+        self._ends_with_head = self._after_head() is logits[0]
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Compute the logits (1, n, V) of vectors (1, n, hidden)."""
         count = hidden.shape[-2]
         missing = max(0, self._least_rows - count)
         padded = mx.pad(hidden, [(0, 0), (0, missing), (0, 0)])
-        self._logits = self._compute(padded)[:, :count]
-        return self._logits if self._ends_with_head else self._after_head()
+        self._logits[0] = self._compute(padded)[:, :count]
+        return self._logits[0] if self._ends_with_head else self._after_head()
 
     def _after_head(self) -> mx.array:
         """Return what the model makes of the head's logits.

@@ -296,7 +296,6 @@ def curve_record(model: nn.Module, config: GlassConfig | None = None) -> dict[st
     """Return a record of curves, measured under the conditions of a configuration."""
     return {
         "density": {"shares": [0.25, 0.5, 0.75], "kl": [2.0, 0.5, 0.05]},
-        "vocabulary": {"shares": [0.25, 0.5], "kl": [0.2, 0.025]},
         "conditions": Session(model).conditions(config or GlassConfig()),
         "tokens": 100,
     }

@@ -1,6 +1,7 @@
 """The built-in model: conversion, slicing and the packaged prior."""
 
 from glass_mlx import GlassConfig, resolve_prior, stream_generate
+from glass_mlx.budget import Budget
 from glass_mlx.calibration.first_use import make_selector
 from glass_mlx.fidelity.prompts import WritingSettings, continue_all
 from glass_mlx.fidelity.scoring import DenseReading, score
@@ -145,11 +146,9 @@ def test_the_packaged_prior_has_curves_for_the_default_settings(fixture, request
         if policy == "scatter":
             continue
         config = GlassConfig(max_kl=0.1, down_policy=policy)
-        curves = session.find_prior().curves(session.conditions(config))
-        assert curves is not None
-        budget = session.spend(config, curves)
-        assert 0.8 < budget.shares.density <= 1
-        assert 0.25 < budget.shares.vocabulary < 1
+        curve = session.find_prior().curve(session.conditions(config))
+        assert curve is not None
+        assert 0.8 < Budget.spend(0.1, curve).density < 1
 
 
 @pytest.mark.slow

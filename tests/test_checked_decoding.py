@@ -221,11 +221,24 @@ def test_the_shortlist_has_what_predictions_need(monkeypatch):
     shortlister.observe(peaked_logits(seed=1))
     others = mx.array(np.setdiff1d(np.arange(4096), shortlist.rows))
     outside = mx.softmax(peaked_logits(seed=1), axis=-1)[:, others].sum()
-    assert float(shortlister._sums[0]) == pytest.approx(float(outside), rel=1e-3)
+    assert float(shortlister._missed[0]) == pytest.approx(float(outside), rel=1e-3)
     assert shortlister.choose([]).share == 1 / 64
     assert shortlister.count == 8
-    assert shortlister.measured is None
 
     shortlister.observe(mx.zeros((1000, 4096)))  # now every token is as likely as any other
+    shortlister.wrong += 984
     assert shortlister.choose([]) is None
     assert shortlister.count == 0
+
+
+def test_drafts_that_are_wrong_more_often_than_tokens_are_missing_get_longer_shortlists():
+    head = HeadCost(0.5, 0.1)
+    shares = []
+    for wrong in (0, 12):
+        shortlister = DraftShortlister(VocabularyStatistics(), None, frozenset, 4096, head)
+        shortlister.observe(peaked_logits(tokens=256))
+        shortlister.choose([])
+        shortlister.observe(peaked_logits(likely=41, seed=1))
+        shortlister.wrong += wrong
+        shares.append((shortlister.choose([]).share, shortlister.count))
+    assert shares[0] < shares[1] or shares[0][1] > shares[1][1]

@@ -34,7 +34,8 @@ def test_a_share_that_is_not_given_is_1_unless_a_bound_decides():
     assert not GlassConfig().is_dense
     assert GlassConfig(density=0.5).shares == (0.5, 1)
     assert GlassConfig(vocabulary=0.5).shares == (1, 0.5)
-    assert GlassConfig(density=1.0).is_dense
+    assert GlassConfig(density=1.0, vocabulary=1.0).is_dense
+    assert not GlassConfig(density=1.0).is_dense  # its tokens are drafted
     assert not GlassConfig(density=1.0, vocabulary=0.5).is_dense
 
 

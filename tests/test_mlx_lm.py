@@ -69,7 +69,14 @@ USED = [
         "QuantizedSwitchLinear.__call__",
         ["x", "indices", "sorted_indices"],
     ),
-    ("mlx_lm.sample_utils", "make_sampler", ["temp", "top_p", "min_p", "top_k"]),
+    ("mlx_lm.sample_utils", "apply_min_p", ["logprobs", "min_p", "min_tokens_to_keep"]),
+    ("mlx_lm.sample_utils", "apply_top_k", ["logprobs", "top_k"]),
+    ("mlx_lm.sample_utils", "apply_top_p", ["logprobs", "top_p"]),
+    (
+        "mlx_lm.sample_utils",
+        "apply_xtc",
+        ["logits", "xtc_probability", "xtc_threshold", "xtc_special_tokens"],
+    ),
     (
         "mlx_lm.utils",
         "save",
@@ -173,7 +180,6 @@ SERVER = [
         "GenerationArguments",
         ["sampling", "logits", "stop_words", "max_tokens", "logprobs", "top_logprobs", "seed"],
     ),
-    ("_make_sampler", ["args", "tokenizer"]),
     ("_make_logits_processors", ["args"]),
     ("get_system_fingerprint", []),
     ("LRUPromptCache", ["max_size", "max_bytes"]),

@@ -19,7 +19,7 @@ def test_intervals_between_renewals_grow():
     ]
     assert starts(GlassConfig(warmup=40), 3) == [40, 64, 96]
     assert starts(GlassConfig(refresh=0)) == [16]
-    assert starts(GlassConfig(density=1.0)) == [16]
+    assert starts(GlassConfig(density=1.0, vocabulary=1.0)) == [16]
     assert starts(GlassConfig(density=1.0, vocabulary=0.5), 2) == [16, 32]
 
 
@@ -36,7 +36,8 @@ def test_stretches_cover_all_tokens_after_the_warmup():
 
 
 def test_dense_tokens_follow_the_warmup_at_equal_distances():
-    config = GlassConfig(warmup=3, dense_every=4)
+    config = GlassConfig(max_kl=0.1, warmup=3, dense_every=4)
     assert [n for n in range(4, 20) if is_dense_token(config, n)] == [7, 11, 15, 19]
-    for other in (GlassConfig(dense_every=0), GlassConfig(density=1.0)):
+    whole = GlassConfig(density=1.0, vocabulary=1.0)
+    for other in (GlassConfig(max_kl=0.1, dense_every=0), whole, GlassConfig(max_kl=0.0)):
         assert not any(is_dense_token(other, n) for n in range(17, 99))

@@ -179,7 +179,7 @@ def test_the_dense_model_keeps_its_share_of_tokens():
         assert is_dense == is_dense_token(config, number)
         dense += is_dense
     assert not is_dense_pass(GlassConfig(density=0.5, dense_every=0), 100, 0)
-    assert not is_dense_pass(GlassConfig(density=1.0), 100, 0)
+    assert not is_dense_pass(GlassConfig(density=1.0, vocabulary=1.0), 100, 0)
 
 
 def test_a_perfect_draft_gives_all_tokens_but_one_of_each_pass(model, tokenizer):

@@ -64,8 +64,8 @@ class CalibrationSettings:
             many times as much, while this gives experts enough tokens that have too few. The texts
             are those that reach such experts most often. 1 for no more.
         corpus_field: the field of a JSONL corpus that holds the text.
-        curve_texts: the maximum number of texts for the model's curves (`calibration.curves`); 0
-            for no curves. A prior without the statistic that decoding ranks by has no curves.
+        curve_texts: the maximum number of texts for the model's curve (`calibration.curves`); 0 for
+            none. A prior without the statistic that decoding ranks by has none.
 
     Raises:
         ValueError: for the first value that is out of range.
@@ -99,7 +99,7 @@ class CalibrationSettings:
             )
         if self.curve_texts < 0:
             raise ValueError(
-                f"the number of texts for curves must not be negative, but is {self.curve_texts}"
+                f"the number of texts for the curve must not be negative, but is {self.curve_texts}"
             )
         if not 1 <= self.expert_factor < float("inf"):
             raise ValueError(
@@ -163,7 +163,7 @@ def build(
 
 
 def _curves_file(checkpoint: Path) -> Path:
-    """Return the file beside a checkpoint that holds the texts and results of the curves."""
+    """Return the file beside a checkpoint that holds the texts and results of the curve."""
     return checkpoint.with_name(f"{checkpoint.name}.curves")
 
 
@@ -220,7 +220,7 @@ def calibrate(
     prior = _make_prior(mixture, weights, about | {"stability": stability})
     if settings.curve_texts and GlassConfig.prior_statistic in settings.statistics:
         partial = None if checkpoint is None else _curves_file(checkpoint)
-        prior = _with_curves(session, tokenizer, prior, settings, partial, identity)
+        prior = _with_curve(session, tokenizer, prior, settings, partial, identity)
     return prior
 
 
@@ -431,7 +431,7 @@ def _make_prior(mixture: Mixture, weights: Fingerprint, about: dict[str, Any]) -
     return GlobalPrior(scores, weights, about, spread, vocabulary, routed)
 
 
-def _with_curves(
+def _with_curve(
     session: Session,
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior,
@@ -439,7 +439,7 @@ def _with_curves(
     partial: Path | None,
     identity: str,
 ) -> GlobalPrior:
-    """Return the prior with curves, or unchanged if the model writes no suitable text.
+    """Return the prior with a curve, or unchanged if the model writes no suitable text.
 
     Args:
         session: the dense model's session.
@@ -451,15 +451,15 @@ def _with_curves(
     """
     texts = CurveSettings(settings.curve_texts, seed=settings.seed)
     with (
-        tqdm(total=texts.trial_readings + texts.readings, desc="curves", unit="read") as bar,
+        tqdm(total=texts.trial_readings + texts.texts, desc="curve", unit="read") as bar,
         wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
     ):
         try:
             measurement = CurveMeasurement(session, tokenizer, texts, partial, identity, bar.update)
         except ValueError as error:
-            bar.write(f"no curves: {error}", file=sys.stderr)
+            bar.write(f"no curve: {error}", file=sys.stderr)
             return prior
         about = prior.about | {"whole": measurement.choose_kept_dense(prior)}
         prior = replace(prior, about=about)
-        curves = measurement.measure(prior, GlassConfig())
-    return replace(prior, about=about | {"curves": [curves]})
+        curve = measurement.measure(prior, GlassConfig())
+    return replace(prior, about=about | {"curves": [curve]})

@@ -14,9 +14,8 @@ from glass_mlx.calibration.texts import TEMPLATE_OPTIONS
 from glass_mlx.chat_templates import Messages, encode
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation, read_prompts
-from glass_mlx.fidelity.scoring import DenseReading, score, score_shortlists
+from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.files import write_text
-from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.session import Session
 from glass_mlx.writing import Writer, stop_sequences
@@ -26,22 +25,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Users' prompts are more like these than like questions that a model asks itself, on whose answers
-# a shortlist costs up to twice as much (docs/experiments.md).
+# Users' prompts are more like these than like questions that a model asks itself.
 PROMPTS = Path(__file__).with_name("curve_prompts.txt")
 
-# The shares that are measured. Shares in between are interpolated.
+# The densities that are measured. Those in between are interpolated.
 DENSITIES = (0.5, 0.7, 0.85, 0.95)
-VOCABULARIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 # The FFNs to keep dense are chosen at this density, on at most this many texts. A smaller gain than
 # this share of KL may be noise.
 _TRIAL_DENSITY, _TRIAL_TEXTS, _MIN_GAIN = 0.7, 4, 0.02
 
-# The density is measured on at most this share of the texts, and on no more texts once the standard
-# errors of all points are below this share of their KL. Shortlists need more texts, because few
-# tokens make most of their KL, and less time.
-_DENSITY_TEXTS, _CLEAR, _MIN_TEXTS = 1 / 2, 0.08, 4
+# After this many texts, the curve is measured on no more once the standard errors of all its points
+# are below this share of their KL.
+_MIN_TEXTS, _CLEAR = 4, 0.08
 
 # Users sample at about this temperature. The texts of a prior have a higher one.
 _TEMPERATURE = 0.7
@@ -52,7 +48,7 @@ _SEED = (0, 0)
 
 @dataclass(frozen=True)
 class CurveSettings:
-    """The texts that curves are measured on.
+    """The texts that a curve is measured on. Each is read once, with all densities.
 
     Attributes:
         texts: the number of prompts; there are 16.
@@ -60,19 +56,9 @@ class CurveSettings:
         seed: the seed of the texts.
     """
 
-    texts: int = 16
+    texts: int = 8
     length: int = 256
     seed: int = 0
-
-    @property
-    def density_texts(self) -> int:
-        """The maximum number of texts that the curve of the density is measured on."""
-        return max(1, round(_DENSITY_TEXTS * self.texts))
-
-    @property
-    def readings(self) -> int:
-        """How often texts are read at most for the curves, for progress bars."""
-        return self.density_texts + self.texts
 
     @property
     def trial_readings(self) -> int:
@@ -81,7 +67,7 @@ class CurveSettings:
 
 
 class CurveMeasurement:
-    """A measurement of curves that continues after an interruption.
+    """A measurement of a curve that continues after an interruption.
 
     The texts are the model's answers to prompts of many kinds. Those with less than a quarter of
     the length are left out, because most of their tokens are dense warm-up.
@@ -109,7 +95,6 @@ class CurveMeasurement:
         self._partial, self._progress = partial, progress
         self._identity = json.dumps([identity, asdict(settings)])
         self._results: dict[str, list[list[float]]] = {}
-        self._always = KeptTokens(tokenizer)
         restored = session.ranks.on_first(self._restore)
         self._results = session.ranks.share(self._results)
         self._texts = restored or self._write_texts()
@@ -122,7 +107,7 @@ class CurveMeasurement:
         are tried, in this order.
         """
         paths = [*self._session.whole_shapes]
-        config = GlassConfig(density=_TRIAL_DENSITY)
+        config = GlassConfig(density=_TRIAL_DENSITY, vocabulary=1.0)
         kept_dense: list[str] = []
         best: np.ndarray | None = None
         for extra in ([], paths[:1], paths[1:2], paths[-1:]):
@@ -139,7 +124,7 @@ class CurveMeasurement:
         return kept_dense
 
     def measure(self, prior: GlobalPrior | None, config: GlassConfig) -> dict[str, Any]:
-        """Measure KL by density and by share of the vocabulary.
+        """Measure KL by density.
 
         Args:
             prior: the prior that selects, or None.
@@ -148,22 +133,17 @@ class CurveMeasurement:
         Returns:
             A record for `about["curves"]` of a prior.
         """
-        plain = replace(config, max_kl=None)
+        plain = replace(config, max_kl=None, vocabulary=1.0)
         configs = [replace(plain, density=share) for share in DENSITIES]
         by_density: list[list[float]] = []
-        for n in range(min(self._settings.density_texts, len(self._texts))):
+        for n in range(len(self._texts)):
             by_density.append(self._measure("density", n, prior, configs))
             kl = np.array(by_density)
             error = np.max(_standard_error(kl) / np.maximum(kl.mean(0), 1e-9))
             if n + 1 >= _MIN_TEXTS and error < _CLEAR:
                 break
-        configs = [replace(plain, vocabulary=share) for share in VOCABULARIES]
-        by_vocabulary: list[list[float]] = []
-        for n in range(len(self._texts) if self._session.head is not None else 0):
-            by_vocabulary.append(self._measure("vocabulary", n, prior, configs))
         return {
             "density": _curve(DENSITIES, by_density),
-            "vocabulary": _curve(VOCABULARIES, by_vocabulary) if by_vocabulary else None,
             "conditions": self._session.conditions(config),
             "texts": len(self._texts),
             "tokens": sum(len(text.written) - 1 for text in self._texts),
@@ -180,11 +160,8 @@ class CurveMeasurement:
             reading = DenseReading(self._session, text, [configs[0].warmup])
             kl = []
             for config in configs:
-                selector = self._session.selector(config, prior, always=self._always)
-                if config.density is None:
-                    kl.append(float(score_shortlists(reading, selector).mean()))
-                else:
-                    kl.append(float(score(reading, selector, masks=True).kl.mean()))
+                selector = self._session.selector(config, prior)
+                kl.append(float(score(reading, selector, masks=True).kl.mean()))
             if not np.isfinite(kl).all():
                 raise ValueError("the model computes probabilities that are not a number")
             results.append([round(value, 6) for value in kl])

@@ -1,4 +1,4 @@
-"""Measure what is missing when a model is used for the first time: a small prior, and its curves.
+"""Measure what is missing when a model is used for the first time: a small prior, and its curve.
 
 Both are kept in the user's cache.
 """
@@ -22,7 +22,7 @@ from glass_mlx.config import GlassConfig
 from glass_mlx.errors import one_line
 from glass_mlx.files import LockedError, is_locked, locked, write_text
 from glass_mlx.kept_tokens import KeptTokens
-from glass_mlx.prior.curves import Curves
+from glass_mlx.prior.curves import Curve
 from glass_mlx.prior.file import GlobalPrior, cache_name, cached_priors
 from glass_mlx.prior.lookup import NoPriorError, folder_address, model_folder
 from glass_mlx.selection import Selector
@@ -36,7 +36,7 @@ from tqdm import tqdm
 # A prior of two thousand tokens is nearly as good as a large one (docs/experiments.md).
 # Experts with few tokens get at most twice as many, because a first use should not take long.
 SMALL = CalibrationSettings(
-    sequences=24, length=128, batch_size=12, curve_texts=12, expert_factor=2.0
+    sequences=24, length=128, batch_size=12, curve_texts=6, expert_factor=2.0
 )
 
 _FAILED = "no prior can be measured for this model"
@@ -61,7 +61,7 @@ def find_or_measure_prior(
         tokenizer: its tokenizer.
         prior: see `Session.find_prior`.
         config: how the model will be sliced. The prior gets the statistic that it ranks by and,
-            for a bound on KL, curves. Default: `GlassConfig()`.
+            for a bound on KL, a curve. Default: `GlassConfig()`.
         model: the model's hub id or path. Default: where the tokenizer was loaded from.
         report: called with a line for each place that was searched.
 
@@ -137,7 +137,7 @@ def _wait_for(file: Path) -> None:
 def _settings(session: Session, config: GlassConfig) -> CalibrationSettings:
     """Return the settings of a small prior with everything that a configuration needs.
 
-    A prior is built with the curves of the default settings; others are measured afterwards.
+    A prior is built with the curve of the default settings; others are measured afterwards.
     """
     is_default = session.conditions(config) == session.conditions(GlassConfig())
     return replace(
@@ -191,9 +191,9 @@ def find_or_measure_budget(
     prior: GlobalPrior | None,
     config: GlassConfig,
 ) -> Budget:
-    """Return how a model's bound on KL is spent; if its curves are not known, measure them.
+    """Return how a model's bound on KL is spent; if its curve is not known, measure it.
 
-    Curves hold for a prior, a number format and settings. Those that the prior does not have are
+    A curve holds for a prior, a number format and settings. One that the prior does not have is
     kept in the user's cache. The measurement shows its progress on standard error. It can be
     interrupted, and continues at the next use.
 
@@ -205,56 +205,57 @@ def find_or_measure_budget(
 
     Raises:
         OSError: if the user's cache cannot be written.
-        ValueError: if the curves cannot be measured.
+        ValueError: if the curve cannot be measured.
     """
     conditions = session.conditions(config)
-    curves = _known_curves(session, prior, conditions)
-    if curves is None:
-        curves = _measure_curves(session, tokenizer, prior, config, conditions)
-    return session.spend(config, curves)
+    curve = _known_curve(session, prior, conditions)
+    if curve is None:
+        curve = _measure_curve(session, tokenizer, prior, config, conditions)
+    assert config.bound is not None
+    return Budget.spend(config.bound, curve)
 
 
 def is_measured(session: Session, prior: GlobalPrior | None, config: GlassConfig) -> bool:
     """Return whether it is known what slicing costs, as far as a configuration depends on it."""
     if not config.bound:
         return True
-    return _known_curves(session, prior, session.conditions(config)) is not None
+    return _known_curve(session, prior, session.conditions(config)) is not None
 
 
-def _known_curves(
+def _known_curve(
     session: Session, prior: GlobalPrior | None, conditions: dict[str, Any]
-) -> Curves | None:
-    """Return the curves that a prior has, or those in the user's cache; None if there are none."""
-    curves = None if prior is None else prior.curves(conditions)
-    if curves is not None:
-        return curves
-    file, _ = _curves_file(session, prior, conditions)
-    return session.ranks.on_first(lambda: _read_curves(file, conditions))
+) -> Curve | None:
+    """Return the curve that a prior has, or the one in the user's cache; None if there is none."""
+    curve = None if prior is None else prior.curve(conditions)
+    if curve is not None:
+        return curve
+    file, _ = _curve_file(session, prior, conditions)
+    return session.ranks.on_first(lambda: _read_curve(file, conditions))
 
 
-def _curves_file(
+def _curve_file(
     session: Session, prior: GlobalPrior | None, conditions: dict[str, Any]
 ) -> tuple[Path, str]:
-    """Return the file of curves in the user's cache, and a digest of what they hold for."""
+    """Return the file of a curve in the user's cache, and a digest of what it holds for."""
     key = [conditions, None if prior is None else prior.digest]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     name = f"{cache_name('curves', session.fingerprint)}-{digest}.json"
     return cached_priors().with_name("curves") / name, digest
 
 
-def _measure_curves(
+def _measure_curve(
     session: Session,
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | None,
     config: GlassConfig,
     conditions: dict[str, Any],
-) -> Curves:
-    """Measure curves, and keep them in the user's cache."""
-    file, digest = _curves_file(session, prior, conditions)
+) -> Curve:
+    """Measure a curve, and keep it in the user's cache."""
+    file, digest = _curve_file(session, prior, conditions)
     ranks = session.ranks
     print(
-        "curves: what slicing costs is not known yet for this model with these settings. Measuring "
-        f"it once, into {file} (to choose by hand: --density, --vocabulary)",
+        "curve: what slicing costs is not known yet for this model with these settings. Measuring "
+        f"it once, into {file} (to choose by hand: --density)",
         file=sys.stderr,
     )
     settings = CurveSettings()
@@ -262,15 +263,13 @@ def _measure_curves(
     try:
         with (
             ranks.held_by_first(
-                lambda: locked(
-                    file, waiting="curves: waiting for another process that measures them"
-                )
+                lambda: locked(file, waiting="curve: waiting for another process that measures it")
             ),
-            tqdm(total=settings.readings, desc="curves", unit="read") as bar,
+            tqdm(total=settings.texts, desc="curve", unit="read") as bar,
             wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
         ):
-            if (curves := ranks.on_first(lambda: _read_curves(file, conditions))) is not None:
-                return curves  # another process measured them meanwhile
+            if (curve := ranks.on_first(lambda: _read_curve(file, conditions))) is not None:
+                return curve  # another process measured them meanwhile
             measurement = CurveMeasurement(
                 session, tokenizer, settings, partial, digest, bar.update
             )
@@ -281,15 +280,15 @@ def _measure_curves(
     except ValueError as error:
         raise ValueError(
             f"what slicing costs cannot be measured for this model: {one_line(error)}; give "
-            "--density or --vocabulary (density=, vocabulary=)"
+            "--density (density=)"
         ) from error
-    return Curves.parse(record)
+    return Curve.parse(record)
 
 
-def _read_curves(file: Path, conditions: dict[str, Any]) -> Curves | None:
-    """Read curves, or return None if the file is missing, damaged or of other conditions."""
+def _read_curve(file: Path, conditions: dict[str, Any]) -> Curve | None:
+    """Read a curve, or return None if the file is missing, damaged or of other conditions."""
     try:
         record = json.loads(file.read_text())
-        return Curves.parse(record) if record["conditions"] == conditions else None
+        return Curve.parse(record) if record["conditions"] == conditions else None
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -61,7 +61,7 @@ class Outcome:
             answers: the ranges of scored tokens that hold an answer.
         """
         selections = [*scores.selections.values()]
-        vocabulary = [scores.vocabulary.get(start, 1.0) for start in scores.selections]
+        vocabulary = [*scores.vocabulary.values()] or [1.0]
         sliced = ~scores.dense
         agreement = [
             [*jaccard(selection, oracle).values()] for selection in selections if oracle is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 from glass_mlx.cache_masks import masked_as_one_by_one
 from glass_mlx.config import GlassConfig
-from glass_mlx.draft_shortlist import MAX_WRONG
+from glass_mlx.draft_shortlist import MAX_MISSING, DraftShortlister
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.models import FFN, Routing, with_call, with_replacements, with_taps
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, read_prompt
@@ -241,18 +241,21 @@ def score(
     config, session, scores = selector.config, reading.session, Scores.exact(reading)
     if config.warmup > reading.tokens:
         return scores
-    if selector.is_exact:
-        return _score_drafts(reading, selector)
+    cost = session.head_cost if config.has_drafts else None
     cache, statistics = reading.state(config.warmup)
-    unsliced = session.without_room(selector, required=not masks)
-    sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
     shortlister = selector.shortlister(statistics.vocabulary)
+    if cost is not None:
+        vocabulary, size = VocabularyStatistics(), session.vocabulary_size
+        shortlister = selector.draft_shortlister(vocabulary, size, cost)
     if shortlister is not None:
         _warm_up(shortlister, reading, config)
+    if selector.is_exact:
+        return _score_exact(reading, config, shortlister, scores)
+    unsliced = session.without_room(selector, required=not masks)
+    sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
     for start, stop in stretches(config, reading.tokens + 1):
         # 1) Select and slice. The rows of the head are exact, so its slice is not needed here.
         selection = (select or selector.select)(statistics)
-        shortlist = None if shortlister is None else shortlister.choose(reading.read(start))
         compensation = mean_compensation(statistics)
         sliced.update(selection, compensation)
         sliced_model = sliced.model
@@ -268,71 +271,123 @@ def score(
         mx.eval(logits, statistics.arrays)
 
         # 3) Score.
-        logprobs = log_probabilities(logits)
-        read = session.bytes_of(sliced_model)
-        if shortlist is not None:
-            scores.vocabulary[start] = shortlist.share
-            assert session.head is not None
-            read -= round(session.head.bytes * (1 - shortlist.share))
-            backed_off = log_probabilities(shortlist.back_off(logits))
-            logprobs = mx.where(mx.array(is_dense)[:, None], logprobs, backed_off)
-        if shortlister is not None and is_dense.any():
-            shortlister.observe(logits[mx.array(np.flatnonzero(is_dense))])
-            mx.eval(shortlister.arrays)
-        scores.put(tokens, reading, logprobs, is_dense)
-        scores.bytes[tokens] = np.where(is_dense, 1, read / session.weight_bytes)
+        scores.bytes[tokens] = np.where(
+            is_dense, 1, session.bytes_of(sliced_model) / session.weight_bytes
+        )
+        if isinstance(shortlister, DraftShortlister):
+            _draft(shortlister, reading, start, logits, scores)
+            scores.put(tokens, reading, log_probabilities(logits), is_dense)
+        else:
+            logprobs = _back_off(shortlister, reading, start, logits, is_dense, scores)
+            scores.put(tokens, reading, logprobs, is_dense)
     return scores
 
 
-def _score_drafts(reading: DenseReading, selector: Selector) -> Scores:
-    """Return the dense model's own scores, and the bytes that drafts and checks would read.
-
-    A draft is right if its token is in the shortlist; see `checked_decoding`.
-    """
-    config, session, scores = selector.config, reading.session, Scores.exact(reading)
-    if (cost := session.head_cost) is None:
+def _score_exact(
+    reading: DenseReading, config: GlassConfig, shortlister: Shortlister | None, scores: Scores
+) -> Scores:
+    """Return the dense model's own scores, and the bytes that drafts and checks would read."""
+    if not isinstance(shortlister, DraftShortlister):
         return scores
-    size = session.vocabulary_size
-    shortlister = selector.draft_shortlister(VocabularyStatistics(), size, cost)
-    _warm_up(shortlister, reading, config)
-    following = np.array(reading.following)
     for start, stop in stretches(config, reading.tokens + 1):
-        while start < stop:
-            shortlist = shortlister.choose(reading.read(start))
-            first = end = start - 1
-            scores.selections[start] = Selection.everything(session.shapes)
-            if shortlist is None:
-                end = int(stop) - 1
-            else:
-                scores.vocabulary[start] = shortlist.share
-                draft = 1 - cost.share * (1 - shortlist.share)
-                right = np.isin(following[first : int(stop) - 1], shortlist.rows)
-                for taken, drafts in _blocks(right, shortlister.count):
-                    block = slice(end, end + taken)
-                    scores.dense[block] = False
-                    scores.bytes[block] = (drafts * draft + cost.share) / taken
-                    end += taken
-            shortlister.observe(reading.dense[first:end])
-            mx.eval(shortlister.arrays)
-            start = end + 1
+        scores.selections[start] = Selection.everything(reading.session.shapes)
+        tokens, scores.dense[tokens] = _stretch(config, start, int(stop))
+        _draft(shortlister, reading, start, reading.dense[tokens], scores)
     return scores
+
+
+def _back_off(
+    shortlister: Shortlister | None,
+    reading: DenseReading,
+    start: int,
+    logits: mx.array,
+    is_dense: np.ndarray,
+    scores: Scores,
+) -> mx.array:
+    """Return the log-probabilities of a stretch whose sliced tokens have a shortlist's logits.
+
+    Args:
+        shortlister: chooses the shortlist, and observes the predictions of dense tokens; None for
+            the logits of all tokens.
+        reading: the continuation.
+        start: the number of generated tokens before the stretch.
+        logits: (n, vocabulary) the logits of its tokens.
+        is_dense: (n,) whether a token is dense.
+        scores: where the bytes go that are not read.
+    """
+    logprobs = log_probabilities(logits)
+    if shortlister is None:
+        return logprobs
+    shortlist = shortlister.choose(reading.read(start))
+    if shortlist is not None:
+        scores.vocabulary[start] = shortlist.share
+        session = reading.session
+        assert session.head is not None
+        unread = session.head.bytes * (1 - shortlist.share) / session.weight_bytes
+        scores.bytes[start - 1 : start - 1 + len(logits)] -= np.where(is_dense, 0, unread)
+        backed_off = log_probabilities(shortlist.back_off(logits))
+        logprobs = mx.where(mx.array(is_dense)[:, None], logprobs, backed_off)
+    if is_dense.any():
+        shortlister.observe(logits[mx.array(np.flatnonzero(is_dense))])
+        mx.eval(shortlister.arrays)
+    return logprobs
+
+
+def _draft(
+    shortlister: DraftShortlister,
+    reading: DenseReading,
+    start: int,
+    logits: mx.array,
+    scores: Scores,
+) -> None:
+    """Score the bytes that drafts and checks of a stretch would read.
+
+    A draft is right if its token is in the shortlist; see `sampling`.
+
+    Args:
+        shortlister: chooses the shortlists, and observes all predictions.
+        reading: the continuation.
+        start: the number of generated tokens before the stretch.
+        logits: (n, vocabulary) the logits of its tokens.
+        scores: the scores, with the bytes of these tokens without drafts.
+    """
+    session, first, stop = reading.session, start - 1, start - 1 + len(logits)
+    assert session.head is not None
+    head = session.head.bytes / session.weight_bytes
+    done = first
+    while done < stop:  # once more whenever drafts were wrong
+        shortlist, end = shortlister.choose(reading.read(done + 1)), stop
+        if shortlist is not None:
+            scores.vocabulary[done + 1] = shortlist.share
+            drafts = scores.bytes[done:stop] - head * (1 - shortlist.share)
+            right = shortlist.shares[np.array(reading.following[done:stop])] == 0
+            end = done
+            for taken, count in _blocks(right, shortlister.count):
+                place = end - done
+                read = drafts[place : place + count].sum() + head
+                scores.bytes[end : end + taken] = read / taken
+                end += taken
+            shortlister.wrong += int((~right[: end - done]).sum())
+        shortlister.observe(logits[done - first : end - first])
+        mx.eval(shortlister.arrays)
+        done = end
 
 
 def _blocks(right: np.ndarray, count: int) -> Iterator[tuple[int, int]]:
-    """Yield the number of tokens of each block, and that of its drafts, until drafts were wrong.
+    """Yield the number of tokens of each block, and that of its drafts, until too many are missing.
 
     Args:
-        right: (n,) whether the draft of each token is right.
+        right: (n,) whether the draft of each token is right, so that the token is in the shortlist.
         count: the number of drafts in a block.
     """
-    start = wrong = 0
-    while start < len(right) and wrong < MAX_WRONG:
+    start = missing = 0
+    while start < len(right) and missing < MAX_MISSING:
         drafts = min(count, len(right) - start)
         first_wrong = np.flatnonzero(~right[start : start + drafts])
         taken = int(first_wrong[0]) + 1 if len(first_wrong) else drafts
         yield taken, drafts
         start += taken
-        wrong += taken < drafts
+        missing += len(first_wrong) > 0
 
 
 def _interleaved_ffn(
@@ -393,36 +448,6 @@ def _warm_up(shortlister: Shortlister, reading: DenseReading, config: GlassConfi
     """Show the predictions of the warm-up to a shortlister, as the engine does."""
     if config.warmup > 1:
         shortlister.observe(reading.dense[: config.warmup - 1])
-
-
-def score_shortlists(reading: DenseReading, selector: Selector) -> np.ndarray:
-    """Score the shortlists of a selector alone, with all neurons.
-
-    The dense model's logits tell exactly what a shortlist leaves out, so nothing else is run.
-
-    Args:
-        reading: the continuation.
-        selector: determines when shortlists are chosen, and how.
-
-    Returns:
-        (T,) KL divergence from the dense model, nats.
-    """
-    config, kl = selector.config, np.zeros(reading.tokens)
-    statistics = VocabularyStatistics()
-    shortlister = selector.shortlister(statistics)
-    if shortlister is None or config.warmup > reading.tokens:
-        return kl
-    _warm_up(shortlister, reading, config)
-    for start, stop in stretches(config, reading.tokens + 1):
-        shortlist = shortlister.choose(reading.read(start))
-        tokens, is_dense = _stretch(config, start, int(stop))
-        if shortlist is not None:
-            costs = np.array(shortlist.divergence(reading.dense[tokens])[1])
-            kl[tokens] = np.where(is_dense, 0, costs)
-        if is_dense.any():
-            shortlister.observe(reading.dense[tokens][mx.array(np.flatnonzero(is_dense))])
-            mx.eval(shortlister.arrays)
-    return kl
 
 
 def _stretch(config: GlassConfig, start: int, stop: int) -> tuple[slice, np.ndarray]:

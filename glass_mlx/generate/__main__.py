@@ -42,6 +42,7 @@ from glass_mlx.models import check_tokens, vocabulary_size, world
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.prior.lookup import given_prior
 from glass_mlx.prompt_cache import make_layers, make_prompt_cache
+from glass_mlx.sampling import make_sampler
 from glass_mlx.session import Session
 from glass_mlx.slicing_arguments import add_slicing_arguments, config_from
 from glass_mlx.speculation import Drafting
@@ -52,7 +53,6 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import setup_arg_parser as mlx_lm_arg_parser
 from mlx_lm.models.cache import QuantizedKVCache
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # Flags of mlx_lm.generate that cannot be combined with slicing.

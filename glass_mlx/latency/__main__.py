@@ -26,7 +26,7 @@ from glass_mlx.files import check_writable
 from glass_mlx.latency.measured_model import (
     add_model_arguments,
     check_model_arguments,
-    fix_shares,
+    fix_densities,
     load_model,
     load_prior,
     model_title,
@@ -125,7 +125,9 @@ def run(args: argparse.Namespace) -> None:
     warnings.append(advice(model))
     session = Session.of(model)
     if args.shape:
-        settings = replace(settings, shares=fix_shares(settings.shares, session, tokenizer, prior))
+        settings = replace(
+            settings, shares=fix_densities(settings.shares, session, tokenizer, prior)
+        )
     runs = measure(session, tokenizer, prior, settings, lambda: load_model(args, lazy=True)[0])
     warnings += [
         slowdown_warning([run.decode_tps for run in mode_runs])

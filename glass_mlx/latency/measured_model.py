@@ -113,22 +113,21 @@ def model_title(args: argparse.Namespace) -> str:
     return f"{args.shape} (random){layers}{'' if args.bits is None else f' {args.bits} bits'}"
 
 
-def fix_shares(
+def fix_densities(
     settings: list[Setting],
     session: Session,
     tokenizer: TokenizerWrapper,
     prior: GlobalPrior | None,
 ) -> list[Setting]:
-    """Replace bounds on KL by the shares that they decide.
+    """Replace bounds on KL by the densities that they decide.
 
-    What random weights predict would make the shortlist grow at random.
+    They say nothing about random weights, whose curve is another model's.
     """
     fixed = []
     for setting in settings:
         config = GlassConfig(**setting._asdict())
-        if config.is_exact:
-            fixed.append(setting)
-            continue
-        shares = make_selector(session, tokenizer, prior, config).config.shares
-        fixed.append(Setting(density=shares.density, vocabulary=shares.vocabulary))
+        if config.bound:
+            selector = make_selector(session, tokenizer, prior, config)
+            setting = Setting(density=selector.config.density)
+        fixed.append(setting)
     return fixed

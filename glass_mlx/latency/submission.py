@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.config import DEFAULT_MAX_KL, Setting
-from glass_mlx.latency.measured_model import fix_shares, load_model, load_prior, model_title
+from glass_mlx.latency.measured_model import fix_densities, load_model, load_prior, model_title
 from glass_mlx.latency.timing import Settings, measure, summarize, time_run
 from glass_mlx.memory import usable_memory
 from glass_mlx.models import default_down_policy, named_arrays
@@ -118,7 +118,7 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
     prior = load_prior(model, tokenizer, args, kept)
     tokenizer.eos_token_ids = []
     if args.shape:
-        kept = fix_shares(kept, session, tokenizer, prior)
+        kept = fix_densities(kept, session, tokenizer, prior)
     trial = _time_step(session, tokenizer)
     left = seconds - (time.perf_counter() - started)
     runs = 2 * (_REPETITIONS + 1)  # both methods, and a round to warm up

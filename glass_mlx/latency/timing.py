@@ -196,7 +196,8 @@ def time_slicing(
         shortlister = selector.shortlister(local.vocabulary)
         selection = selector.select(local)
         shortlist = None if shortlister is None else shortlister.choose([])
-        sliced.update(selection, mean_compensation(local), shortlist)
+        sliced.update(selection, mean_compensation(local))
+        sliced.slice_head(shortlist)
         firsts.append(time.perf_counter() - start)
 
         start = time.perf_counter()
@@ -205,7 +206,8 @@ def time_slicing(
         selecting = time.perf_counter() - start
         changed = _change_neurons(selection, generator)
         start = time.perf_counter()
-        sliced.update(changed, mean_compensation(local), shortlist)
+        sliced.update(changed, mean_compensation(local))
+        sliced.slice_head(shortlist)
         renewals.append(selecting + time.perf_counter() - start)
     return median(firsts[1:]), median(renewals[1:])
 

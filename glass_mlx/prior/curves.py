@@ -1,8 +1,6 @@
-"""KL divergence from the dense model by the share that is kept, measured for one model.
+"""KL divergence from the dense model by the density of the FFNs, measured for one model.
 
-There is one curve for the density of the FFNs and one for the share of the vocabulary. What they
-cost adds up (docs/experiments.md), so that two curves predict every combination. Calibration
-measures them (`calibration.curves`). A prior's `about["curves"]` lists the records of
+Calibration measures it (`calibration.curves`). A prior's `about["curves"]` lists the records of
 measurements, each with the conditions that it holds for.
 """
 
@@ -29,7 +27,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """KL by the share that is kept. At a share of 1 it is 0.
+    """KL by the share of neurons that is kept. At a share of 1 it is 0.
 
     Attributes:
         shares: the measured shares, increasing, in (0, 1).
@@ -38,6 +36,27 @@ class Curve:
 
     shares: tuple[float, ...]
     kl: tuple[float, ...]
+
+    @staticmethod
+    def parse(record: Mapping[str, Any]) -> "Curve":
+        """Return the curve of a record.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        curve = record.get("density")
+        if not isinstance(curve, dict) or not isinstance(record.get("conditions"), dict):
+            raise ValueError("it has no curve of the density, or no conditions")
+        shares, kl = curve.get("shares"), curve.get("kl")
+        if (
+            not isinstance(shares, list)
+            or not isinstance(kl, list)
+            or not len(shares) == len(kl) > 0
+            or not all(isinstance(value, int | float) and value >= 0 for value in (*shares, *kl))
+            or not all(a < b for a, b in pairwise([0, *shares, 1]))
+        ):
+            raise ValueError("the curve is malformed")
+        return Curve(tuple(map(float, shares)), tuple(map(float, kl)))
 
     def kl_at(self, share: float) -> float:
         """Return the expected KL at a share.
@@ -72,48 +91,6 @@ class Curve:
         """Shares and KL, without the noise by which a larger share has more of it, and above 0."""
         falling = accumulate((max(kl, 1e-9) for kl in reversed(self.kl)), max)
         return [*zip(reversed(self.shares), falling, strict=True)][::-1]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What slicing a model costs.
-
-    Attributes:
-        density: KL by the density of the FFNs.
-        vocabulary: KL by the share of the vocabulary, or None if the head cannot be sliced.
-    """
-
-    density: Curve
-    vocabulary: Curve | None
-
-    @staticmethod
-    def parse(record: Mapping[str, Any]) -> "Curves":
-        """Return the curves of a record.
-
-        Raises:
-            ValueError: if they are not curves.
-        """
-        curves = [_parse_curve(record.get(name)) for name in ("density", "vocabulary")]
-        if curves[0] is None or not isinstance(record.get("conditions"), dict):
-            raise ValueError("it has no curve of the density, or no conditions")
-        return Curves(curves[0], curves[1])
-
-
-def _parse_curve(record: Any) -> Curve | None:
-    if record is None:
-        return None
-    if not isinstance(record, dict):
-        raise ValueError("a curve is malformed")
-    shares, kl = record.get("shares"), record.get("kl")
-    if (
-        not isinstance(shares, list)
-        or not isinstance(kl, list)
-        or not len(shares) == len(kl) > 0
-        or not all(isinstance(value, int | float) and value >= 0 for value in (*shares, *kl))
-        or not all(a < b for a, b in pairwise([0, *shares, 1]))
-    ):
-        raise ValueError("a curve is malformed")
-    return Curve(tuple(map(float, shares)), tuple(map(float, kl)))
 
 
 def conditions(config: GlassConfig, weights: str) -> dict[str, Any]:

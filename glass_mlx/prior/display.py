@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.models import layer_order
+from glass_mlx.prior.curves import Curve
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.reporting.plotting import new_figure, save_figure
 
@@ -151,15 +152,11 @@ def _sorted_ratios(scores: np.ndarray) -> np.ndarray:
 
 def _curve_lines(record: dict[str, Any]) -> list[str]:
     """Describe one record of curves; see `prior.curves`."""
-    lines = []
-    for name in ("density", "vocabulary"):
-        if curve := record.get(name):
-            pairs = zip(curve["shares"], curve["kl"], strict=True)
-            points = ", ".join(f"{kl:.3f} at {share:g}" for share, kl in pairs)
-            lines.append(f"KL by {name:<11}{points}")
+    curve = Curve.parse(record)
+    points = ", ".join(f"{kl:.3f} at {s:g}" for s, kl in zip(curve.shares, curve.kl, strict=True))
     weights = record["conditions"].get("weights", "?")
-    lines.append(
+    return [
+        f"KL by density    {points}",
         f"            nats per token, {record.get('tokens', '?')} tokens written by the model, "
-        f"{weights} weights"
-    )
-    return lines
+        f"{weights} weights",
+    ]

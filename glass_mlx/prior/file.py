@@ -26,7 +26,7 @@ from typing import Any
 from glass_mlx.errors import one_line
 from glass_mlx.files import cache_folder, read_about, read_tensors, write_tensors
 from glass_mlx.models import Fingerprint
-from glass_mlx.prior.curves import Curves
+from glass_mlx.prior.curves import Curve
 from glass_mlx.ranking import ranks
 from glass_mlx.statistics import Shape
 
@@ -110,11 +110,11 @@ class GlobalPrior:
             state.update(self.vocabulary.tobytes())
         return state.hexdigest()
 
-    def curves(self, conditions: Mapping[str, Any]) -> Curves | None:
-        """Return the curves that were measured under some conditions, or None."""
+    def curve(self, conditions: Mapping[str, Any]) -> Curve | None:
+        """Return the curve that was measured under some conditions, or None."""
         records = self.about.get(_CURVES, [])
         matches = (record for record in records if record["conditions"] == conditions)
-        return next(map(Curves.parse, matches), None)
+        return next(map(Curve.parse, matches), None)
 
     def ranks(self, statistic: str) -> dict[str, np.ndarray]:
         """Rank the neurons of each FFN by one statistic.
@@ -282,8 +282,6 @@ def _find_defect(
         vocabulary.dtype != np.float32 or vocabulary.ndim != 1 or not vocabulary.size
     ):
         return f"{_VOCABULARY} has type {vocabulary.dtype} and shape {vocabulary.shape}"
-    if vocabulary is None and any(record.get("vocabulary") for record in about.get(_CURVES, [])):
-        return f"it has a curve of the vocabulary, and no {_VOCABULARY}"
     if not {*about.get(_KEPT_DENSE, ())} <= samples.keys():
         return "its list of FFNs to keep dense names FFNs without scores"
     shapes = {path: v.shape for path, v in next(iter(groups.values())).items() if 0 < v.ndim < 3}
@@ -341,9 +339,9 @@ def _is_description(about: dict[str, Any]) -> bool:
 
 
 def _is_curves(record: Any) -> bool:
-    """Return whether a value is a record of curves; see `Curves.parse`."""
+    """Return whether a value is a record of curves; see `Curve.parse`."""
     try:
-        Curves.parse(record)
+        Curve.parse(record)
     except (AttributeError, ValueError):
         return False
     return True

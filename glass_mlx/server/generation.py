@@ -11,10 +11,12 @@ from threading import Lock
 from typing import Any
 
 from glass_mlx.calibration.first_use import is_measured
+from glass_mlx.decoding import Sampler
 from glass_mlx.errors import is_library_error, one_line
 from glass_mlx.generation_report import GenerationResponse
 from glass_mlx.models import world
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, trim_prompt_cache
+from glass_mlx.sampling import make_sampler
 from glass_mlx.server.errors import ClientGoneError, RequestError, bad_request, internal_error
 from glass_mlx.server.job import Job, Piece, token_logprob
 from glass_mlx.server.provider import GlassModelProvider
@@ -30,8 +32,8 @@ from mlx_lm.server import (
     GenerationContext,
     ResponseGenerator,
     _make_logits_processors,
-    _make_sampler,
 )
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # Seconds between two looks at whether a client that waits is still there.
 _PATIENCE = 0.25
@@ -310,7 +312,7 @@ class GlassResponseGenerator(ResponseGenerator):
                 num_draft_tokens=args.num_draft_tokens,
                 config=job.config,
                 prior=self.model_provider.prior or False,
-                sampler=_make_sampler(args, tokenizer),
+                sampler=_sampler(args, tokenizer),
                 logits_processors=_make_logits_processors(args),
                 prompt_cache=cache,
                 prompt_progress_callback=progress,
@@ -321,6 +323,20 @@ class GlassResponseGenerator(ResponseGenerator):
             )
         except ValueError as error:
             raise bad_request(str(error)) from error
+
+
+def _sampler(args: GenerationArguments, tokenizer: TokenizerWrapper) -> Sampler:
+    """Return the sampler of a request, with the settings of mlx-lm's server."""
+    sampling = args.sampling
+    return make_sampler(
+        sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        xtc_probability=sampling.xtc_probability,
+        xtc_threshold=sampling.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
 
 
 def _check_tokens(session: Session, prompt: list[int], args: GenerationArguments) -> None:

@@ -151,7 +151,7 @@ def test_bounds_and_shares_of_the_vocabulary_are_scored(arguments, tmp_path, mon
     assert both["kl"] > ffns["kl"] > 0
     assert both["bytes_share"] < ffns["bytes_share"] < 1
     assert bound["bytes_share"] < 1
-    assert "curves: what slicing costs is not known yet" in capsys.readouterr().err
+    assert "curve: what slicing costs is not known yet" in capsys.readouterr().err
 
 
 def test_quantizations_are_scored_and_plotted_beside_the_methods(

@@ -1,11 +1,13 @@
 """Teacher-forced scores, compared with the engine."""
 
-from glass_mlx import stream_generate
+from glass_mlx import draft_shortlist, stream_generate
 from glass_mlx.config import GlassConfig
 from glass_mlx.fidelity.prompts import Continuation
-from glass_mlx.fidelity.scoring import DenseReading, Scores, divergence, score, score_shortlists
+from glass_mlx.fidelity.scoring import DenseReading, Scores, divergence, score
 from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.models.architectures import tiny_model
+from glass_mlx.sampling import make_sampler
+from glass_mlx.session import Session
 from helpers import letter_tokenizer, made_prior, statistics_of
 
 import mlx.core as mx
@@ -36,7 +38,7 @@ def test_scores_match_generation_by_the_engine(kind, changes):
     """Teacher forcing on the engine's text gives the engine's log-probabilities."""
     model = tiny_model(kind)
     tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
-    options = {"density": 0.5, "warmup": 3, "refresh": 4, "prior_weight": 0.5} | changes
+    options = {"density": 0.5, "vocabulary": 1.0, "warmup": 3, "refresh": 4} | changes
     responses = list(
         stream_generate(model, tokenizer, PROMPT, max_tokens=30, prior=made_prior(model), **options)
     )
@@ -63,6 +65,33 @@ def test_scores_match_generation_by_the_engine(kind, changes):
     assert np.all(scores.kl[warmup:][~scores.dense[warmup:]] > 0)
     # A later dense token sees what the sliced model left in the cache.
     assert np.median(scores.kl[scores.dense]) < np.median(scores.kl[~scores.dense])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"density": None}, {"refresh": 0}, {"dense_every": 0}, {"warmup": 12}]
+)
+def test_drafts_and_checks_read_what_they_read_in_the_engine(monkeypatch, kind, changes):
+    monkeypatch.setattr(draft_shortlist, "_MAX_COST", np.inf)  # tiny models predict badly
+    model = tiny_model(kind)
+    tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
+    tokenizer.eos_token_ids = []
+    options = {"density": 0.5, "warmup": 3, "refresh": 8} | changes
+    mx.random.seed(5)
+    more = {"prior": made_prior(model), "sampler": make_sampler(1.0)}
+    responses = list(stream_generate(model, tokenizer, PROMPT, 60, **more, **options))
+    report, config = responses[-1].glass, GlassConfig(**options)
+    text = Continuation(PROMPT, [r.token for r in responses])
+    session = Session(model)
+    selector = session.selector(config, made_prior(model), always=KeptTokens(tokenizer))
+    scores = score(DenseReading(session, text, [selector.config.warmup]), selector)
+    assert report.drafts > report.checked_tokens > 30  # some were wrong
+    read = (1 + scores.bytes.sum()) * report.dense_bytes
+    assert read == pytest.approx(report.read_bytes, rel=1e-4)
+    assert scores.vocabulary[max(scores.vocabulary)] == report.vocabulary_got
+    assert scores.dense.sum() + 1 == report.dense_tokens
+    generated = [-r.logprobs[r.token].item() for r in responses[1:]]
+    assert np.allclose(scores.nll, generated, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefill", [{}, {"prefill_step_size": 100}, {"prefill_step_size": 150}])
@@ -139,21 +168,6 @@ def test_a_dense_reading_has_statistics_at_each_point():
                 part.scores("activation")[path] * part.tokens for part in (local.prompt, local.text)
             )
             assert np.allclose(prompt + text, scores * len(tokens_read), rtol=1e-5)
-
-
-def test_shortlists_alone_score_as_with_all_neurons():
-    """The dense model's logits tell what the shortlists cost."""
-    model = tiny_model("llama")
-    generated = np.random.default_rng(0).integers(2, 256, 40).tolist()
-    text = Continuation(PROMPT, generated)
-    config = GlassConfig(vocabulary=0.25, warmup=5, refresh=8)
-    reading = DenseReading(model, text, [5])
-    selector = reading.session.selector(config, made_prior(model))
-    kl, expected = score_shortlists(reading, selector), score(reading, selector).kl
-    assert np.allclose(kl, expected, rtol=1e-3, atol=1e-5)
-    assert kl.max() > 0.1
-    whole = reading.session.selector(GlassConfig(density=0.5), None)
-    assert np.all(score_shortlists(reading, whole) == 0)
 
 
 def test_divergence_equals_a_hand_computed_value():

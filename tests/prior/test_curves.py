@@ -6,7 +6,7 @@ from dataclasses import replace
 from glass_mlx.config import GlassConfig
 from glass_mlx.models import fingerprint
 from glass_mlx.models.architectures import tiny_model
-from glass_mlx.prior.curves import Curve, Curves
+from glass_mlx.prior.curves import Curve
 from glass_mlx.prior.file import GlobalPrior
 from glass_mlx.session import Session
 from helpers import curve_record, made_prior
@@ -63,8 +63,8 @@ def test_a_curve_of_zeros_allows_its_smallest_share():
         {"density": {"shares": [0.5], "kl": []}},
         {"density": {"shares": [0.5, 0.5], "kl": [1, 1]}},
         {"density": {"shares": [0.5, 1.0], "kl": [1, 1]}},
-        {"vocabulary": {"shares": [0.5], "kl": ["a"]}},
-        {"vocabulary": {"shares": [0.5], "kl": [-1.0]}},
+        {"density": {"shares": [0.5], "kl": ["a"]}},
+        {"density": {"shares": [0.5], "kl": [-1.0]}},
         {"conditions": None},
     ],
 )
@@ -72,7 +72,7 @@ def test_malformed_curves_are_refused(model, change, tmp_path):
     prior, file = made_prior(model), tmp_path / "prior.safetensors"
     record = curve_record(model) | change
     with pytest.raises(ValueError, match="curve"):
-        Curves.parse(record)
+        Curve.parse(record)
     replace(prior, about=prior.about | {"curves": [record]}).save(file)
     with pytest.raises(ValueError, match="its description is malformed"):
         GlobalPrior.load(file)
@@ -101,8 +101,8 @@ def test_curves_hold_for_the_settings_that_they_were_measured_with(model, change
     session = Session(model)
     prior = made_prior(model)
     prior = replace(prior, about=prior.about | {"curves": [curve_record(model)]})
-    assert prior.curves(session.conditions(GlassConfig(max_kl=0.3))) is not None
-    assert prior.curves(session.conditions(GlassConfig(**change))) is None
+    assert prior.curve(session.conditions(GlassConfig(max_kl=0.3))) is not None
+    assert prior.curve(session.conditions(GlassConfig(**change))) is None
 
 
 def test_curves_hold_for_the_weights_that_they_were_measured_with(model):
@@ -113,7 +113,7 @@ def test_curves_hold_for_the_weights_that_they_were_measured_with(model):
     half.set_dtype(mx.bfloat16)
     for other in (quantized, half):
         conditions = Session(other).conditions(GlassConfig())
-        assert prior.curves(conditions) is None
+        assert prior.curve(conditions) is None
     first, second = (
         Session(quantized).conditions(GlassConfig(down_policy=policy))
         for policy in ("requantize", "scatter")

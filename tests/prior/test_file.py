@@ -246,17 +246,15 @@ def test_non_finite_values_are_refused(model, file):
         GlobalPrior.load(file)
 
 
-def test_scores_of_the_vocabulary_must_be_there_for_its_curve(model, file):
+def test_scores_of_the_vocabulary_are_optional(model, file):
     prior = made_prior(model)
     replace(prior, vocabulary=np.zeros(0, np.float32)).save(file)
     with pytest.raises(ValueError, match=r"vocabulary\.plausibility has type float32"):
         GlobalPrior.load(file)
-    about = prior.about | {"curves": [curve_record(model)]}
-    replace(prior, about=about, vocabulary=np.ones(8, np.float32)).save(file)
-    assert GlobalPrior.load(file).vocabulary is not None
-    replace(prior, about=about, vocabulary=None).save(file)
-    with pytest.raises(ValueError, match="a curve of the vocabulary, and no"):
-        GlobalPrior.load(file)
+    for scores in (None, np.ones(8, np.float32)):
+        replace(prior, vocabulary=scores).save(file)
+        loaded = GlobalPrior.load(file)
+        assert (loaded.vocabulary is None) == (scores is None)
 
 
 def test_an_interrupted_save_keeps_the_old_file(model, file, monkeypatch):

@@ -232,14 +232,6 @@ def test_other_models_are_loaded_if_a_flag_allows_it(run_server, folder, tmp_pat
         assert chat(model="tiny").choices[0].message.content == text
 
 
-def test_usage_tells_what_the_vocabulary_has_cost(chat):
-    cut = chat(extra_body={"glass": {"vocabulary": 0.25}}, max_tokens=80).usage.glass
-    assert cut["measured_tokens"] >= 8
-    assert 0 < cut["measured_kl"] < 10
-    whole = chat(extra_body={"glass": {"density": 0.5}}, max_tokens=80).usage.glass
-    assert (whole["measured_tokens"], whole["measured_kl"]) == (0, None)
-
-
 def test_a_draft_model_proposes_tokens(run_server, chat, folder):
     """The text of the dense model is the same, and that of slices is the engine's."""
     model, tokenizer = load(str(folder))

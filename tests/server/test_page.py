@@ -1,7 +1,6 @@
 """The page at / in a real browser, used with the keyboard."""
 
 import json
-import re
 import shutil
 import time
 
@@ -90,7 +89,7 @@ def test_a_message_is_answered_and_the_panel_shows_how(open_page):
     assert float(page.inner_text("#dense-rate")) > 0
     assert page.inner_text("#bytes") == "0.6 MB"
     assert page.inner_text("#expected") == "≤ 0.050 nats"
-    assert page.inner_text("#measured") == "–"  # this bound keeps the whole vocabulary
+    assert page.inner_text("#drafts") == "–"  # this model predicts too badly for drafts to pay
     assert page.get_attribute("#layers", "aria-label").startswith("4 layers keep 75 % of their ")
     assert "renewed at token" in page.inner_text("#selections")
     assert picture(page, "#layers") != empty
@@ -123,8 +122,6 @@ def test_the_strip_changes_at_each_renewal(open_page):
     move_budget(page, 36)
     ask(page, "丁七丄")
     seen = page.evaluate("() => window.seen")
-    assert re.fullmatch(r"\d\.\d+ nats", page.inner_text("#measured"))
-    assert re.fullmatch(r"\d+ dense tokens", page.inner_text("#measured-tokens"))
     assert len(seen) > 3
     assert len({*seen}) > 2
 

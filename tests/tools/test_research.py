@@ -110,8 +110,8 @@ def test_curves_of_a_quantized_model_are_measured_as_floats(tmp_path, monkeypatc
     prior, session = GlobalPrior.load(output), Session(model)
     assert len(prior.about["curves"]) == 1 + len(policies)
     for policy in policies:
-        curves = prior.curves(session.conditions(GlassConfig(down_policy=policy)))
-        assert curves.density.kl[0] > 0
+        curve = prior.curve(session.conditions(GlassConfig(down_policy=policy)))
+        assert curve.kl[0] > 0
 
 
 @pytest.mark.parametrize(("kind", "experts"), [("copies", 4), ("clusters", 2)])

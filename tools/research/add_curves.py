@@ -119,7 +119,7 @@ def main() -> None:
             (float_session(Session(model), floats), GlassConfig(down_policy=policy))
             for policy in args.down_policy
         ]
-        with tqdm(total=settings.readings * len(runs), unit="read", file=sys.stderr) as bar:
+        with tqdm(total=settings.texts * len(runs), unit="read", file=sys.stderr) as bar:
             for session, config in runs:
                 measurement = CurveMeasurement(session, tokenizer, settings, progress=bar.update)
                 prior = with_curves(prior, measurement.measure(prior, config))

@@ -16,7 +16,7 @@ from glass_mlx.calibration.building import default_recipes
 from glass_mlx.calibration.texts import chat_frame, make_source
 from glass_mlx.config import GlassConfig
 from glass_mlx.errors import exit_on_error
-from glass_mlx.fidelity.scoring import DenseReading
+from glass_mlx.fidelity.scoring import DenseReading, divergence
 from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.renewal import is_dense_token, stretches
 from glass_mlx.reporting.tables import markdown_table
@@ -131,9 +131,9 @@ def _cost(
     shares = scores - scores.min() + 1e-3 * np.ptp(scores) / len(scores)
     shares[rows] = 0
     shares = (shares / shares.sum()).astype(np.float32)
-    outside, _ = Shortlist(rows, 0.5, shares).divergence(logprobs)
-    mean = max(float(outside.mean()), 1e-6)
-    _, kl = Shortlist(rows, mean, shares).divergence(logprobs)
+    outside = Shortlist(rows, 0.5, shares).missed(logprobs)
+    shortlist = Shortlist(rows, max(float(outside.mean()), 1e-6), shares)
+    kl = divergence(logprobs, log_probabilities(shortlist.back_off(logprobs)))
     return float(kl.sum()), float(outside.sum())
 
 

@@ -273,7 +273,7 @@ def _open_prior(folder: Path, seed: str) -> Output:
     prior = GlobalPrior.load(file)
     output = _generate(dense, tokenizer(), PROMPT, prior=file)
     output += _generate(dense, tokenizer(), PROMPT, prior=file, uniform=True)
-    if prior.curves(Session(dense).conditions(GlassConfig(**SCHEDULE))) is not None:
+    if prior.curve(Session(dense).conditions(GlassConfig(**SCHEDULE))) is not None:
         options = {"density": None, "vocabulary": None, "max_kl": 0.5}
         output += _generate(dense, tokenizer(), PROMPT, prior=prior, **options)
     return output
