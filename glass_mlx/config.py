@@ -13,9 +13,9 @@ DEFAULT_MAX_KL = 0.0
 # By default, the selection is first renewed after this many tokens.
 DEFAULT_REFRESH = 32
 
-# Where the text is the dense model's own, a short warm-up is enough, because every token after it
-# is observed, too, and renewals move only rows of the head.
-EXACT_WARMUP, EXACT_REFRESH = 4, 16
+# Drafts begin after this many tokens, in the warm-up. Where the text is the dense model's own, that
+# is the whole warm-up, and renewals move only rows of the head, so there are more of them.
+DRAFT_WARMUP, EXACT_REFRESH = 4, 16
 
 
 class Shares(NamedTuple):
@@ -91,7 +91,7 @@ class GlassConfig:
             drafts and checks. Without a density, it is 1.
         prior_weight: λ in [0, 1], the weight of the prior's ranks against the local ranks.
         warmup: number of tokens that are generated densely before the first selection, at least 1.
-            With a bound of 0, `EXACT_WARMUP` if that is smaller.
+            With a bound of 0, `DRAFT_WARMUP` if that is smaller.
         dense_every: after the warm-up, every token of this number is computed by the dense model,
             which observes it. At least 2, or 0 for none.
         refresh: number of tokens after which the selection is first renewed; see

@@ -25,6 +25,7 @@ import numpy as np
 # The shares of the vocabulary and the numbers of drafts that are compared.
 _SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _COUNTS = (2, 4, 6, 8)
+MAX_DRAFTS = max(_COUNTS)
 
 # Vocabularies are sorted by frequency, as most merges of byte pairs are found first for the most
 # frequent tokens. So each token is expected in proportion to 1 / (its id + this number).
@@ -57,7 +58,9 @@ class HeadCost:
     row: float
 
 
-def cost_of_drafts(share: float, count: int, wrong: float, head: HeadCost) -> float:
+def cost_of_drafts(
+    share: float, count: int, wrong: float, head: HeadCost, reads_again: bool = False
+) -> float:
     """Return the cost of a token of the text, over the dense model's: its bytes, if rows are free.
 
     Args:
@@ -65,8 +68,12 @@ def cost_of_drafts(share: float, count: int, wrong: float, head: HeadCost) -> fl
         count: the number of drafts in a block.
         wrong: the probability that a draft is wrong.
         head: what the whole head costs.
+        reads_again: whether the drafts up to a wrong one are read again before the next block.
     """
-    drafts = count * (1 - head.share * (1 - share))
+    passes = float(count)
+    if reads_again:
+        passes += sum(n * wrong * (1 - wrong) ** (n - 1) for n in range(1, count))
+    drafts = passes * (1 - head.share * (1 - share))
     check = head.share * (1 + head.row * (count - 1))
     taken = (1 - (1 - wrong) ** count) / wrong  # the mean of drafts up to the first wrong one
     return (drafts + check) / taken
@@ -126,11 +133,12 @@ class DraftShortlister(Shortlister):
             self._missed = self._missed + (probabilities @ self._outside).sum(0)
         mx.async_eval(self.arrays)
 
-    def choose(self, text: Sequence[int]) -> Shortlist | None:
+    def choose(self, text: Sequence[int], reads_again: bool = False) -> Shortlist | None:
         """Choose the shortlist and the number of drafts that cost least.
 
         Args:
             text: the tokens so far, which begin with those of the last call.
+            reads_again: see `cost_of_drafts`.
 
         Returns:
             The shortlist, or None if drafts do not pay.
@@ -146,7 +154,7 @@ class DraftShortlister(Shortlister):
         wrong = np.minimum(excess * missing, 1 - _MIN_RIGHT)
         costs = {
             (place, count): cost_of_drafts(
-                len(rows[place]) / len(scores), count, wrong[place], self._head
+                len(rows[place]) / len(scores), count, wrong[place], self._head, reads_again
             )
             for place in range(len(_SHARES))
             for count in _COUNTS

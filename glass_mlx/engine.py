@@ -5,9 +5,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from glass_mlx.block_decoding import can_take_back
 from glass_mlx.checked_decoding import CheckedDecoder, CheckedModel
+from glass_mlx.config import DRAFT_WARMUP
 from glass_mlx.decoding import Decoder
-from glass_mlx.draft_shortlist import DraftShortlister
+from glass_mlx.draft_shortlist import MAX_DRAFTS, DraftShortlister
 from glass_mlx.generation_report import Report, Reporter
 from glass_mlx.models import LogitsOfHidden
 from glass_mlx.renewal import is_dense_pass, is_dense_token, stretches
@@ -144,12 +146,18 @@ class Generation:
             reader, prompt, until=1, progress=progress, input_embeddings=input_embeddings
         )
 
-        # 2) Warm-up. The dense model writes the first tokens, which are observed separately.
+        # 2) Warm-up. The dense model writes the first tokens, which are observed separately. Soon
+        #    its tokens are drafted, too; see 5).
         writer = self._session.observed_by_token(self._observer)
         if isinstance(decoder, SpeculativeDecoder):
             writer = TargetModel(writer, self._observer)
-        if decoder.generated < min(config.warmup, decoder.limit):
-            yield from self._dense_steps(writer, decoder.last(1), until=config.warmup)
+        has_drafts = isinstance(self._shortlister, DraftShortlister)
+        undrafted = min(config.warmup, DRAFT_WARMUP) if has_drafts else config.warmup
+        if decoder.generated < min(undrafted, decoder.limit):
+            yield from self._dense_steps(writer, decoder.last(1), until=undrafted)
+        if isinstance(self._shortlister, DraftShortlister):
+            warmup = min(config.warmup, decoder.limit)
+            yield from self._drafted_steps(self._shortlister, writer, until=warmup)
 
         if self._selector.is_exact and self._shortlister is None:
             yield from self._dense_steps(writer, decoder.last(1), until=decoder.limit)
@@ -185,15 +193,20 @@ class Generation:
             The tokens, or None for all.
         """
         self._flush()
-        shortlist = None
-        if self._shortlister is not None:
-            with self._reporter.timed("select_time"):
-                shortlist = self._shortlister.choose(self._decoder.tokens)
+        shortlist, shortlister, decoder = None, self._shortlister, self._decoder
+        with self._reporter.timed("select_time"):
+            if isinstance(shortlister, DraftShortlister):
+                reads_again = not can_take_back(decoder.cache, MAX_DRAFTS)
+                shortlist = shortlister.choose(decoder.tokens, reads_again)
+            elif shortlister is not None:
+                shortlist = shortlister.choose(decoder.tokens)
         self._check_agreement(shortlist)
         with self._reporter.timed("slice_time"):
             self._slices.slice_head(shortlist)
         selection = self._slices.selection
-        if self._selector.is_exact:
+        if not self._slices.slices:
+            if shortlist is None:
+                return None
             selection = Selection.everything(self._session.shapes)
         self._reporter.slices(
             selection,
@@ -251,18 +264,26 @@ class Generation:
         unread = head - round(head * shortlist.share)
         dense_bytes, sliced_bytes = report.dense_bytes - unread, report.sliced_bytes
         passes = dense_passes = checks = 0
+
+        def count_reads() -> None:
+            """Record what was read since the last call."""
+            nonlocal passes, dense_passes, checks
+            drafts, dense = model.passes - passes, model.dense_passes - dense_passes
+            read = dense * dense_bytes + (drafts - dense) * sliced_bytes
+            self._reporter.drafts(drafts, read + (model.checks - checks) * head)
+            passes, dense_passes, checks = model.passes, model.dense_passes, model.checks
+
         with closing(self._decoder.run(model, self._decoder.last(1), until)) as run:
             for sampled in run:
-                drafts, dense = model.passes - passes, model.dense_passes - dense_passes
-                read = dense * dense_bytes + (drafts - dense) * sliced_bytes
-                read += (model.checks - checks) * head
-                passes, dense_passes, checks = model.passes, model.dense_passes, model.checks
+                count_reads()
                 is_dense = self._is_dense(self._decoder.generated)
-                yield Step(*sampled, self._reporter.checked_token(is_dense, read, drafts))
+                yield Step(*sampled, self._reporter.checked_token(is_dense))
+        count_reads()  # after the last block, tokens may be read again
 
     def _is_dense(self, number: int) -> bool:
-        """Return whether the dense model computes a token after the warm-up, by its number."""
-        return is_dense_token(self._selector.config, number)
+        """Return whether the dense model computes a token, by its number, to observe it."""
+        config = self._selector.config
+        return not config.is_exact and (number <= config.warmup or is_dense_token(config, number))
 
     def _flush(self) -> None:
         """Add what is observed to the statistics."""

@@ -157,22 +157,28 @@ class Reporter:
         )
         return self.report
 
-    def checked_token(self, dense: bool, read: int, drafts: int) -> Report:
+    def drafts(self, count: int, read: int) -> None:
+        """Count drafts, also of tokens that are read again, and the bytes that were read for them.
+
+        Args:
+            count: the number of drafts.
+            read: the bytes of weights, with those of checks.
+        """
+        drafts, read_bytes = self.report.drafts + count, self.report.read_bytes + read
+        self.report = replace(self.report, drafts=drafts, read_bytes=read_bytes)
+
+    def checked_token(self, dense: bool) -> Report:
         """Count a token that was drafted and checked; see `token`.
 
         Args:
             dense: whether the dense model drafted it.
-            read: the bytes of weights that were read for it.
-            drafts: how many tokens were drafted for it.
         """
         report = self.report
         self.report = replace(
             report,
             dense=dense,
             dense_tokens=report.dense_tokens + dense,
-            read_bytes=report.read_bytes + read,
             checked_tokens=report.checked_tokens + 1,
-            drafts=report.drafts + drafts,
         )
         return self.report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glass_mlx.budget import Budget
-from glass_mlx.config import DEFAULT_REFRESH, EXACT_REFRESH, EXACT_WARMUP, GlassConfig
+from glass_mlx.config import DEFAULT_REFRESH, DRAFT_WARMUP, EXACT_REFRESH, GlassConfig
 from glass_mlx.draft_shortlist import HeadCost
 from glass_mlx.memory import without_room
 from glass_mlx.models import (
@@ -258,7 +258,7 @@ class Session:
         refresh = config.refresh
         if refresh is None:
             refresh = EXACT_REFRESH if config.is_exact else self.refresh
-        warmup = min(config.warmup, EXACT_WARMUP) if config.is_exact else config.warmup
+        warmup = min(config.warmup, DRAFT_WARMUP) if config.is_exact else config.warmup
         return replace(config, refresh=refresh, warmup=warmup)
 
     def conditions(self, config: GlassConfig) -> dict[str, Any]:
@@ -342,7 +342,12 @@ class Session:
         budget: Budget | None = None,
         always: Callable[[Sequence[int]], Collection[int]] = frozenset,
     ) -> Selector:
-        """Return the selector for a configuration and a prior; see `Selector`."""
+        """Return the selector for a configuration and a prior; see `Selector`.
+
+        A bound that no slice of the FFNs stays within is taken for 0.
+        """
+        if budget is not None and budget.density == 1:
+            config, budget = replace(config, max_kl=0.0), None
         size = self.head.size if self.head else 0
         part = None if prior is None else self._facts.part_of(prior)
         return Selector(

@@ -135,6 +135,55 @@ def test_a_generation_that_is_stopped_leaves_the_cache_of_the_text(tokenizer, ar
     assert mx.allclose(*logits, atol=1e-4)
 
 
+def with_and_without_drafts(model, tokenizer, n=60, caches=(None, None), **options):
+    """Return the responses of a sliced model with the whole head, and those with drafts."""
+    options = {"density": 0.5, "warmup": 6, "refresh": 8, "prior": made_prior(model)} | options
+    runs = []
+    for vocabulary, cache in zip((1.0, None), caches, strict=True):
+        mx.random.seed(3)
+        more = {} if cache is None else {"prompt_cache": cache}
+        run = stream_generate(model, tokenizer, PROMPT, n, vocabulary=vocabulary, **options, **more)
+        runs.append((list(run), random_key().tolist()))
+    (whole, key), (drafted, other_key) = runs
+    assert key == other_key
+    return whole, drafted
+
+
+SLICED = [
+    {},
+    {"sampler": make_sampler(0.8)},
+    {"dense_every": 0},
+    {"warmup": 1},
+    {"refresh": 0},
+    {"logits_processors": make_logits_processors({5: 4.0}, 1.5, 20)},
+]
+
+
+@pytest.mark.parametrize("options", SLICED)
+@pytest.mark.parametrize("architecture", FAST)
+def test_sliced_models_write_the_same_with_drafts(tokenizer, architecture, options):
+    windows = {"sliding_window": 24} if architecture.startswith("gemma") else {}
+    model = tiny_model(architecture, seed=49, **windows)
+    whole, drafted = with_and_without_drafts(model, tokenizer, **options)
+    check_same(whole, drafted)
+    assert [r.glass.dense for r in drafted] == [r.glass.dense for r in whole]
+    assert drafted[-1].glass.drafts >= drafted[-1].glass.checked_tokens > 20
+    # The dense model's tokens are observed, and drafts that were wrong are not.
+    expected = whole[-1].glass.selection.indices
+    for path, kept in drafted[-1].glass.selection.indices.items():
+        assert np.array_equal(kept, expected[path])
+
+
+def test_statistics_count_each_dense_token_once(model, tokenizer):
+    caches = [glass_mlx.make_prompt_cache(model) for _ in range(2)]
+    with_and_without_drafts(model, tokenizer, 90, caches, sampler=make_sampler(1.0))
+    whole, drafted = (cache.statistics.text for cache in caches)
+    assert drafted.tokens == whole.tokens
+    for path, scores in whole.scores("griffin").items():
+        assert np.allclose(drafted.scores("griffin")[path], scores, rtol=1e-4)
+    assert caches[0].tokens == caches[1].tokens
+
+
 def test_conversations_continue(model, tokenizer):
     cache = glass_mlx.make_prompt_cache(model)
     prior, text = made_prior(model), []

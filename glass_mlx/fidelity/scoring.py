@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from glass_mlx.block_decoding import can_take_back
 from glass_mlx.cache_masks import masked_as_one_by_one
-from glass_mlx.config import GlassConfig
-from glass_mlx.draft_shortlist import MAX_MISSING, DraftShortlister
+from glass_mlx.config import DRAFT_WARMUP, GlassConfig
+from glass_mlx.draft_shortlist import MAX_DRAFTS, MAX_MISSING, DraftShortlister
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.models import FFN, Routing, with_call, with_replacements, with_taps
 from glass_mlx.prompt_cache import PromptCache, make_prompt_cache, read_prompt
@@ -248,9 +249,9 @@ def score(
         vocabulary, size = VocabularyStatistics(), session.vocabulary_size
         shortlister = selector.draft_shortlister(vocabulary, size, cost)
     if shortlister is not None:
-        _warm_up(shortlister, reading, config)
+        _warm_up(shortlister, reading, config, cache, scores)
     if selector.is_exact:
-        return _score_exact(reading, config, shortlister, scores)
+        return _score_exact(reading, config, shortlister, cache, scores)
     unsliced = session.without_room(selector, required=not masks)
     sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
     for start, stop in stretches(config, reading.tokens + 1):
@@ -266,6 +267,7 @@ def score(
 
         # 2) Run the dense and the sliced model on all tokens of the stretch at once.
         tokens, is_dense = _stretch(config, start, int(stop))
+        reads_again = not can_take_back(cache, MAX_DRAFTS)
         model = _interleaved(session, sliced_model, statistics, is_dense)
         logits = reading.logits(model, cache, tokens)
         mx.eval(logits, statistics.arrays)
@@ -275,7 +277,7 @@ def score(
             is_dense, 1, session.bytes_of(sliced_model) / session.weight_bytes
         )
         if isinstance(shortlister, DraftShortlister):
-            _draft(shortlister, reading, start, logits, scores)
+            _draft(shortlister, reading, start, logits, reads_again, scores)
             scores.put(tokens, reading, log_probabilities(logits), is_dense)
         else:
             logprobs = _back_off(shortlister, reading, start, logits, is_dense, scores)
@@ -284,7 +286,11 @@ def score(
 
 
 def _score_exact(
-    reading: DenseReading, config: GlassConfig, shortlister: Shortlister | None, scores: Scores
+    reading: DenseReading,
+    config: GlassConfig,
+    shortlister: Shortlister | None,
+    cache: list[Any],
+    scores: Scores,
 ) -> Scores:
     """Return the dense model's own scores, and the bytes that drafts and checks would read."""
     if not isinstance(shortlister, DraftShortlister):
@@ -292,7 +298,8 @@ def _score_exact(
     for start, stop in stretches(config, reading.tokens + 1):
         scores.selections[start] = Selection.everything(reading.session.shapes)
         tokens, scores.dense[tokens] = _stretch(config, start, int(stop))
-        _draft(shortlister, reading, start, reading.dense[tokens], scores)
+        reads_again = not can_take_back(cache, start - config.warmup + MAX_DRAFTS)
+        _draft(shortlister, reading, start, reading.dense[tokens], reads_again, scores)
     return scores
 
 
@@ -338,6 +345,7 @@ def _draft(
     reading: DenseReading,
     start: int,
     logits: mx.array,
+    reads_again: bool,
     scores: Scores,
 ) -> None:
     """Score the bytes that drafts and checks of a stretch would read.
@@ -349,6 +357,7 @@ def _draft(
         reading: the continuation.
         start: the number of generated tokens before the stretch.
         logits: (n, vocabulary) the logits of its tokens.
+        reads_again: see `cost_of_drafts`.
         scores: the scores, with the bytes of these tokens without drafts.
     """
     session, first, stop = reading.session, start - 1, start - 1 + len(logits)
@@ -356,7 +365,7 @@ def _draft(
     head = session.head.bytes / session.weight_bytes
     done = first
     while done < stop:  # once more whenever drafts were wrong
-        shortlist, end = shortlister.choose(reading.read(done + 1)), stop
+        shortlist, end = shortlister.choose(reading.read(done + 1), reads_again), stop
         if shortlist is not None:
             scores.vocabulary[done + 1] = shortlist.share
             drafts = scores.bytes[done:stop] - head * (1 - shortlist.share)
@@ -365,6 +374,8 @@ def _draft(
             for taken, count in _blocks(right, shortlister.count):
                 place = end - done
                 read = drafts[place : place + count].sum() + head
+                if reads_again and taken < count:
+                    read += drafts[place : place + taken].sum()
                 scores.bytes[end : end + taken] = read / taken
                 end += taken
             shortlister.wrong += int((~right[: end - done]).sum())
@@ -444,10 +455,31 @@ def _interleaved(
     return with_replacements(session.model, modules)
 
 
-def _warm_up(shortlister: Shortlister, reading: DenseReading, config: GlassConfig) -> None:
-    """Show the predictions of the warm-up to a shortlister, as the engine does."""
-    if config.warmup > 1:
-        shortlister.observe(reading.dense[: config.warmup - 1])
+def _warm_up(
+    shortlister: Shortlister,
+    reading: DenseReading,
+    config: GlassConfig,
+    cache: list[Any],
+    scores: Scores,
+) -> None:
+    """Show the predictions of the warm-up to a shortlister, and draft in it, as the engine does.
+
+    Args:
+        shortlister: the shortlister.
+        reading: the continuation.
+        config: the schedule.
+        cache: the cache at the end of the warm-up.
+        scores: where the bytes go.
+    """
+    stop = config.warmup
+    has_drafts = isinstance(shortlister, DraftShortlister)
+    undrafted = min(stop, DRAFT_WARMUP) if has_drafts else stop
+    if undrafted > 1:
+        shortlister.observe(reading.dense[: undrafted - 1])
+    if isinstance(shortlister, DraftShortlister) and undrafted < stop:
+        reads_again = not can_take_back(cache, undrafted - stop + MAX_DRAFTS)
+        logits = reading.dense[undrafted - 1 : stop - 1]
+        _draft(shortlister, reading, undrafted, logits, reads_again, scores)
 
 
 def _stretch(config: GlassConfig, start: int, stop: int) -> tuple[slice, np.ndarray]:

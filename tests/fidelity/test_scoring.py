@@ -67,7 +67,7 @@ def test_scores_match_generation_by_the_engine(kind, changes):
     assert np.median(scores.kl[scores.dense]) < np.median(scores.kl[~scores.dense])
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "lfm2"])
 @pytest.mark.parametrize(
     "changes", [{}, {"density": None}, {"refresh": 0}, {"dense_every": 0}, {"warmup": 12}]
 )

@@ -11,7 +11,7 @@ from itertools import product
 
 from glass_mlx.arguments import add_load_arguments, add_model_argument
 from glass_mlx.calibration.first_use import find_needed_prior, make_selector
-from glass_mlx.config import EXACT_REFRESH, EXACT_WARMUP, GlassConfig
+from glass_mlx.config import DRAFT_WARMUP, EXACT_REFRESH, GlassConfig
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.scoring import score
 from glass_mlx.reporting.tables import markdown_table
@@ -31,7 +31,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     continuations.add_arguments(parser)
     parser.add_argument("--limit", type=int, default=8, help="Number of prompts (%(default)s).")
     parser.add_argument(
-        "--warmup", type=int, nargs="+", default=[EXACT_WARMUP], help="(%(default)s)"
+        "--warmup", type=int, nargs="+", default=[DRAFT_WARMUP], help="(%(default)s)"
     )
     parser.add_argument(
         "--refresh", type=int, nargs="+", default=[EXACT_REFRESH], help="(%(default)s)"
