@@ -14,6 +14,7 @@ import compare_long_texts
 import compare_outside
 import compare_parts
 import compare_priors
+import compare_samplers
 import compare_schedules
 import compare_shortlists
 import count_sent_bytes
@@ -50,14 +51,25 @@ def test_schedules_are_compared(folder, tmp_path, monkeypatch, capsys):
 def test_schedules_of_drafts_are_compared(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(draft_shortlist, "_MAX_COST", 10)
     arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 50]
-    run(monkeypatch, compare_drafts, *arguments, "--warmup", 1, 16)
+    run(monkeypatch, compare_drafts, *arguments, "--warmup", 1, 4)
     _, _, *rows = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert [row[:3] for row in cells] == [
-        [prior, warmup, "16"] for prior in ("yes", "no") for warmup in ("1", "16")
+        [prior, warmup, "16"] for prior in ("yes", "no") for warmup in ("1", "4")
     ]
     assert all(0 < float(row[3]) < 1 for row in cells)
     assert float(cells[2][4]) > 0
+
+
+def test_samplers_are_compared(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(draft_shortlist, "_MAX_COST", 10)
+    arguments = ["--model", folder, "--prompts", tmp_path / "prompts.txt", "--tokens", 50]
+    run(monkeypatch, compare_samplers, *arguments, "--temp", 1)
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:2] for row in cells] == [["1", name] for name in compare_samplers.SAMPLERS]
+    assert all(int(row[2]) > 0 and float(row[3]) >= 1 and float(row[4]) > 0 for row in cells)
+    assert float(cells[0][3]) > float(cells[1][3])
 
 
 def test_choices_in_parts_are_compared(folder, tmp_path, monkeypatch, capsys):

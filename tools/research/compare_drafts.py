@@ -31,7 +31,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     continuations.add_arguments(parser)
     parser.add_argument("--limit", type=int, default=8, help="Number of prompts (%(default)s).")
     parser.add_argument(
-        "--warmup", type=int, nargs="+", default=[DRAFT_WARMUP], help="(%(default)s)"
+        "--warmup", type=int, nargs="+", default=[DRAFT_WARMUP], help="At most 4 (%(default)s)."
     )
     parser.add_argument(
         "--refresh", type=int, nargs="+", default=[EXACT_REFRESH], help="(%(default)s)"
@@ -53,7 +53,7 @@ def compare(args: argparse.Namespace) -> dict[Setting, np.ndarray]:
         selector.config = replace(selector.config, warmup=warmup, refresh=refresh)
         selectors[has_prior, warmup, refresh] = selector
     results: dict[Setting, list[list[float]]] = {setting: [] for setting in selectors}
-    for reading in continuations.read_continuations(session, tokenizer, args):
+    for reading in continuations.read_continuations(session, tokenizer, args, args.warmup):
         for setting, selector in selectors.items():
             scores = score(reading, selector)
             shares = np.mean([*scores.vocabulary.values()] or [1.0]) * reading.tokens
