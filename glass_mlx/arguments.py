@@ -247,7 +247,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser, default: str) -> Non
         nargs="+",
         default=[],
         metavar="SHARE",
-        help="Shares of the vocabulary to keep, each with every density.",
+        help="Shares of the vocabulary that compute each token, each with every density (1).",
     )
 
 

@@ -40,10 +40,8 @@ class Setting(NamedTuple):
     @property
     def flags(self) -> str:
         """The flags of commands that stand for the setting, such as `--max-kl 0.1`."""
-        values = {name: value for name, value in self._asdict().items() if value is not None}
-        if self.density is not None and self.vocabulary == 1:
-            del values["vocabulary"]
-        return " ".join(f"--{name.replace('_', '-')} {v:g}" for name, v in values.items())
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in given.items())
 
 
 def check_density(density: float) -> None:

@@ -92,6 +92,7 @@ class DraftShortlister(Shortlister):
     Attributes:
         count: the number of drafts in a block.
         wrong: how many drafts were wrong so far.
+        reads_again: whether the drafts up to a wrong one are read again; see `cost_of_drafts`.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class DraftShortlister(Shortlister):
         by_id = _by_id(size)
         expected = by_id if prior is None else (by_id + prior / max(float(prior.sum()), 1e-9)) / 2
         super().__init__(statistics, 1.0, expected, always)
-        self.count, self.wrong = 0, 0
+        self.count, self.wrong, self.reads_again = 0, 0, False
         self._head = head
         self._outside: mx.array | None = None
         self._missed = mx.zeros(len(_SHARES))
@@ -133,12 +134,11 @@ class DraftShortlister(Shortlister):
             self._missed = self._missed + (probabilities @ self._outside).sum(0)
         mx.async_eval(self.arrays)
 
-    def choose(self, text: Sequence[int], reads_again: bool = False) -> Shortlist | None:
+    def choose(self, text: Sequence[int]) -> Shortlist | None:
         """Choose the shortlist and the number of drafts that cost least.
 
         Args:
             text: the tokens so far, which begin with those of the last call.
-            reads_again: see `cost_of_drafts`.
 
         Returns:
             The shortlist, or None if drafts do not pay.
@@ -154,7 +154,7 @@ class DraftShortlister(Shortlister):
         wrong = np.minimum(excess * missing, 1 - _MIN_RIGHT)
         costs = {
             (place, count): cost_of_drafts(
-                len(rows[place]) / len(scores), count, wrong[place], self._head, reads_again
+                len(rows[place]) / len(scores), count, wrong[place], self._head, self.reads_again
             )
             for place in range(len(_SHARES))
             for count in _COUNTS

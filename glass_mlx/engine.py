@@ -105,12 +105,13 @@ class Generation:
         self._statistics = statistics
         # With a reload, dense weights make room for each slice.
         unsliced = frozenset[str]() if reload else session.without_room(selector)
-        self._shortlister = selector.shortlister(statistics.vocabulary)
+        self._drafter: DraftShortlister | None = None
         cost = session.head_cost if isinstance(decoder, CheckedDecoder) else None
         if cost is not None:
-            self._shortlister = selector.draft_shortlister(
+            self._drafter = selector.draft_shortlister(
                 statistics.vocabulary, session.vocabulary_size, cost
             )
+        self._shortlister = self._drafter or selector.shortlister(statistics.vocabulary)
         if self._shortlister is not None:
             self._shortlister.keep(earlier)
         self._observer = TokenObserver(statistics.text, self._shortlister)
@@ -151,15 +152,14 @@ class Generation:
         writer = self._session.observed_by_token(self._observer)
         if isinstance(decoder, SpeculativeDecoder):
             writer = TargetModel(writer, self._observer)
-        has_drafts = isinstance(self._shortlister, DraftShortlister)
-        undrafted = min(config.warmup, DRAFT_WARMUP) if has_drafts else config.warmup
+        undrafted = min(config.warmup, DRAFT_WARMUP) if self._drafter else config.warmup
         if decoder.generated < min(undrafted, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=undrafted)
-        if isinstance(self._shortlister, DraftShortlister):
+        if self._drafter:
             warmup = min(config.warmup, decoder.limit)
-            yield from self._drafted_steps(self._shortlister, writer, until=warmup)
+            yield from self._drafted_steps(self._drafter, writer, until=warmup)
 
-        if self._selector.is_exact and self._shortlister is None:
+        if self._selector.is_exact and not self._drafter:
             yield from self._dense_steps(writer, decoder.last(1), until=decoder.limit)
             return
         for _, stop in stretches(config, decoder.limit):
@@ -169,8 +169,8 @@ class Generation:
 
             # 5) Decode on the slices until the next renewal. Now and then the dense model computes
             #    a token, which adds to the statistics.
-            if isinstance(self._shortlister, DraftShortlister):
-                yield from self._drafted_steps(self._shortlister, writer, until=stop)
+            if self._drafter:
+                yield from self._drafted_steps(self._drafter, writer, until=stop)
             else:
                 self._slice_head()
                 yield from self._sliced_steps(writer, until=stop)
@@ -193,27 +193,25 @@ class Generation:
             The tokens, or None for all.
         """
         self._flush()
-        shortlist, shortlister, decoder = None, self._shortlister, self._decoder
-        with self._reporter.timed("select_time"):
-            if isinstance(shortlister, DraftShortlister):
-                reads_again = not can_take_back(decoder.cache, MAX_DRAFTS)
-                shortlist = shortlister.choose(decoder.tokens, reads_again)
-            elif shortlister is not None:
-                shortlist = shortlister.choose(decoder.tokens)
+        shortlist = None
+        if self._drafter:
+            self._drafter.reads_again = not can_take_back(self._decoder.cache, MAX_DRAFTS)
+        if self._shortlister:
+            with self._reporter.timed("select_time"):
+                shortlist = self._shortlister.choose(self._decoder.tokens)
         self._check_agreement(shortlist)
         with self._reporter.timed("slice_time"):
             self._slices.slice_head(shortlist)
-        selection = self._slices.selection
-        if not self._slices.slices:
-            if shortlist is None:
-                return None
-            selection = Selection.everything(self._session.shapes)
-        self._reporter.slices(
-            selection,
-            shortlist,
-            self._selector.prior_weight(self._statistics),
-            self._session.bytes_of(self._slices.model),
-        )
+        selection = Selection.everything(self._session.shapes)
+        if self._slices.slices:
+            selection = self._slices.selection
+        if shortlist or self._slices.slices or self._reporter.report.selections:
+            self._reporter.slices(
+                selection,
+                shortlist,
+                self._selector.prior_weight(self._statistics),
+                self._session.bytes_of(self._slices.model),
+            )
         return shortlist
 
     def _drafted_steps(

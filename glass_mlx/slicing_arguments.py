@@ -13,8 +13,9 @@ def add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "--max-kl",
         type=float,
         metavar="X",
-        help="Keep as few bytes as possible while KL divergence from the dense model is expected "
-        f"to stay within X nats per token (default: {DEFAULT_MAX_KL}).",
+        help="Keep as few feed-forward neurons as possible while KL divergence from the dense "
+        "model is expected to stay within X nats per token; 0 for all, and the dense model's own "
+        f"text (default: {DEFAULT_MAX_KL:g}).",
     )
     group.add_argument(
         "--density",
@@ -25,7 +26,8 @@ def add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         "--vocabulary",
         type=float,
         metavar="SHARE",
-        help="Share of the output head's rows to keep, instead of --max-kl.",
+        help="Share of the output head's rows that compute each token, instead of --max-kl. "
+        "Default: a part of them drafts, and all of them check the drafts.",
     )
     group.add_argument(
         "--prior-weight",

@@ -41,6 +41,7 @@ def test_a_share_that_is_not_given_is_1_unless_a_bound_decides():
 
 def test_settings_are_named_by_their_flags():
     assert Setting(max_kl=0.05).flags == "--max-kl 0.05"
-    assert Setting(density=0.5, vocabulary=1).flags == "--density 0.5"
+    assert Setting(density=0.5).flags == "--density 0.5"
+    assert Setting(density=0.5, vocabulary=1).flags == "--density 0.5 --vocabulary 1"
     assert Setting(density=1, vocabulary=0.25).flags == "--density 1 --vocabulary 0.25"
     assert Setting(vocabulary=0.25).flags == "--vocabulary 0.25"

@@ -267,7 +267,8 @@ def score(
 
         # 2) Run the dense and the sliced model on all tokens of the stretch at once.
         tokens, is_dense = _stretch(config, start, int(stop))
-        reads_again = not can_take_back(cache, MAX_DRAFTS)
+        if isinstance(shortlister, DraftShortlister):
+            shortlister.reads_again = not can_take_back(cache, MAX_DRAFTS)
         model = _interleaved(session, sliced_model, statistics, is_dense)
         logits = reading.logits(model, cache, tokens)
         mx.eval(logits, statistics.arrays)
@@ -277,7 +278,7 @@ def score(
             is_dense, 1, session.bytes_of(sliced_model) / session.weight_bytes
         )
         if isinstance(shortlister, DraftShortlister):
-            _draft(shortlister, reading, start, logits, reads_again, scores)
+            _draft(shortlister, reading, start, logits, scores)
             scores.put(tokens, reading, log_probabilities(logits), is_dense)
         else:
             logprobs = _back_off(shortlister, reading, start, logits, is_dense, scores)
@@ -298,8 +299,9 @@ def _score_exact(
     for start, stop in stretches(config, reading.tokens + 1):
         scores.selections[start] = Selection.everything(reading.session.shapes)
         tokens, scores.dense[tokens] = _stretch(config, start, int(stop))
-        reads_again = not can_take_back(cache, start - config.warmup + MAX_DRAFTS)
-        _draft(shortlister, reading, start, reading.dense[tokens], reads_again, scores)
+        unread = start - config.warmup
+        shortlister.reads_again = not can_take_back(cache, unread + MAX_DRAFTS)
+        _draft(shortlister, reading, start, reading.dense[tokens], scores)
     return scores
 
 
@@ -345,7 +347,6 @@ def _draft(
     reading: DenseReading,
     start: int,
     logits: mx.array,
-    reads_again: bool,
     scores: Scores,
 ) -> None:
     """Score the bytes that drafts and checks of a stretch would read.
@@ -357,7 +358,6 @@ def _draft(
         reading: the continuation.
         start: the number of generated tokens before the stretch.
         logits: (n, vocabulary) the logits of its tokens.
-        reads_again: see `cost_of_drafts`.
         scores: the scores, with the bytes of these tokens without drafts.
     """
     session, first, stop = reading.session, start - 1, start - 1 + len(logits)
@@ -365,7 +365,7 @@ def _draft(
     head = session.head.bytes / session.weight_bytes
     done = first
     while done < stop:  # once more whenever drafts were wrong
-        shortlist, end = shortlister.choose(reading.read(done + 1), reads_again), stop
+        shortlist, end = shortlister.choose(reading.read(done + 1)), stop
         if shortlist is not None:
             scores.vocabulary[done + 1] = shortlist.share
             drafts = scores.bytes[done:stop] - head * (1 - shortlist.share)
@@ -374,7 +374,7 @@ def _draft(
             for taken, count in _blocks(right, shortlister.count):
                 place = end - done
                 read = drafts[place : place + count].sum() + head
-                if reads_again and taken < count:
+                if shortlister.reads_again and taken < count:
                     read += drafts[place : place + taken].sum()
                 scores.bytes[end : end + taken] = read / taken
                 end += taken
@@ -477,9 +477,9 @@ def _warm_up(
     if undrafted > 1:
         shortlister.observe(reading.dense[: undrafted - 1])
     if isinstance(shortlister, DraftShortlister) and undrafted < stop:
-        reads_again = not can_take_back(cache, undrafted - stop + MAX_DRAFTS)
+        shortlister.reads_again = not can_take_back(cache, undrafted - stop + MAX_DRAFTS)
         logits = reading.dense[undrafted - 1 : stop - 1]
-        _draft(shortlister, reading, undrafted, logits, reads_again, scores)
+        _draft(shortlister, reading, undrafted, logits, scores)
 
 
 def _stretch(config: GlassConfig, start: int, stop: int) -> tuple[slice, np.ndarray]:

@@ -295,8 +295,8 @@ class GlassResponseGenerator(ResponseGenerator):
         """
         if not is_measured(session, self.model_provider.prior, job.config):
             raise bad_request(
-                "this server has not measured what slicing costs; give glass.density or "
-                "glass.vocabulary, or start it with --max-kl and a bound above 0",
+                "this server has not measured what slicing costs; give glass.density, or "
+                "start it with --max-kl and a bound above 0",
                 "glass.max_kl",
             )
         tokenizer, flags = self.model_provider.tokenizer, self.cli_args

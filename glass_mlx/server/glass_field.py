@@ -75,7 +75,7 @@ class GlassField:
         if not self.shares and not default.has_budget:
             raise bad_request(
                 "this server was started with --density or --vocabulary, so it has not measured "
-                "what slicing costs; give glass.density or glass.vocabulary",
+                "what slicing costs; give glass.density",
                 "glass.max_kl",
             )
         shares = {name: getattr(self, name) for name in _NUMBERS}
