@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+from glass_mlx.budget import Budget
 from glass_mlx.config import GlassConfig
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.ranking import ranks
+from glass_mlx.selection import Selector
 from glass_mlx.session import Session
+from glass_mlx.vocabulary import VocabularyStatistics
 from helpers import local_statistics, made_prior
 
 import numpy as np
@@ -64,3 +67,23 @@ def test_ffns_that_the_prior_lists_are_kept_dense(model):
     uniform = session.selector(replace(config, uniform=True), prior)
     selection = uniform.select(local_statistics(model, 9, 9))
     assert len(selection.indices[first]) == 960
+
+
+def test_a_bound_that_no_slice_stays_within_is_taken_for_0(model):
+    session, config = Session(model), GlassConfig(max_kl=0.01)
+    kept = session.selector(config, made_prior(model), Budget(0.01, 1.0))
+    exact = session.selector(GlassConfig(), made_prior(model))
+    assert kept.is_exact
+    assert kept.config == exact.config
+    sliced = session.selector(config, made_prior(model), Budget(0.01, 0.9))
+    assert not sliced.is_exact
+    assert (sliced.config.density, sliced.config.vocabulary) == (0.9, None)
+    assert sliced.budget == Budget(0.01, 0.9)
+
+
+def test_a_head_that_cannot_be_sliced_computes_every_token(model):
+    config = GlassConfig(vocabulary=0.25)
+    assert Session(model).selector(config, None).config.vocabulary == 0.25
+    selector = Selector(config, {}, 0, None)
+    assert selector.config.vocabulary == 1
+    assert selector.shortlister(VocabularyStatistics()) is None

@@ -275,16 +275,16 @@ def test_an_error_in_the_middle_leaves_no_cache_behind(server, monkeypatch):
     """The contents of a cache are unknown after an error."""
     from glass_mlx.engine import Generation
 
-    original = Generation._select_and_slice
+    original = Generation._slice_neurons
     body = CHAT | {"max_tokens": 30, "glass": {"density": 0.5}}
     expected = json.loads(exchange(server.address, request_bytes(body))[2])["choices"]
 
     def fail(self):
         raise RuntimeError
 
-    monkeypatch.setattr(Generation, "_select_and_slice", fail)
+    monkeypatch.setattr(Generation, "_slice_neurons", fail)
     assert exchange(server.address, request_bytes(body))[0] == 500
-    monkeypatch.setattr(Generation, "_select_and_slice", original)
+    monkeypatch.setattr(Generation, "_slice_neurons", original)
     assert json.loads(exchange(server.address, request_bytes(body))[2])["choices"] == expected
 
 
