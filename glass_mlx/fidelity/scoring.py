@@ -242,16 +242,16 @@ def score(
     config, session, scores = selector.config, reading.session, Scores.exact(reading)
     if config.warmup > reading.tokens:
         return scores
-    cost = session.head_cost if config.has_drafts else None
     cache, statistics = reading.state(config.warmup)
-    shortlister = selector.shortlister(statistics.vocabulary)
-    if cost is not None:
+    drafter, shortlister = None, selector.shortlister(statistics.vocabulary)
+    if config.has_drafts and (cost := session.head_cost) is not None:
         vocabulary, size = VocabularyStatistics(), session.vocabulary_size
-        shortlister = selector.draft_shortlister(vocabulary, size, cost)
-    if shortlister is not None:
-        _warm_up(shortlister, reading, config, cache, scores)
+        drafter = selector.draft_shortlister(vocabulary, size, cost)
+        _warm_up(drafter, reading, config, cache, scores)
+    elif shortlister is not None and config.warmup > 1:
+        shortlister.observe(reading.dense[: config.warmup - 1])
     if selector.is_exact:
-        return _score_exact(reading, config, shortlister, cache, scores)
+        return _score_exact(reading, config, drafter, cache, scores)
     unsliced = session.without_room(selector, required=not masks)
     sliced = session.sliced_model(config.down_policy, unsliced=unsliced)
     for start, stop in stretches(config, reading.tokens + 1):
@@ -267,8 +267,8 @@ def score(
 
         # 2) Run the dense and the sliced model on all tokens of the stretch at once.
         tokens, is_dense = _stretch(config, start, int(stop))
-        if isinstance(shortlister, DraftShortlister):
-            shortlister.reads_again = not can_take_back(cache, MAX_DRAFTS)
+        if drafter is not None:
+            drafter.reads_again = not can_take_back(cache, MAX_DRAFTS)
         model = _interleaved(session, sliced_model, statistics, is_dense)
         logits = reading.logits(model, cache, tokens)
         mx.eval(logits, statistics.arrays)
@@ -277,36 +277,36 @@ def score(
         scores.bytes[tokens] = np.where(
             is_dense, 1, session.bytes_of(sliced_model) / session.weight_bytes
         )
-        if isinstance(shortlister, DraftShortlister):
-            _draft(shortlister, reading, start, logits, scores)
-            scores.put(tokens, reading, log_probabilities(logits), is_dense)
-        else:
+        if drafter is not None:
+            _draft(drafter, reading, start, logits, scores)
+        logprobs = log_probabilities(logits)
+        if shortlister is not None:
             logprobs = _back_off(shortlister, reading, start, logits, is_dense, scores)
-            scores.put(tokens, reading, logprobs, is_dense)
+        scores.put(tokens, reading, logprobs, is_dense)
     return scores
 
 
 def _score_exact(
     reading: DenseReading,
     config: GlassConfig,
-    shortlister: Shortlister | None,
+    drafter: DraftShortlister | None,
     cache: list[Any],
     scores: Scores,
 ) -> Scores:
     """Return the dense model's own scores, and the bytes that drafts and checks would read."""
-    if not isinstance(shortlister, DraftShortlister):
+    if drafter is None:
         return scores
     for start, stop in stretches(config, reading.tokens + 1):
         scores.selections[start] = Selection.everything(reading.session.shapes)
         tokens, scores.dense[tokens] = _stretch(config, start, int(stop))
         unread = start - config.warmup
-        shortlister.reads_again = not can_take_back(cache, unread + MAX_DRAFTS)
-        _draft(shortlister, reading, start, reading.dense[tokens], scores)
+        drafter.reads_again = not can_take_back(cache, unread + MAX_DRAFTS)
+        _draft(drafter, reading, start, reading.dense[tokens], scores)
     return scores
 
 
 def _back_off(
-    shortlister: Shortlister | None,
+    shortlister: Shortlister,
     reading: DenseReading,
     start: int,
     logits: mx.array,
@@ -316,8 +316,7 @@ def _back_off(
     """Return the log-probabilities of a stretch whose sliced tokens have a shortlist's logits.
 
     Args:
-        shortlister: chooses the shortlist, and observes the predictions of dense tokens; None for
-            the logits of all tokens.
+        shortlister: chooses the shortlist, and observes the predictions of dense tokens.
         reading: the continuation.
         start: the number of generated tokens before the stretch.
         logits: (n, vocabulary) the logits of its tokens.
@@ -325,8 +324,6 @@ def _back_off(
         scores: where the bytes go that are not read.
     """
     logprobs = log_probabilities(logits)
-    if shortlister is None:
-        return logprobs
     shortlist = shortlister.choose(reading.read(start))
     if shortlist is not None:
         scores.vocabulary[start] = shortlist.share
@@ -343,7 +340,7 @@ def _back_off(
 
 
 def _draft(
-    shortlister: DraftShortlister,
+    drafter: DraftShortlister,
     reading: DenseReading,
     start: int,
     logits: mx.array,
@@ -354,7 +351,7 @@ def _draft(
     A draft is right if its token is in the shortlist; see `sampling`.
 
     Args:
-        shortlister: chooses the shortlists, and observes all predictions.
+        drafter: chooses the shortlists, and observes all predictions.
         reading: the continuation.
         start: the number of generated tokens before the stretch.
         logits: (n, vocabulary) the logits of its tokens.
@@ -365,22 +362,22 @@ def _draft(
     head = session.head.bytes / session.weight_bytes
     done = first
     while done < stop:  # once more whenever drafts were wrong
-        shortlist, end = shortlister.choose(reading.read(done + 1)), stop
+        shortlist, end = drafter.choose(reading.read(done + 1)), stop
         if shortlist is not None:
             scores.vocabulary[done + 1] = shortlist.share
             drafts = scores.bytes[done:stop] - head * (1 - shortlist.share)
             right = shortlist.shares[np.array(reading.following[done:stop])] == 0
             end = done
-            for taken, count in _blocks(right, shortlister.count):
+            for taken, count in _blocks(right, drafter.count):
                 place = end - done
                 read = drafts[place : place + count].sum() + head
-                if shortlister.reads_again and taken < count:
+                if drafter.reads_again and taken < count:
                     read += drafts[place : place + taken].sum()
                 scores.bytes[end : end + taken] = read / taken
                 end += taken
-            shortlister.wrong += int((~right[: end - done]).sum())
-        shortlister.observe(logits[done - first : end - first])
-        mx.eval(shortlister.arrays)
+            drafter.wrong += int((~right[: end - done]).sum())
+        drafter.observe(logits[done - first : end - first])
+        mx.eval(drafter.arrays)
         done = end
 
 
@@ -456,30 +453,28 @@ def _interleaved(
 
 
 def _warm_up(
-    shortlister: Shortlister,
+    drafter: DraftShortlister,
     reading: DenseReading,
     config: GlassConfig,
     cache: list[Any],
     scores: Scores,
 ) -> None:
-    """Show the predictions of the warm-up to a shortlister, and draft in it, as the engine does.
+    """Show the predictions of the warm-up to a drafter, and draft in it, as the engine does.
 
     Args:
-        shortlister: the shortlister.
+        drafter: the drafter.
         reading: the continuation.
         config: the schedule.
         cache: the cache at the end of the warm-up.
         scores: where the bytes go.
     """
-    stop = config.warmup
-    has_drafts = isinstance(shortlister, DraftShortlister)
-    undrafted = min(stop, DRAFT_WARMUP) if has_drafts else stop
+    undrafted = min(config.warmup, DRAFT_WARMUP)
     if undrafted > 1:
-        shortlister.observe(reading.dense[: undrafted - 1])
-    if isinstance(shortlister, DraftShortlister) and undrafted < stop:
-        shortlister.reads_again = not can_take_back(cache, undrafted - stop + MAX_DRAFTS)
-        logits = reading.dense[undrafted - 1 : stop - 1]
-        _draft(shortlister, reading, undrafted, logits, scores)
+        drafter.observe(reading.dense[: undrafted - 1])
+    if undrafted < config.warmup:
+        drafter.reads_again = not can_take_back(cache, undrafted - config.warmup + MAX_DRAFTS)
+        logits = reading.dense[undrafted - 1 : config.warmup - 1]
+        _draft(drafter, reading, undrafted, logits, scores)
 
 
 def _stretch(config: GlassConfig, start: int, stop: int) -> tuple[slice, np.ndarray]:
