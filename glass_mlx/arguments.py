@@ -247,7 +247,8 @@ def add_settings_arguments(parser: argparse.ArgumentParser, default: str) -> Non
         nargs="+",
         default=[],
         metavar="SHARE",
-        help="Shares of the vocabulary that compute each token, each with every density (1).",
+        help="Shares of the vocabulary that compute each token, without drafts, each with every "
+        "density. Default: all of it.",
     )
 
 

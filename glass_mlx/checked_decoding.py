@@ -14,7 +14,7 @@ from typing import Any
 from glass_mlx.block_decoding import Block, BlockDecoder, can_take_back
 from glass_mlx.decoding import Sampled
 from glass_mlx.draft_shortlist import MAX_MISSING, DraftShortlister
-from glass_mlx.models import DraftingModel
+from glass_mlx.models import DraftingModel, Ranks
 from glass_mlx.random_state import random_key, set_random_key
 from glass_mlx.token_observer import TokenObserver
 
@@ -103,7 +103,7 @@ class CheckedModel(nn.Module):
 
         Args:
             count: the number of these tokens.
-            corrected: the last of them if its draft was wrong.
+            corrected: the last of these tokens, if it replaced a wrong draft.
         """
         self._shortlister.add(self._probabilities[:count])
         if corrected is not None:
@@ -128,13 +128,18 @@ class CheckedModel(nn.Module):
 class CheckedDecoder(BlockDecoder):
     """A decode loop whose tokens are drafted with a shortlist and checked with the whole head.
 
-    The arguments are those of `BlockDecoder`. Entries of the cache from which tokens cannot be
-    taken are copied before each block.
+    Entries of the cache from which tokens cannot be taken are copied before each block.
+
+    Args:
+        *args: arguments of `BlockDecoder`.
+        ranks: the ranks that hold some of the layers each, and decide together.
+        **options: further arguments of `BlockDecoder`.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, ranks: Ranks | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._drafted, self._is_wrong = 0, False
+        self._ranks = ranks or Ranks()
+        self._drafted, self._taken, self._is_wrong = 0, 0, False
         self._before: list[Any] | None = None
         self._keys: list[mx.array] = []
 
@@ -155,15 +160,19 @@ class CheckedDecoder(BlockDecoder):
         else:
             yield from super().run(model, unread, until, **options)
 
+    def can_take_back(self, tokens: int) -> bool:
+        """Return whether the next tokens can be taken out of the cache after it has read them."""
+        return all(self._ranks.gather(can_take_back(self.cache, tokens)))
+
     def _is_over(self, model: CheckedModel) -> bool:
         return model.missing >= MAX_MISSING
 
     def _compute(self, model: CheckedModel, most: int) -> Block:
         """Draft tokens one by one, and check all of them; see `BlockDecoder`."""
         # The cache is quantized after as many tokens as without drafts.
-        unquantized = self._quantize.tokens_before(self.cache)
+        unquantized = min(self._ranks.gather(self._quantize.tokens_before(self.cache)))
         self._drafted = count = int(min(model.count, most, unquantized))
-        self._before = None if can_take_back(self.cache, count) else copy.deepcopy(self.cache)
+        self._before = None if self.can_take_back(count) else copy.deepcopy(self.cache)
         with mx.stream(generation_stream):
             key, unread, drafts = random_key(), self.last(1), mx.zeros(0, mx.uint32)
             for place in range(1, count + 1):
@@ -186,7 +195,7 @@ class CheckedDecoder(BlockDecoder):
         right = 0
         while right < count - 1 and tokens[right] == proposed[right]:
             right += 1
-        self._is_wrong = tokens[right] != proposed[right]
+        self._taken, self._is_wrong = right + 1, tokens[right] != proposed[right]
         return Block(tokens[: right + 1], mx.concatenate(rows))
 
     def _choose_one(
@@ -205,7 +214,8 @@ class CheckedDecoder(BlockDecoder):
 
     def _take(self, model: CheckedModel, taken: int) -> None:
         with mx.stream(generation_stream):
-            model.take(taken, self.tokens[-1] if self._is_wrong else None)
+            is_corrected = self._is_wrong and taken == self._taken
+            model.take(taken, self.tokens[-1] if is_corrected else None)
         set_random_key(self._keys[taken - 1])
         void = self._drafted - taken
         with mx.stream(generation_stream):

@@ -158,8 +158,8 @@ class GlassConfig:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the text is the dense model's own."""
-        return self.bound == 0
+        """Whether the text is the dense model's own, with drafts that are checked."""
+        return self.bound == 0 or (self.density == 1 and self.has_drafts)
 
     @property
     def has_drafts(self) -> bool:

@@ -114,7 +114,7 @@ class DraftShortlister(Shortlister):
         self._place: int | None = None  # that of the current shortlist among the shares
 
     def observe(self, logits: mx.array) -> mx.array:
-        """Add predictions (..., V) of the dense model to the statistics, and measure them.
+        """Add predictions (..., V) to the statistics, and measure them.
 
         Returns:
             The same logits, made to depend on the sums.
@@ -144,7 +144,7 @@ class DraftShortlister(Shortlister):
             The shortlist, or None if drafts do not pay.
         """
         excess = self._excess()
-        self.shortlist, self.share, self.count, self._place = None, 1.0, 0, None
+        self.shortlist, self.count, self._place = None, 0, None
         scores = self.scores
         assert scores is not None
         kept = self._kept_of(text, len(scores))
@@ -163,7 +163,7 @@ class DraftShortlister(Shortlister):
         self._outside = _is_outside(rows, len(scores))
         chosen = np.sort(rows[place]).astype(np.int32)
         if costs[place, count] < _MAX_COST and len(chosen) < len(scores):
-            self.count, self.share, self._place = count, len(chosen) / len(scores), place
+            self.count, self._place = count, place
             shares = shares_outside(scores, chosen)
             self.shortlist = Shortlist(chosen, float(wrong[place]), shares)
         return self.shortlist

@@ -5,7 +5,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from glass_mlx.block_decoding import can_take_back
 from glass_mlx.checked_decoding import CheckedDecoder, CheckedModel
 from glass_mlx.config import DRAFT_WARMUP
 from glass_mlx.decoding import Decoder
@@ -111,6 +110,8 @@ class Generation:
             self._drafter = selector.draft_shortlister(
                 statistics.vocabulary, session.vocabulary_size, cost
             )
+            assert session.head is not None
+            self._check = LogitsOfHidden(session.model, session.head)
         self._shortlister = self._drafter or selector.shortlister(statistics.vocabulary)
         if self._shortlister is not None:
             self._shortlister.keep(earlier)
@@ -160,7 +161,8 @@ class Generation:
             yield from self._drafted_steps(self._drafter, writer, until=warmup)
 
         if self._selector.is_exact and not self._drafter:
-            yield from self._dense_steps(writer, decoder.last(1), until=decoder.limit)
+            if decoder.generated < decoder.limit:
+                yield from self._dense_steps(writer, decoder.last(1), until=decoder.limit)
             return
         for _, stop in stretches(config, decoder.limit):
             # 3) Select neurons from everything that the dense model has read.
@@ -195,7 +197,8 @@ class Generation:
         self._flush()
         shortlist = None
         if self._drafter:
-            self._drafter.reads_again = not can_take_back(self._decoder.cache, MAX_DRAFTS)
+            assert isinstance(self._decoder, CheckedDecoder)
+            self._drafter.reads_again = not self._decoder.can_take_back(MAX_DRAFTS)
         if self._shortlister:
             with self._reporter.timed("select_time"):
                 shortlist = self._shortlister.choose(self._decoder.tokens)
@@ -210,7 +213,7 @@ class Generation:
                 selection,
                 shortlist,
                 self._selector.prior_weight(self._statistics),
-                self._session.bytes_of(self._slices.model),
+                self._session.bytes_of(self._slices.with_sliced_head),
             )
         return shortlist
 
@@ -226,10 +229,8 @@ class Generation:
             dense: the observed dense model.
             until: the number of tokens.
         """
-        decoder, session, slices = self._decoder, self._session, self._slices
-        assert session.head is not None
-        check = LogitsOfHidden(session.model, session.head)
-        observed = session.ffns_observed_by_token(self._observer)
+        decoder, slices = self._decoder, self._slices
+        observed = self._session.ffns_observed_by_token(self._observer)
         while decoder.generated < until:  # once more whenever drafts were wrong
             shortlist = self._slice_head()
             if shortlist is None:
@@ -241,11 +242,12 @@ class Generation:
                 slices.drafting_model(observed, hidden.append),
                 self._is_dense,
                 hidden,
-                check,
+                self._check,
                 self._observer,
                 shortlister,
             )
             yield from self._checked_steps(model, shortlist, until)
+            del model, hidden  # so that the head's slice can be freed before a new one is made
 
     def _checked_steps(
         self, model: CheckedModel, shortlist: Shortlist, until: float

@@ -36,9 +36,10 @@ class Report:
         dense_tokens: generated tokens that the dense model computed.
         read_bytes: bytes of weights that were read for all generated tokens, for drafts and checks,
             too.
-        checked_tokens: generated tokens that were drafted and checked, or replaced a draft.
+        checked_tokens: generated tokens that came from a check: right drafts, and the tokens that
+            replaced wrong ones.
         drafts: how many tokens were drafted, with those that were wrong or void.
-        selections: how many times neurons were selected.
+        selections: how many times neurons, or the tokens of drafts, were chosen.
         select_time: seconds spent on ranking, fusing and selecting.
         slice_time: seconds spent on slicing the weights.
         dense_bytes: bytes of weights that the dense model reads per token.
@@ -78,7 +79,7 @@ class Report:
     unsliced: frozenset[str] = frozenset()
 
     def bytes_per_token(self, tokens: int) -> int:
-        """Return the bytes of weights that a sliced token reads: with drafts, the mean of a text's.
+        """Return the bytes of weights that a sliced token reads: with drafts, the mean so far.
 
         Args:
             tokens: the number of generated tokens.
@@ -236,11 +237,12 @@ def summary(response: GenerationResponse) -> str:
     expectation = ""
     drafts = f"; {glass.checked_tokens} tokens took {glass.drafts} drafts" if glass.drafts else ""
     if glass.max_kl == 0:
-        expectation = "\nGLASS: the text is the model's own" + (drafts or "; drafts did not pay")
+        expectation = f"\nGLASS: the text is the model's own{drafts}"
     elif glass.max_kl is not None:
         expectation = f"\nGLASS: KL is expected to stay within {glass.max_kl:g} nats per token"
         expectation += drafts
-    kept = f"vocabulary {glass.vocabulary_got:.3f}, probability outside {glass.outside:.4f}"
+    meaning = "probability of a wrong draft" if glass.drafts else "probability outside"
+    kept = f"vocabulary {glass.vocabulary_got:.3f}, {meaning} {glass.outside:.4f}"
     if glass.max_kl != 0:
         kept = f"density {glass.density_got:.3f}, {kept}, λ {glass.prior_weight:.2f}"
     read = glass.read_bytes / response.generation_tokens

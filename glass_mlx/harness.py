@@ -59,10 +59,13 @@ class GlassLM(MLXLM):
         LM.__init__(self)
         self._session, self._model, self.tokenizer = session, session.model, tokenizer
         self._selector, self._prior, self._sampler = selector, prior, sampler
-        self._static = None
-        if selector is not None:
-            # In `_score` the last token of the context counts as the first one of the text.
-            config = replace(selector.config, warmup=2, refresh=0, dense_every=0)
+        self._static = self._running = None
+        if selector is not None and not selector.is_exact:
+            # Drafts change nothing of what is scored. In `_score` the last token of the context
+            # counts as the first one of the text.
+            config = replace(selector.config, vocabulary=selector.config.vocabulary or 1.0)
+            self._running = make_selector(session, tokenizer, prior, config)
+            config = replace(config, warmup=2, refresh=0, dense_every=0)
             self._static = make_selector(session, tokenizer, prior, config)
         self._max_tokens, self.is_dense = max_tokens, selector is None
         if use_chat_template is None:
@@ -98,12 +101,12 @@ class GlassLM(MLXLM):
             return 0.0, True
         # What follows the last token of the context is scored, too, so that token is in the text.
         text = Continuation(before[:-1], [before[-1], *after])
-        selector = self._selector if is_running else self._static
+        selector = self._running if is_running else self._static
         points = (1,) if selector is None else (selector.config.warmup,)
         reading = DenseReading(self._session, text, points, self._read(text.prompt))
         dense = _total(Scores.exact(reading))
         self._dense_scores[key] = dense
-        if self.is_dense or selector is None or selector.is_exact:
+        if self.is_dense or selector is None:
             return dense
         return _total(score(reading, selector))
 

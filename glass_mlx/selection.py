@@ -219,14 +219,14 @@ class Selector:
                 f"{', '.join(prior.scores)}"
             )
         self.is_exact = config.is_exact
-        if self.is_exact:
-            budget = Budget(0.0, 1.0)
-        if config.has_budget and budget is None:
+        if config.has_budget and budget is None and not self.is_exact:
             raise ValueError("without a measured curve, give a density")
         self.budget = budget if config.has_budget else None
+        if self.is_exact:
+            self.budget = Budget(0.0, 1.0)
         density = config.shares.density if self.budget is None else self.budget.density
         if self.is_exact:
-            self.config = replace(config, max_kl=0.0)
+            self.config = replace(config, max_kl=0.0, density=None)
         elif config.has_drafts or vocabulary_size:
             self.config = replace(config, max_kl=None, density=density)
         else:

@@ -264,7 +264,7 @@ class Session:
     def conditions(self, config: GlassConfig) -> dict[str, Any]:
         """Return the conditions on which KL depends in addition to shares; see `conditions`."""
         if config.is_exact:  # with a schedule of its own, and without KL
-            config = replace(config, density=1.0, max_kl=None)
+            config = replace(config, density=1.0, vocabulary=1.0, max_kl=None)
         weights = self.weight_format
         if "bit" in weights:
             policies = self.sliced_model(config.down_policy).down_policy.split(", ")

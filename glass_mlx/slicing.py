@@ -104,7 +104,7 @@ class SlicedModel:
         self.slices: dict[str, tuple[np.ndarray, dict[str, nn.Module]]] = {}
         self._is_compensated = False
         self._sliced_head: SlicedHead | None = None
-        self._other_logits = mx.zeros(0)
+        self._shortlist: Shortlist | None = None
 
     @property
     def with_whole_head(self) -> nn.Module:
@@ -112,12 +112,19 @@ class SlicedModel:
         return with_modules(self._dense, {path: parts for path, (_, parts) in self.slices.items()})
 
     @property
-    def model(self) -> nn.Module:
-        """The sliced model after the latest update."""
+    def with_sliced_head(self) -> nn.Module:
+        """The model with sliced FFNs and the sliced head, which computes some of the logits."""
         if self._head is None or self._sliced_head is None:
             return self.with_whole_head
-        model = with_head(self.with_whole_head, self._head, self._sliced_head)
-        return BackedOffModel(model, self._sliced_head.rows, self._other_logits)
+        return with_head(self.with_whole_head, self._head, self._sliced_head)
+
+    @property
+    def model(self) -> nn.Module:
+        """The sliced model after the latest update, with the logits of all tokens."""
+        model = self.with_sliced_head
+        if self._sliced_head is None or self._shortlist is None:
+            return model
+        return BackedOffModel(model, self._sliced_head.rows, self._shortlist.log_odds)
 
     def drafting_model(
         self, model: nn.Module, observe: Callable[[mx.array], None]
@@ -189,6 +196,7 @@ class SlicedModel:
 
     def slice_head(self, shortlist: Shortlist | None) -> None:
         """Bring the slice of the head up to date. Without a shortlist, the head is whole."""
+        self._shortlist = shortlist
         if shortlist is None or self._head is None:
             self._sliced_head = None
             return
@@ -198,8 +206,7 @@ class SlicedModel:
         else:
             self._sliced_head = None  # frees the previous slice before the new one is made
             self._sliced_head = self._head.sliced(shortlist.rows)
-        self._other_logits = shortlist.log_odds
-        mx.eval(self._sliced_head.parameters(), self._other_logits)
+        mx.eval(self._sliced_head.parameters())
 
     def _slice(self, ffn: FFN, indices: np.ndarray, always: bool) -> np.ndarray:
         """Bring the slice of an FFN up to date, lazily.

@@ -98,11 +98,6 @@ def stream_generate(
     config = _pop_config(config, kwargs)
     check_max_tokens(max_tokens)
     drafting = None if draft_model is None else Drafting(draft_model, num_draft_tokens)
-    if reload is not None and config.is_exact:
-        raise ValueError(
-            "with a bound of 0 on KL no FFN is sliced, so no dense weights can be released; give a "
-            "larger bound (--max-kl, max_kl), or a density"
-        )
     tokens = _encode(tokenizer, prompt, messages, kwargs.get("prompt_cache"))
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("the prompt is empty")
@@ -117,6 +112,11 @@ def stream_generate(
         model_prior = find_needed_prior(session, tokenizer, prior, config)
     biased = biased_tokens(kwargs.get("logits_processors") or ())
     selector = make_selector(session, tokenizer, model_prior, config, biased)
+    if reload is not None and selector.is_exact:
+        raise ValueError(
+            "with this bound on KL no FFN is sliced, so no dense weights can be released; give a "
+            "larger bound (--max-kl, max_kl), or a density"
+        )
     steps = _steps(session, selector, tokens, max_tokens, reload, drafting, **kwargs)
     return _responses(steps, session.model, tokenizer, detokenizer, tokens.size, max_tokens)
 
@@ -288,7 +288,9 @@ def _decoder(
     names = [field.name for field in fields(CacheQuantization) if field.name in options]
     options["quantization"] = CacheQuantization(**{name: options.pop(name) for name in names})
     if drafting is None:
-        return CheckedDecoder(model, cache, prompt, max_tokens, **options)
+        is_pipeline = session.division is not None and session.division.is_pipeline
+        ranks = session.ranks if is_pipeline else None
+        return CheckedDecoder(model, cache, prompt, max_tokens, ranks=ranks, **options)
     return SpeculativeDecoder(model, cache, prompt, max_tokens, drafting, **options)
 
 

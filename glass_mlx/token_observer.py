@@ -16,8 +16,8 @@ _MAX_HELD = 32
 class TokenObserver:
     """Holds what the dense model computes for single tokens, and adds it to statistics in batches.
 
-    Where a pass may compute drafts, in speculative decoding and in that with a checked shortlist,
-    `take` follows for each pass.
+    Where passes may compute drafts, of a draft model or of a short head, `take` must follow each of
+    them.
 
     Adding a token takes a dozen small operations in every layer, an eighth of a small model's time.
     A batch takes no more. The vectors are parts of what the model computes anyway, and hold only
@@ -68,7 +68,7 @@ class TokenObserver:
         self._rows.append(tokens)
 
     def take(self, count: int) -> None:
-        """Count only the first tokens of the next pass. The others were drafts, and wrong."""
+        """Count only the first tokens of the earliest pass without a count. The others are void."""
         self._taken.append(count)
         if len(self._taken) == len(self._rows) and sum(self._rows) >= _MAX_HELD:
             self.flush()

@@ -33,7 +33,7 @@ _MULTIPLE = 64
 
 
 class VocabularyStatistics:
-    """How plausible each token is: the sum of flattened predictions of the dense model.
+    """How plausible each token is: the sum of flattened predictions.
 
     A prediction is flattened by a temperature of 2, so that a token that is always a little likely
     counts as much as one that is very likely once. docs/experiments.md compares it with other
@@ -221,7 +221,7 @@ class Shortlister:
         always: returns the tokens to keep for the tokens of a text. Default: the same tokens.
 
     Attributes:
-        share: the current share of tokens.
+        share: the share of tokens.
         shortlist: the latest shortlist, or None if all tokens are kept.
     """
 

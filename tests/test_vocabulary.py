@@ -1,4 +1,4 @@
-"""Which tokens a shortlist has, what it leaves out, and when it grows."""
+"""Which tokens a shortlist has, and what it leaves out."""
 
 from glass_mlx.vocabulary import (
     Shortlist,

@@ -269,7 +269,7 @@ def _measure_curve(
             wired_limit(session.model, [generation_stream]),  # type: ignore[list-item]
         ):
             if (curve := ranks.on_first(lambda: _read_curve(file, conditions))) is not None:
-                return curve  # another process measured them meanwhile
+                return curve  # another process measured it meanwhile
             measurement = CurveMeasurement(
                 session, tokenizer, settings, partial, digest, bar.update
             )

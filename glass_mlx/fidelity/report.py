@@ -30,7 +30,8 @@ class Outcome:
         exact: for each answer in the text, whether every token was the most likely one.
         dense: number of generated tokens that are computed densely.
         density: share of neurons in the slices, or None if all tokens are computed densely.
-        vocabulary: share of the vocabulary in the slices, or None likewise.
+        vocabulary: share of the vocabulary in the slices, or None likewise; with drafts, the mean
+            over the choices of shortlists.
         sliced_bytes: bytes of weights that a sliced token reads, over the dense model's, or None
             likewise.
         run_bytes: the same, averaged over all tokens, with dense tokens.

@@ -172,7 +172,8 @@ class Scores:
         dense: (T,) whether the token is computed densely.
         bytes: (T,) bytes of weights read for the token, over the dense model's.
         selections: the kept neurons, by the number of generated tokens at their selection.
-        vocabulary: the kept share of the vocabulary, if it is not 1, by the same numbers.
+        vocabulary: the kept share of the vocabulary, if it is not 1, by the number of generated
+            tokens when it was chosen.
     """
 
     kl: np.ndarray

@@ -128,6 +128,7 @@ def fix_densities(
         config = GlassConfig(**setting._asdict())
         if config.bound:
             selector = make_selector(session, tokenizer, prior, config)
-            setting = Setting(density=selector.config.density)
+            density = selector.config.density
+            setting = Setting(max_kl=0.0) if density is None else Setting(density=density)
         fixed.append(setting)
     return fixed

@@ -151,7 +151,7 @@ def _sorted_ratios(scores: np.ndarray) -> np.ndarray:
 
 
 def _curve_lines(record: dict[str, Any]) -> list[str]:
-    """Describe one record of curves; see `prior.curves`."""
+    """Describe one record of a curve; see `prior.curves`."""
     curve = Curve.parse(record)
     points = ", ".join(f"{kl:.3f} at {s:g}" for s, kl in zip(curve.shares, curve.kl, strict=True))
     weights = record["conditions"].get("weights", "?")

@@ -36,14 +36,13 @@ from glass_mlx.files import cache_folder, locked, write_text
 from glass_mlx.latency.timing import time_run
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.reporting.tables import markdown_table, write_rows
-from glass_mlx.sampling import make_sampler
 
 import continuations
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
