@@ -183,7 +183,8 @@ def test_the_dense_model_keeps_its_share_of_tokens():
 
 
 def test_a_perfect_draft_gives_all_tokens_but_one_of_each_pass(model, tokenizer):
-    responses = run(model, tokenizer, n=31, density=1.0, draft_model=model, num_draft_tokens=4)
+    options = {"density": 1.0, "vocabulary": 1.0, "draft_model": model, "num_draft_tokens": 4}
+    responses = run(model, tokenizer, n=31, **options)
     # The prompt gives the first token, and the warm-up ends after 16.
     passes = [responses[1:6], responses[6:11], responses[11:16], responses[16:21]]
     for tokens in passes:

@@ -19,7 +19,7 @@ def test_every_subject_and_kind_of_statistics_is_scored(tmp_path, monkeypatch, c
     compare_carried.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:3] for row in rows] == [
-        [subject, "`--density 0.5`", name]
+        [subject, "`--density 0.5 --vocabulary 1`", name]
         for subject in compare_carried.SUBJECTS
         for name in compare_carried.STATISTICS
     ]

@@ -149,7 +149,9 @@ def test_an_interrupted_comparison_continues(files, tmp_path, monkeypatch, capsy
     assert answered == paths[1:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["task"], row["setting"]) for row in rows] == [
-        (name, setting) for name in names for setting in ("dense", "--density 0.5 --warmup 4")
+        (name, setting)
+        for name in names
+        for setting in ("dense", "--density 0.5 --vocabulary 1 --warmup 4")
     ]
     for row in rows:
         assert row["questions"] == len(row["marks"]["right"]) == 2
