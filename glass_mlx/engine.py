@@ -10,7 +10,7 @@ from glass_mlx.config import DRAFT_WARMUP
 from glass_mlx.decoding import Decoder
 from glass_mlx.draft_shortlist import MAX_DRAFTS, DraftShortlister
 from glass_mlx.generation_report import Report, Reporter
-from glass_mlx.models import LogitsOfHidden
+from glass_mlx.models import LogitsOfHidden, ObservedLogits
 from glass_mlx.renewal import is_dense_pass, is_dense_token, stretches
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.session import Session
@@ -150,15 +150,16 @@ class Generation:
 
         # 2) Warm-up. The dense model writes the first tokens, which are observed separately. Soon
         #    its tokens are drafted, too; see 5).
-        writer = self._session.observed_by_token(self._observer)
+        observed = self._session.observed_by_token(self._observer)
+        writer: nn.Module = observed
         if isinstance(decoder, SpeculativeDecoder):
-            writer = TargetModel(writer, self._observer)
+            writer = TargetModel(observed, self._observer)
         undrafted = min(config.warmup, DRAFT_WARMUP) if self._drafter else config.warmup
         if decoder.generated < min(undrafted, decoder.limit):
             yield from self._dense_steps(writer, decoder.last(1), until=undrafted)
         if self._drafter:
             warmup = min(config.warmup, decoder.limit)
-            yield from self._drafted_steps(self._drafter, writer, until=warmup)
+            yield from self._drafted_steps(self._drafter, observed, until=warmup)
 
         if self._selector.is_exact and not self._drafter:
             if decoder.generated < decoder.limit:
@@ -172,16 +173,16 @@ class Generation:
             # 5) Decode on the slices until the next renewal. Now and then the dense model computes
             #    a token, which adds to the statistics.
             if self._drafter:
-                yield from self._drafted_steps(self._drafter, writer, until=stop)
+                yield from self._drafted_steps(self._drafter, observed, until=stop)
             else:
                 self._slice_head()
                 yield from self._sliced_steps(writer, until=stop)
 
     def _slice_neurons(self) -> None:
         """Choose neurons, and bring their slices up to date."""
-        self._flush()
         if self._selector.is_exact:
             return
+        self._flush()
         with self._reporter.timed("select_time"):
             selection = self._selector.select(self._statistics)
             compensation = mean_compensation(self._statistics)
@@ -205,10 +206,13 @@ class Generation:
         self._check_agreement(shortlist)
         with self._reporter.timed("slice_time"):
             self._slices.slice_head(shortlist)
-        selection = Selection.everything(self._session.shapes)
-        if self._slices.slices:
-            selection = self._slices.selection
-        if shortlist or self._slices.slices or self._reporter.report.selections:
+        are_neurons_sliced = bool(self._slices.slices)
+        if shortlist or are_neurons_sliced or self._reporter.report.selections:
+            selection = (
+                self._slices.selection
+                if are_neurons_sliced
+                else Selection.everything(self._session.shapes)
+            )
             self._reporter.slices(
                 selection,
                 shortlist,
@@ -218,7 +222,7 @@ class Generation:
         return shortlist
 
     def _drafted_steps(
-        self, shortlister: DraftShortlister, dense: nn.Module, until: float
+        self, shortlister: DraftShortlister, dense: ObservedLogits, until: float
     ) -> Generator[Step, None, None]:
         """Generate with drafts from shortlists, up to a total number of generated tokens.
 
@@ -230,7 +234,6 @@ class Generation:
             until: the number of tokens.
         """
         decoder, slices = self._decoder, self._slices
-        observed = self._session.ffns_observed_by_token(self._observer)
         while decoder.generated < until:  # once more whenever drafts were wrong
             shortlist = self._slice_head()
             if shortlist is None:
@@ -239,7 +242,7 @@ class Generation:
             hidden: list[mx.array] = []
             model = CheckedModel(
                 slices.drafting_model(slices.with_whole_head, hidden.append),
-                slices.drafting_model(observed, hidden.append),
+                slices.drafting_model(dense.model, hidden.append),  # checks observe the logits
                 self._is_dense,
                 hidden,
                 self._check,
@@ -277,7 +280,7 @@ class Generation:
             for sampled in run:
                 count_reads()
                 is_dense = self._is_dense(self._decoder.generated)
-                yield Step(*sampled, self._reporter.checked_token(is_dense))
+                yield Step(*sampled, self._reporter.token(is_dense, is_checked=True))
         count_reads()  # after the last block, tokens may be read again
 
     def _is_dense(self, number: int) -> bool:

@@ -142,11 +142,12 @@ class Reporter:
             unsliced=frozenset(unsliced),
         )
 
-    def token(self, dense: bool) -> Report:
+    def token(self, dense: bool, is_checked: bool = False) -> Report:
         """Count a token, and return the report to yield with the token.
 
         Args:
             dense: whether the dense model computed it.
+            is_checked: whether it came from a check, whose bytes `drafts` has counted.
         """
         report = self.report
         read = report.dense_bytes if dense else report.sliced_bytes
@@ -154,7 +155,8 @@ class Reporter:
             report,
             dense=dense,
             dense_tokens=report.dense_tokens + dense,
-            read_bytes=report.read_bytes + read,
+            read_bytes=report.read_bytes + (0 if is_checked else read),
+            checked_tokens=report.checked_tokens + is_checked,
         )
         return self.report
 
@@ -167,21 +169,6 @@ class Reporter:
         """
         drafts, read_bytes = self.report.drafts + count, self.report.read_bytes + read
         self.report = replace(self.report, drafts=drafts, read_bytes=read_bytes)
-
-    def checked_token(self, dense: bool) -> Report:
-        """Count a token that was drafted and checked; see `token`.
-
-        Args:
-            dense: whether the dense model drafted it.
-        """
-        report = self.report
-        self.report = replace(
-            report,
-            dense=dense,
-            dense_tokens=report.dense_tokens + dense,
-            checked_tokens=report.checked_tokens + 1,
-        )
-        return self.report
 
     def slices(
         self,

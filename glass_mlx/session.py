@@ -374,13 +374,10 @@ class Session:
         text = local.text
         return with_taps(self.model, text.update, text.update_outputs, ffns=self.ffns)
 
-    def observed_by_token(self, observer: TokenObserver) -> nn.Module:
+    def observed_by_token(self, observer: TokenObserver) -> ObservedLogits:
         """Return the model with its FFNs and logits observed for single tokens."""
-        return ObservedLogits(self.ffns_observed_by_token(observer), observer.logits)
-
-    def ffns_observed_by_token(self, observer: TokenObserver) -> nn.Module:
-        """Return the model with its FFNs, but not its logits, observed for single tokens."""
-        return with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
+        model = with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
+        return ObservedLogits(model, observer.logits)
 
     def without_room(self, selector: Selector, required: bool = True) -> frozenset[str]:
         """Return the FFNs whose slices do not fit into memory; see `memory.without_room`.

@@ -101,7 +101,8 @@ def test_generation_with_every_kind_of_cache(name, max_kv_size):
         ]
         assert cache.tokens == prompt + [response.token for response in responses]
         assert len(responses) == 30
-        assert responses[-1].glass.selections >= 4  # more where drafts pay, and tokens are missing
+        glass = responses[-1].glass  # more selections where drafts pay, and tokens are missing
+        assert glass.selections >= 4 if glass.drafts else glass.selections == 4
         return responses
 
     dense = mlx_lm.stream_generate(model, tokenizer, prompt, **options)
