@@ -41,7 +41,7 @@ class CheckedModel(nn.Module):
         passes: how many tokens were drafted, or read again.
         dense_passes: how many of them by the dense model.
         checks: how many times the whole head was read.
-        missing: how many tokens of the text were not in the shortlist.
+        missing: how many tokens that replaced wrong drafts were not in the shortlist.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class CheckedModel(nn.Module):
         self._observer, self._shortlister = observer, shortlister
         self._probabilities = mx.zeros(0)
         self._drafted: list[int] = []
+        self._checked = 0  # how many of these the latest check has seen
         self.count = shortlister.count
         self.passes, self.dense_passes, self.checks, self.missing = 0, 0, 0, 0
 
@@ -90,6 +91,7 @@ class CheckedModel(nn.Module):
         computed once for the log-probabilities and for what is observed.
         """
         self.checks += 1
+        self._checked = len(self._drafted)
         logits = self._check(mx.concatenate(self._hidden, axis=-2)).squeeze(0)
         self._hidden.clear()
         shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -98,37 +100,36 @@ class CheckedModel(nn.Module):
         self._probabilities = exponentials / total
         return logits, shifted - mx.log(total).astype(logits.dtype)
 
-    def take(self, count: int, corrected: int | None = None) -> None:
-        """Observe the first tokens of the latest check. The others follow a wrong draft.
+    def correct(self, token: int) -> None:
+        """Note that a token of the text has replaced a wrong draft."""
+        assert self._shortlister.shortlist is not None
+        self._shortlister.wrong += 1
+        self.missing += bool(self._shortlister.shortlist.shares[token] > 0)
 
-        Args:
-            count: the number of these tokens.
-            corrected: the last of these tokens, if it replaced a wrong draft.
-        """
+    def take(self, count: int) -> None:
+        """Observe the first tokens of the latest check. The others follow a wrong draft."""
         self._shortlister.add(self._probabilities[:count])
-        if corrected is not None:
-            assert self._shortlister.shortlist is not None
-            self._shortlister.wrong += 1
-            self.missing += bool(self._shortlister.shortlist.shares[corrected] > 0)
-        self._end_passes(count)
+        self._end_passes(count, self._checked)
 
     def forget(self) -> None:
         """Leave out of the next check, and do not observe, what was read since the last one."""
         self._hidden.clear()
-        self._end_passes(0)
+        self._end_passes(0, len(self._drafted))
 
-    def _end_passes(self, count: int) -> None:
-        """Tell the observer that only the first tokens since the last call are of the text."""
-        for place, number in enumerate(self._drafted):
+    def _end_passes(self, count: int, total: int) -> None:
+        """Tell the observer that of the earliest tokens, only the first ones are of the text."""
+        for place, number in enumerate(self._drafted[:total]):
             if self._is_dense(number):
                 self._observer.take(int(place < count))
-        self._drafted.clear()
+        del self._drafted[:total]
+        self._checked = 0
 
 
 class CheckedDecoder(BlockDecoder):
     """A decode loop whose tokens are drafted with a shortlist and checked with the whole head.
 
-    Entries of the cache from which tokens cannot be taken are copied before each block.
+    While the caller has the tokens of a block, the device computes the first draft of the next one.
+    Entries of the cache from which tokens cannot be taken are copied before each block instead.
 
     Args:
         *args: arguments of `BlockDecoder`.
@@ -139,9 +140,11 @@ class CheckedDecoder(BlockDecoder):
     def __init__(self, *args: Any, ranks: Ranks | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self._ranks = ranks or Ranks()
-        self._drafted, self._taken, self._is_wrong = 0, 0, False
+        self._drafted, self._taken = 0, 0
         self._before: list[Any] | None = None
         self._keys: list[mx.array] = []
+        # The first draft (1,) of the next block, and the random state after it.
+        self._begun: tuple[mx.array, mx.array] | None = None
 
     def run(
         self, model: nn.Module, unread: mx.array, until: float, **options: Any
@@ -169,18 +172,13 @@ class CheckedDecoder(BlockDecoder):
 
     def _compute(self, model: CheckedModel, most: int) -> Block:
         """Draft tokens one by one, and check all of them; see `BlockDecoder`."""
-        # The cache is quantized after as many tokens as without drafts.
-        unquantized = min(self._ranks.gather(self._quantize.tokens_before(self.cache)))
-        self._drafted = count = int(min(model.count, most, unquantized))
-        self._before = None if self.can_take_back(count) else copy.deepcopy(self.cache)
+        most = min(most, self._unquantized())
+        self._drafted = count = min(model.count, most)
+        if self._begun is None:
+            self._before = None if self.can_take_back(count) else copy.deepcopy(self.cache)
         with mx.stream(generation_stream):
-            key, unread, drafts = random_key(), self.last(1), mx.zeros(0, mx.uint32)
-            for place in range(1, count + 1):
-                prediction = model(unread, self.cache, self.generated + place)
-                unread, _ = self._choose_one(*prediction, drafts)
-                unread = unread.astype(mx.uint32)
-                mx.async_eval(unread)
-                drafts = mx.concatenate([drafts, unread])
+            key = random_key()
+            drafts = self._draft(model, count)
             set_random_key(key)
             logits, logprobs = model.check()
             sampled, rows, self._keys = [], [], []
@@ -195,35 +193,88 @@ class CheckedDecoder(BlockDecoder):
         right = 0
         while right < count - 1 and tokens[right] == proposed[right]:
             right += 1
-        self._taken, self._is_wrong = right + 1, tokens[right] != proposed[right]
+        self._taken = right + 1
+        if tokens[right] != proposed[right]:
+            model.correct(tokens[right])
+        if self._before is None:
+            trim_prompt_cache(self.cache, count - self._taken)
+            if self._taken < most and not self._is_over(model):
+                self._begin(model, tokens[right])
         return Block(tokens[: right + 1], mx.concatenate(rows))
 
+    def _unquantized(self) -> int:
+        """Return how many tokens the next block may have before the cache is quantized.
+
+        It is quantized after as many tokens as without drafts.
+        """
+        tokens = min(self._ranks.gather(self._quantize.tokens_before(self.cache)))
+        return int(min(tokens + (self._begun is not None), 2**31))
+
+    def _draft(self, model: CheckedModel, count: int) -> list[mx.array]:
+        """Draft the tokens (1,) of a block. Some may have been drafted before."""
+        unread, drafts = self.last(1), []
+        if self._begun is not None:
+            unread, key = self._begun
+            set_random_key(key)
+            drafts.append(unread)
+            self._begun = None
+        while len(drafts) < count:
+            prediction = model(unread, self.cache, self.generated + len(drafts) + 1)
+            unread = self._choose_one(*prediction, drafts)[0].astype(mx.uint32)
+            mx.async_eval(unread)
+            drafts.append(unread)
+        return drafts
+
+    def _begin(self, model: CheckedModel, token: int) -> None:
+        """Compute the first draft of the next block, after the last token of this one.
+
+        A logits processor may wait for the tokens before the one that it is called for, and copies
+        of a cache are made before a block begins; so there is no such draft then.
+        """
+        if self._processors or not self.can_take_back(model.count):
+            return
+        number = self.generated + self._taken + 1
+        with mx.stream(generation_stream):
+            set_random_key(self._keys[self._taken - 1])
+            prediction = model(mx.array([token], mx.uint32), self.cache, number)
+            draft = self._choose_one(*prediction, [])[0].astype(mx.uint32)
+            mx.async_eval(draft)
+        self._begun = draft, random_key()
+
     def _choose_one(
-        self, logits: mx.array, logprobs: mx.array, drafts: mx.array
+        self, logits: mx.array, logprobs: mx.array, drafts: list[mx.array]
     ) -> tuple[mx.array, mx.array]:
         """Sample a token from its logits, (1, vocabulary); see `_choose`.
 
         Args:
             logits: the logits, for logits processors.
             logprobs: the log-probabilities that they stand for.
-            drafts: (n,) the tokens after the text so far.
+            drafts: the tokens (1,) after the text so far.
         """
         if self._processors:
-            return self._choose(logits, drafts)
+            return self._choose(logits, mx.concatenate([mx.zeros(0, mx.uint32), *drafts]))
         return self._sampler(logprobs), logprobs
 
     def _take(self, model: CheckedModel, taken: int) -> None:
         with mx.stream(generation_stream):
-            is_corrected = self._is_wrong and taken == self._taken
-            model.take(taken, self.tokens[-1] if is_corrected else None)
+            model.take(taken)
         set_random_key(self._keys[taken - 1])
-        void = self._drafted - taken
+        void = (self._taken if self._before is None else self._drafted) - taken
+        if void:
+            self._drop_begun(model)
         with mx.stream(generation_stream):
             if void and self._before is None:
                 trim_prompt_cache(self.cache, void)
             elif void:
                 self._read_again(model, self.tokens[-taken - 1 : -1])
             self._quantize(self.cache)
+
+    def _drop_begun(self, model: CheckedModel) -> None:
+        """Take the first token of the next block back, if it was read."""
+        if self._begun is not None:
+            self._begun = None
+            trim_prompt_cache(self.cache, 1)
+            model.forget()
 
     def _read_again(self, model: CheckedModel, tokens: list[int]) -> None:
         """Go back to the cache before the block, and read those of its tokens that were right."""
@@ -236,4 +287,5 @@ class CheckedDecoder(BlockDecoder):
         model.forget()
 
     def _read_last(self, model: CheckedModel) -> None:
+        self._drop_begun(model)
         self._read(self.tokens[-1])

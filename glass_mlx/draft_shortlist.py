@@ -10,12 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from glass_mlx.vocabulary import (
+    NestedLists,
     Shortlist,
     Shortlister,
     VocabularyStatistics,
-    choose_nested_rows,
     expected_outside,
-    scores_outside,
     shares_outside,
 )
 
@@ -148,22 +147,21 @@ class DraftShortlister(Shortlister):
         scores = self.scores
         assert scores is not None
         kept = self._kept_of(text, len(scores))
-        rows = choose_nested_rows(scores, _SHARES, kept)
-        of_scores = np.array([scores_outside(scores, r) for r in rows])
-        missing = expected_outside(of_scores, np.array(self._missed), self._measured)
+        lists = NestedLists(scores, _SHARES, kept)
+        missing = expected_outside(lists.outside, np.array(self._missed), self._measured)
         wrong = np.minimum(excess * missing, 1 - _MIN_RIGHT)
         costs = {
             (place, count): cost_of_drafts(
-                len(rows[place]) / len(scores), count, wrong[place], self._head, self.reads_again
+                lists.counts[place] / len(scores), count, wrong[place], self._head, self.reads_again
             )
             for place in range(len(_SHARES))
             for count in _COUNTS
         }
         place, count = min(costs, key=lambda choice: costs[choice])
-        self._outside = _is_outside(rows, len(scores))
-        chosen = np.sort(rows[place]).astype(np.int32)
-        if costs[place, count] < _MAX_COST and len(chosen) < len(scores):
+        self._outside = lists.is_outside()
+        if costs[place, count] < _MAX_COST and lists.counts[place] < len(scores):
             self.count, self._place = count, place
+            chosen = lists.rows(place)
             shares = shares_outside(scores, chosen)
             self.shortlist = Shortlist(chosen, float(wrong[place]), shares)
         return self.shortlist
@@ -181,16 +179,3 @@ def _by_id(size: int) -> np.ndarray:
     """Return how likely each token (size,) is by its id alone."""
     weights = 1 / (np.arange(size, dtype=np.float32) + _FREQUENT_TOKENS)
     return weights / weights.sum()
-
-
-def _is_outside(rows: Sequence[np.ndarray], size: int) -> mx.array:
-    """Return whether each token is outside of each of several nested lists, (size, lists) float32.
-
-    Args:
-        rows: the tokens of each list, among those of the next.
-        size: the number of tokens.
-    """
-    first = np.full(size, len(rows), np.uint8)  # the first list that has the token
-    for number, inside in reversed([*enumerate(rows)]):
-        first[inside] = number
-    return (mx.array(first)[:, None] > mx.arange(len(rows))).astype(mx.float32)

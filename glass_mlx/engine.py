@@ -117,6 +117,7 @@ class Generation:
             self._shortlister.keep(earlier)
         self._observer = TokenObserver(statistics.text, self._shortlister)
         self._slices = session.sliced_model(selector.config.down_policy, reload, unsliced)
+        self._bytes_with_whole_head = session.weight_bytes
         self._reporter = Reporter(
             selector, session.weight_bytes, self._slices.down_policy, unsliced
         )
@@ -141,8 +142,10 @@ class Generation:
         decoder, statistics = self._decoder, self._statistics
         config = self._selector.config
 
-        # 1) Prefill. The dense model reads the prompt while its FFNs are observed.
-        reader = self._session.observed_on_prompt(statistics)
+        # 1) Prefill. The dense model reads the prompt while its FFNs are observed, unless all of
+        #    their neurons are kept.
+        is_exact = self._selector.is_exact
+        reader = self._session.model if is_exact else self._session.observed_on_prompt(statistics)
         prompt = decoder.last(len(decoder.tokens))
         yield from self._dense_steps(
             reader, prompt, until=1, progress=progress, input_embeddings=input_embeddings
@@ -150,7 +153,7 @@ class Generation:
 
         # 2) Warm-up. The dense model writes the first tokens, which are observed separately. Soon
         #    its tokens are drafted, too; see 5).
-        observed = self._session.observed_by_token(self._observer)
+        observed = self._session.observed_by_token(self._observer, with_ffns=not is_exact)
         writer: nn.Module = observed
         if isinstance(decoder, SpeculativeDecoder):
             writer = TargetModel(observed, self._observer)
@@ -161,7 +164,7 @@ class Generation:
             warmup = min(config.warmup, decoder.limit)
             yield from self._drafted_steps(self._drafter, observed, until=warmup)
 
-        if self._selector.is_exact and not self._drafter:
+        if is_exact and not self._drafter:
             if decoder.generated < decoder.limit:
                 yield from self._dense_steps(writer, decoder.last(1), until=decoder.limit)
             return
@@ -188,6 +191,7 @@ class Generation:
             compensation = mean_compensation(self._statistics)
         with self._reporter.timed("slice_time"):
             self._slices.update(selection, compensation)
+        self._bytes_with_whole_head = self._session.bytes_of(self._slices.with_whole_head)
 
     def _slice_head(self) -> Shortlist | None:
         """Choose the tokens whose logits are computed, and slice their rows of the head.
@@ -217,7 +221,7 @@ class Generation:
                 selection,
                 shortlist,
                 self._selector.prior_weight(self._statistics),
-                self._session.bytes_of(self._slices.with_sliced_head),
+                self._bytes_with_whole_head - self._slices.unread_head_bytes,
             )
         return shortlist
 
@@ -317,7 +321,7 @@ class Generation:
         run = self._decoder.run(model, unread, until, prompt_progress_callback=evaluate, **options)
         with closing(run):
             for sampled in run:
-                if self._statistics.prompt.tokens == 0:
+                if self._statistics.prompt.tokens == 0 and not self._selector.is_exact:
                     raise ValueError(
                         "this model does not run the modules that it exposes; it cannot be sliced"
                     )

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from glass_mlx.selection import Selection, Selector
 from glass_mlx.vocabulary import Shortlist
@@ -74,8 +74,8 @@ class Report:
     dense_bytes: int
     sliced_bytes: int
     held_bytes: int
-    selection: Selection | None
-    shortlist: Shortlist | None = None
+    selection: Selection | None = field(repr=False)
+    shortlist: Shortlist | None = field(default=None, repr=False)
     unsliced: frozenset[str] = frozenset()
 
     def bytes_per_token(self, tokens: int) -> int:

@@ -374,9 +374,10 @@ class Session:
         text = local.text
         return with_taps(self.model, text.update, text.update_outputs, ffns=self.ffns)
 
-    def observed_by_token(self, observer: TokenObserver) -> ObservedLogits:
-        """Return the model with its FFNs and logits observed for single tokens."""
-        model = with_taps(self.model, observer.hidden, observer.outputs, ffns=self.ffns)
+    def observed_by_token(self, observer: TokenObserver, with_ffns: bool = True) -> ObservedLogits:
+        """Return the model with its logits, and its FFNs or not, observed for single tokens."""
+        ffns = self.ffns if with_ffns else []
+        model = with_taps(self.model, observer.hidden, observer.outputs, ffns=ffns)
         return ObservedLogits(model, observer.logits)
 
     def without_room(self, selector: Selector, required: bool = True) -> frozenset[str]:

@@ -15,6 +15,7 @@ from glass_mlx.models import (
     SlicedHead,
     find_ffns,
     membership,
+    named_arrays,
     with_head,
     with_modules,
     with_taps,
@@ -112,18 +113,13 @@ class SlicedModel:
         return with_modules(self._dense, {path: parts for path, (_, parts) in self.slices.items()})
 
     @property
-    def with_sliced_head(self) -> nn.Module:
-        """The model with sliced FFNs and the sliced head, which computes some of the logits."""
-        if self._head is None or self._sliced_head is None:
-            return self.with_whole_head
-        return with_head(self.with_whole_head, self._head, self._sliced_head)
-
-    @property
     def model(self) -> nn.Module:
         """The sliced model after the latest update, with the logits of all tokens."""
-        model = self.with_sliced_head
-        if self._sliced_head is None or self._shortlist is None:
+        model = self.with_whole_head
+        if self._head is None or self._sliced_head is None:
             return model
+        assert self._shortlist is not None
+        model = with_head(model, self._head, self._sliced_head)
         return BackedOffModel(model, self._sliced_head.rows, self._shortlist.log_odds)
 
     def drafting_model(
@@ -140,6 +136,13 @@ class SlicedModel:
         self._sliced_head.show(observe)
         model = with_head(model, self._head, self._sliced_head)
         return DraftingModel(model, self._sliced_head.rows, self._head.size)
+
+    @property
+    def unread_head_bytes(self) -> int:
+        """The bytes of the head that the sliced one does not read."""
+        if self._head is None or self._sliced_head is None:
+            return 0
+        return self._head.bytes - sum(a.nbytes for _, a in named_arrays(self._sliced_head))
 
     @property
     def down_policy(self) -> str:

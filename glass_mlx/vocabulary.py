@@ -97,42 +97,63 @@ def rows_to_keep(size: int, share: float) -> int:
     return size if share >= 1 else min(size, _MULTIPLE * max(1, round(share * size / _MULTIPLE)))
 
 
-def choose_rows(scores: np.ndarray, share: float, always: Iterable[int]) -> np.ndarray:
-    """Choose the tokens of the largest scores.
+class NestedLists:
+    """The tokens of the largest scores for several shares, each list among those of the next.
 
-    Args:
-        scores: (V,) scores of the tokens.
-        share: the share of tokens to keep, in (0, 1].
-        always: tokens to keep whatever their scores are. If there are more of them than the share
-            allows, all of them are kept.
-
-    Returns:
-        (k,) int32 sorted token ids.
-    """
-    (rows,) = choose_nested_rows(scores, [share], always)
-    return np.sort(rows).astype(np.int32)
-
-
-def choose_nested_rows(
-    scores: np.ndarray, shares: Sequence[float], always: Iterable[int]
-) -> list[np.ndarray]:
-    """Choose the tokens of the largest scores for several shares, each among those of the next.
+    A list is described by its smallest score, because to sort out the tokens of all lists takes
+    several times as long.
 
     Args:
         scores: (V,) scores of the tokens.
         shares: the shares of tokens to keep, in (0, 1], increasing.
-        always: tokens to keep whatever their scores are; see `choose_rows`.
+        always: tokens to keep whatever their scores are. If there are more of them than a share
+            allows, all of them are kept.
+
+    Attributes:
+        counts: the number of tokens in each list.
+        outside: (lists,) the share of the scores outside of each list.
+    """
+
+    def __init__(self, scores: np.ndarray, shares: Sequence[float], always: Iterable[int]) -> None:
+        size, kept = len(scores), np.unique(np.array([*always], np.int64))
+        least = min(size, _MULTIPLE * -(-len(kept) // _MULTIPLE))
+        self.counts = [max(rows_to_keep(size, share), least) for share in shares]
+        self._scores = scores.copy()
+        self._scores[kept] = np.inf
+        self._smallest = np.empty(len(shares), scores.dtype)
+        total = max(float(scores.sum()), np.finfo(np.float32).tiny)
+        inside, of_kept = np.empty(len(shares)), float(scores[kept].sum())
+        largest = self._scores
+        for place, count in reversed([*enumerate(self.counts)]):
+            largest = np.partition(largest, len(largest) - count)[len(largest) - count :]
+            self._smallest[place] = largest[0]
+            inside[place] = of_kept + float(largest[np.isfinite(largest)].sum())
+        self.outside = 1 - inside / total
+
+    def rows(self, place: int) -> np.ndarray:
+        """Return the tokens of a list by its place, (k,) int32, sorted."""
+        smallest = self._smallest[place]
+        is_inside = self._scores > smallest
+        equal = np.flatnonzero(self._scores == smallest)
+        is_inside[equal[: self.counts[place] - np.count_nonzero(is_inside)]] = True
+        return np.flatnonzero(is_inside).astype(np.int32)
+
+    def is_outside(self) -> mx.array:
+        """Return which tokens are outside of each list, (V, lists) float32.
+
+        Tokens with the smallest score of a list count as inside.
+        """
+        outside = mx.array(self._scores)[:, None] < mx.array(self._smallest)
+        return outside.astype(mx.float32)
+
+
+def choose_rows(scores: np.ndarray, share: float, always: Iterable[int]) -> np.ndarray:
+    """Choose the tokens of the largest scores; see `NestedLists`.
 
     Returns:
-        (k,) int token ids in no order, for each share.
+        (k,) int32 sorted token ids.
     """
-    size, scores = len(scores), scores.copy()
-    scores[[*always]] = np.inf
-    needed = np.count_nonzero(np.isinf(scores))
-    least = min(size, _MULTIPLE * -(-needed // _MULTIPLE))
-    counts = [max(rows_to_keep(size, share), least) for share in shares]
-    order = np.argpartition(-scores, np.array(counts) - 1)
-    return [order[:count] for count in counts]
+    return NestedLists(scores, [share], always).rows(0)
 
 
 def scores_outside(scores: np.ndarray, rows: np.ndarray) -> float:
