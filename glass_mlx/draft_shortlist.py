@@ -6,7 +6,7 @@ after it are void. A longer shortlist makes that rarer, and a longer block sprea
 whole head, which checks it, over more tokens.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from glass_mlx.vocabulary import (
@@ -23,8 +23,8 @@ import numpy as np
 
 # The shares of the vocabulary and the numbers of drafts that are compared.
 _SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-_COUNTS = (2, 4, 6, 8)
-MAX_DRAFTS = max(_COUNTS)
+DRAFT_COUNTS = (2, 4, 6, 8)
+MAX_DRAFTS = max(DRAFT_COUNTS)
 
 # Vocabularies are sorted by frequency, as most merges of byte pairs are found first for the most
 # frequent tokens. So each token is expected in proportion to 1 / (its id + this number).
@@ -50,11 +50,12 @@ class HeadCost:
 
     Attributes:
         share: its share of the dense model's bytes per token.
-        row: how much longer a product takes for each further row, over a product with one row.
+        times: how long a product with so many rows takes, over one with a single row, for the
+            numbers of drafts that are compared.
     """
 
     share: float
-    row: float
+    times: Mapping[int, float]
 
 
 def cost_of_drafts(
@@ -73,7 +74,7 @@ def cost_of_drafts(
     if reads_again:
         passes += sum(n * wrong * (1 - wrong) ** (n - 1) for n in range(1, count))
     drafts = passes * (1 - head.share * (1 - share))
-    check = head.share * (1 + head.row * (count - 1))
+    check = head.share * head.times[count]
     taken = (1 - (1 - wrong) ** count) / wrong  # the mean of drafts up to the first wrong one
     return (drafts + check) / taken
 
@@ -155,7 +156,7 @@ class DraftShortlister(Shortlister):
                 lists.counts[place] / len(scores), count, wrong[place], self._head, self.reads_again
             )
             for place in range(len(_SHARES))
-            for count in _COUNTS
+            for count in DRAFT_COUNTS
         }
         place, count = min(costs, key=lambda choice: costs[choice])
         self._outside = lists.is_outside()

@@ -10,7 +10,7 @@ from typing import Any
 
 from glass_mlx.budget import Budget
 from glass_mlx.config import DEFAULT_REFRESH, DRAFT_WARMUP, EXACT_REFRESH, GlassConfig
-from glass_mlx.draft_shortlist import HeadCost
+from glass_mlx.draft_shortlist import DRAFT_COUNTS, HeadCost
 from glass_mlx.memory import without_room
 from glass_mlx.models import (
     FFN,
@@ -251,7 +251,8 @@ class Session:
         """What the whole head costs, or None if it cannot be sliced; the same on all ranks."""
         if self.head is None:
             return None
-        return self.ranks.share(HeadCost(self.head.bytes / self.weight_bytes, self.head.row_cost))
+        times = {count: self.head.time_of_rows(count) for count in DRAFT_COUNTS}
+        return self.ranks.share(HeadCost(self.head.bytes / self.weight_bytes, times))
 
     def resolved(self, config: GlassConfig) -> GlassConfig:
         """Return a configuration with the values that depend on the model."""

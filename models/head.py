@@ -1,5 +1,6 @@
 """The output head of a model: where it is, slices of its rows, and its logits."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,16 @@ from .vocabulary import vocabulary_size
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
-# A product with several rows reads the weights once, and takes about this much longer for each
-# further row: 4 rows took 1.5 times as long as one with Metal and 1.7 times on a CPU, and 8 rows
-# 2.7 and 1.8 times; with CUDA 8 rows took 1.2 to 1.4 times as long (docs/experiments.md). MLX's CPU
-# backend is bound by arithmetic if weights are quantized, so that n rows take n times as long.
-_ROW_COST, _CUDA_ROW_COST, _BOUND_BY_ARITHMETIC = 0.15, 0.04, 1.0
+# How long a product with several rows takes, over one with a single row: rows, and times between
+# which those of other rows are interpolated. A product with few rows reads the weights once, where
+# there is a kernel for it. CPU and CUDA were measured (docs/experiments.md); MLX's CPU backend is
+# bound by arithmetic if weights are quantized. Figures for Metal are other people's: M3 and later
+# from ml-explore/mlx issues 3839 and 3852, floats from 4265. M1 and M2 read affine weights once for
+# each row; 3839 has 1.9 and 3.4 for 4 and 8 rows with such kernels, and 4265 has 3.3 and 6.1.
+_CPU, _CPU_QUANTIZED, _CUDA = ((1, 8), (1, 2.05)), ((1, 8), (1, 8)), ((1, 8), (1, 1.28))
+_METAL, _METAL_FLOAT = ((1, 2, 4, 8), (1, 1, 1.5, 2.9)), ((1, 2, 8), (1, 2, 2))
+_METAL_ROW_BY_ROW = ((1, 8), (1, 4.8))
+_M3 = 15  # its generation in the name of the architecture
 
 # With CUDA and quantized weights, fewer rows than this take one product each, and this many take
 # no longer than one.
@@ -53,12 +59,19 @@ class Head:
         """The bytes of its weights."""
         return sum(array.nbytes for _, array in named_arrays(self.layer))
 
-    @property
-    def row_cost(self) -> float:
-        """How much longer a product takes for each further row, over a product with one row."""
+    def time_of_rows(self, count: int) -> float:
+        """Return how long a product with several rows takes, over one with a single row."""
+        return float(np.interp(count, *self._times_of_rows()))
+
+    def _times_of_rows(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if mx.default_device() == mx.cpu:
-            return _BOUND_BY_ARITHMETIC if is_quantized(self.layer) else _ROW_COST
-        return _CUDA_ROW_COST if mx.cuda.is_available() else _ROW_COST
+            return _CPU_QUANTIZED if is_quantized(self.layer) else _CPU
+        if mx.cuda.is_available():
+            return _CUDA
+        if not is_quantized(self.layer):
+            return _METAL_FLOAT
+        is_affine = getattr(self.layer, "mode", "affine") == "affine"
+        return _METAL_ROW_BY_ROW if is_affine and _apple_generation() < _M3 else _METAL
 
     def sliced(self, rows: np.ndarray) -> "SlicedHead":
         """Return a head that computes only some logits.
@@ -259,6 +272,12 @@ class LogitsOfHidden:
         """
         logits: mx.array = self._model(mx.array([[0]], mx.uint32))
         return logits
+
+
+def _apple_generation() -> int:
+    """Return the generation of an Apple GPU: 13 for M1, 14 for M2, 15 for M3."""
+    name = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
+    return int(name[1]) if name else _M3
 
 
 def _has_adapter(module: nn.Module | None) -> bool:

@@ -5,10 +5,11 @@ from functools import partial
 
 import glass_mlx
 from glass_mlx import GlassConfig, stream_generate
+from glass_mlx import checked_decoding as checked_decoding_module
 from glass_mlx import draft_shortlist as draft_shortlist_module
 from glass_mlx.calibration import first_use
 from glass_mlx.calibration.first_use import make_selector
-from glass_mlx.draft_shortlist import DraftShortlister, HeadCost, cost_of_drafts
+from glass_mlx.draft_shortlist import DRAFT_COUNTS, DraftShortlister, HeadCost, cost_of_drafts
 from glass_mlx.fidelity.prompts import Continuation
 from glass_mlx.fidelity.scoring import DenseReading, score
 from glass_mlx.models.architectures import tiny_model
@@ -89,6 +90,23 @@ def test_the_text_is_the_dense_models_own(tokenizer, architecture, temp):
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 6, 7, 23])
 def test_every_length(model, tokenizer, n):
     check_same(*both(model, tokenizer, n))
+
+
+def test_the_next_block_begins_while_the_caller_has_the_tokens_of_this_one(
+    model, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(checked_decoding_module, "MAX_MISSING", np.inf)
+    cache = make_prompt_cache(model)
+    config = GlassConfig(warmup=4, refresh=64)
+    steps = stream_generate(
+        model, tokenizer, PROMPT, max_tokens=60, prompt_cache=cache, config=config
+    )
+    ahead = []
+    for n, _ in enumerate(steps, 1):
+        ahead.append(cache[0].offset - len(PROMPT) - n)
+    # As in mlx-lm's loop, the model has always read the latest token, and others of its block.
+    assert min(ahead[5:-1]) == 0
+    assert max(ahead[5:-1]) > 0
 
 
 @pytest.mark.parametrize(
@@ -234,6 +252,10 @@ def test_drafts_that_do_not_pay_are_not_made(model, tokenizer, monkeypatch):
     assert ours[-1].glass.read_bytes == 60 * ours[-1].glass.dense_bytes
 
 
+def head_cost(share, row):
+    return HeadCost(share, {count: 1 + row * (count - 1) for count in DRAFT_COUNTS})
+
+
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("wrong", [0.001, 0.1, 0.5])
 def test_the_cost_of_drafts_is_what_blocks_read(count, wrong):
@@ -243,7 +265,7 @@ def test_the_cost_of_drafts_is_what_blocks_read(count, wrong):
     taken = np.minimum(firsts + 1, count)
     check = head * (1 + row * (count - 1))
     read = count * (1 - head + share * head) + check
-    cost = cost_of_drafts(share, count, wrong, HeadCost(head, row))
+    cost = cost_of_drafts(share, count, wrong, head_cost(head, row))
     assert cost == pytest.approx(read / taken.mean(), rel=0.02)
 
 
@@ -257,7 +279,7 @@ def peaked_logits(size=4096, likely=40, tokens=64, seed=0):
 
 def test_the_shortlist_has_what_predictions_need(monkeypatch):
     monkeypatch.setattr(draft_shortlist_module, "_MAX_COST", 0.98)
-    head = HeadCost(0.5, 0.1)
+    head = head_cost(0.5, 0.1)
     make = partial(
         DraftShortlister, VocabularyStatistics(), None, lambda text: {7, 4000}, 4096, head
     )
@@ -281,7 +303,7 @@ def test_the_shortlist_has_what_predictions_need(monkeypatch):
 
 
 def test_drafts_that_are_wrong_more_often_than_tokens_are_missing_get_longer_shortlists():
-    head = HeadCost(0.5, 0.1)
+    head = head_cost(0.5, 0.1)
     shares = []
     for wrong in (0, 12):
         shortlister = DraftShortlister(VocabularyStatistics(), None, frozenset, 4096, head)

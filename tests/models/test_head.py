@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+import glass_mlx.models.head as head_module
 from glass_mlx.models import BackedOffModel, LogitsOfHidden, find_head, weight_bytes, with_head
 from glass_mlx.models.architectures import names, tiny_model
 from helpers import FAST, add_adapters, snapshot
@@ -127,3 +128,23 @@ def test_rows_are_checked_on_the_host(rows):
     for slicing in (head.sliced, sliced.move):
         with pytest.raises(ValueError, match="indices must be"):
             slicing(np.array(rows, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "generation"),
+    [("applegpu_g13g", 13), ("applegpu_g16s", 16), ("gfx942", 15), ("", 15)],
+)
+def test_the_generation_of_an_apple_gpu(monkeypatch, architecture, generation):
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
+    assert head_module._apple_generation() == generation
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_several_rows_take_longer_than_one(bits):
+    model = tiny_model("llama")
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    times = [find_head(model).time_of_rows(count) for count in (1, 2, 4, 6, 8)]
+    assert times[0] == 1
+    assert times == sorted(times)
+    assert times[-1] == (8 if bits else pytest.approx(2.05))
