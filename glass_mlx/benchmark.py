@@ -90,8 +90,11 @@ def submit(args: argparse.Namespace) -> None:
     if not 0 < args.submit_minutes < float("inf"):
         raise ValueError(f"--submit-minutes must be positive, not {args.submit_minutes}")
     check_writable(args.submit_file)
-    found = measure_machine(args.model, args.submit_minutes)
-    write_text(args.submit_file, json.dumps(found, indent=1) + "\n")
+
+    def save(found: dict[str, Any]) -> None:
+        write_text(args.submit_file, json.dumps(found, indent=1) + "\n")
+
+    found = measure_machine(args.model, args.submit_minutes, save)
     for result in found["results"]:
         if "left_out" in result:
             print(f"{result['model']}: left out, {result['left_out']}")

@@ -67,13 +67,14 @@ def format_machines(machines: list[dict[str, Any]]) -> str:
 def _row(machine: dict[str, Any], result: dict[str, Any]) -> list[str]:
     about, versions = machine["machine"], machine["versions"]
     cores = f"{about['gpu_cores']} GPU cores" if "gpu_cores" in about else f"{about['cores']} cores"
-    title = f"{about['chip']}, {cores}, {about['memory_gb']:.0f} GB, {about['device']}"
+    memory = about["memory_gb"] * 1e9 / 2**30  # as memory is sold
+    title = f"{about['chip']}, {cores}, {memory:.0f} GB, {about['device']}"
     dense, sliced = result["rows"]
     share = sliced["bytes_per_token"] / dense["bytes_per_token"]
     mark = " (doubtful)" if machine["warnings"] else ""
     return [
         title,
-        result["model"],
+        f"{result['model']}, {result['weights']}",
         f"{dense['total_tps']:.1f}",
         f"{sliced['total_tps']:.1f}",
         f"{sliced['run_speedup']:.2f}{mark}",

@@ -167,7 +167,10 @@ def random_prior(model: nn.Module, down_policy: str) -> GlobalPrior:
 
 
 def numbers_tokenizer(size: int) -> TokenizerWrapper:
-    """Build a tokenizer whose tokens are the numbers below a size, without an end-of-text token."""
-    vocabulary = {str(n): n for n in range(size)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="0"))
+    """Build a tokenizer whose tokens are the numbers below a size, without an end-of-text token.
+
+    Each is a line, because mlx-lm's detokenizer decodes the last line again for every token.
+    """
+    vocabulary = {f"{n}\n": n for n in range(size)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="0\n"))
     return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=words))

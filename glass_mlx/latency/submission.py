@@ -23,6 +23,7 @@ from glass_mlx.reporting.machine import (
     describe_model,
     describe_power,
     made_with,
+    power_warning,
     slowdown_warning,
 )
 from glass_mlx.session import Session
@@ -35,7 +36,10 @@ FORMAT = "glass-mlx machine 1"
 # Small and large models that people run. None is the real one.
 SHAPES = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")
 
-_PROMPT_TOKENS, _GENERATION_TOKENS, _REPETITIONS = 64, 256, 2
+_PROMPT_TOKENS, _GENERATION_TOKENS = 64, 256
+
+# The number of rounds that are timed, by how much time there is.
+_MIN_REPETITIONS, _MAX_REPETITIONS = 2, 8
 
 # Fewer tokens than this say little, because the first slices cost time.
 _MIN_TOKENS = 64
@@ -45,13 +49,16 @@ _TRIAL_TOKENS = 8
 _SHARE = 0.7
 
 
-def measure_machine(model: str | None, minutes: float) -> dict[str, Any]:
+def measure_machine(
+    model: str | None, minutes: float, save: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
     """Run the protocol.
 
     Args:
         model: the real model, or None for the built-in one.
         minutes: about the time that everything may take. Models get an equal part of what is left,
             and generate fewer tokens on a slow machine, or are left out.
+        save: called after every model with the contents so far, which an interruption leaves.
 
     Returns:
         The contents of a file for `docs/data/machines`.
@@ -60,27 +67,36 @@ def measure_machine(model: str | None, minutes: float) -> dict[str, Any]:
         FileNotFoundError: if the model does not exist.
         ValueError: if it cannot be used.
     """
-    start, warning, power = time.perf_counter(), busy_warning(), describe_power()
+    start, power = time.perf_counter(), describe_power()
+    about = made_with() | {
+        "format": FORMAT,
+        "machine": describe_machine() | describe_model(),
+        "before": power,
+    }
     jobs = [_arguments(model, None), *(_arguments(None, shape) for shape in SHAPES)]
     results: list[dict[str, Any]] = []
-    warnings = [warning] if warning else []
+    warnings = [warning for warning in [busy_warning()] if warning]
     # The largest come first: one that does not fit leaves its time to the others.
     for number in reversed(range(len(jobs))):
         title, left = model_title(jobs[number]), 60 * minutes - (time.perf_counter() - start)
         print(f"{title} ...", file=sys.stderr)
-        result = _measure_model(jobs[number], left / (number + 1), warnings)
+        try:
+            result = _measure_model(jobs[number], left / (number + 1), warnings)
+        except RuntimeError as error:  # MLX's, where the GPU has too little memory for a model
+            result = {"left_out": f"it did not run: {error}"}
         results.insert(0, {"model": title} | result)
         mx.clear_cache()
-    return made_with() | {
-        "format": FORMAT,
-        "machine": describe_machine() | describe_model(),
-        "before": power,
-        "after": describe_power(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "seconds": round(time.perf_counter() - start, 1),
-        "warnings": warnings,
-        "results": results,
-    }
+        after = describe_power()
+        drained = [warning for warning in [power_warning(power, after)] if warning]
+        found = about | {
+            "after": after,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "seconds": round(time.perf_counter() - start, 1),
+            "warnings": warnings + drained,
+            "results": results,
+        }
+        save(found)
+    return found
 
 
 def _arguments(model: str | None, shape: str | None) -> Namespace:
@@ -121,8 +137,9 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
         kept = fix_densities(kept, session, tokenizer, prior)
     trial = _time_step(session, tokenizer)
     left = seconds - (time.perf_counter() - started)
-    runs = 2 * (_REPETITIONS + 1)  # both methods, and a round to warm up
-    tokens = min(_GENERATION_TOKENS, int(_SHARE * left / trial / runs))
+    # Both methods run in every round, and the first one is to warm up.
+    per_round = _SHARE * left / trial / 2
+    tokens = min(_GENERATION_TOKENS, int(per_round / (_MIN_REPETITIONS + 1)))
     if tokens < _MIN_TOKENS:
         return {"left_out": f"too slow for the time ({1 / trial:.1f} tokens/s)"}
     settings = Settings(
@@ -130,7 +147,7 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
         methods=["default"],
         prompt_tokens=[_PROMPT_TOKENS],
         generation_tokens=tokens,
-        repetitions=_REPETITIONS,
+        repetitions=min(_MAX_REPETITIONS, int(per_round / tokens) - 1),
         seed=0,
         down_policy=args.down_policy,
     )
@@ -139,8 +156,19 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
         speeds = [run.decode_tps for run in repeated]
         if method == "dense" and (warning := slowdown_warning(speeds)):
             warnings.append(f"{model_title(args)}: {warning}")
-    rows = summarize(session.weight_bytes, measured, {})
-    return {"size_gb": size / 1e9, "rows": rows}
+    dense, sliced = measured.values()
+    report = sliced[0].report
+    assert report is not None
+    return {
+        "size_gb": size / 1e9,
+        "weights": session.weight_format,
+        "rows": summarize(session.weight_bytes, measured, {}),
+        "speedups": [a.total_tps / b.total_tps for a, b in zip(sliced, dense, strict=True)],
+        "same_text": [a.tokens == b.tokens for a, b in zip(sliced, dense, strict=True)],
+        "selections": report.selections,
+        "drafts": report.drafts,
+        "checked_tokens": report.checked_tokens,
+    }
 
 
 def _never() -> Any:

@@ -73,6 +73,7 @@ class Run:
     """One timed generation.
 
     Attributes:
+        tokens: the ids of the tokens.
         times: the time of each token, in seconds from the start.
         prefill_peak: the most bytes in use up to the first token.
         decode_peak: the most bytes in use after the first token.
@@ -80,6 +81,7 @@ class Run:
         report: the report on the slicing, or None without slicing.
     """
 
+    tokens: list[int]
     times: list[float]
     prefill_peak: int
     decode_peak: int
@@ -118,16 +120,19 @@ def list_modes(settings: Settings) -> list[Mode]:
 def time_run(responses: Iterable[Any]) -> Run:
     """Run a generation and time it."""
     mx.reset_peak_memory()
-    start, times = time.perf_counter(), []
+    start = time.perf_counter()
+    tokens: list[int] = []
+    times: list[float] = []
     report, prefill_peak, held = None, 0, 0
     for response in responses:
         report = getattr(response, "glass", None)
         times.append(time.perf_counter() - start)
+        tokens.append(response.token)
         held = mx.get_active_memory()
         if len(times) == 1:
             prefill_peak = mx.get_peak_memory()
             mx.reset_peak_memory()
-    return Run(times, prefill_peak, mx.get_peak_memory(), held, report)
+    return Run(tokens, times, prefill_peak, mx.get_peak_memory(), held, report)
 
 
 def measure(

@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -59,9 +58,10 @@ def slowdown_warning(speeds: list[float]) -> str | None:
 
 def _command_output(*command: str) -> str:
     """Return the output of a command, or "" if the command is missing or fails."""
-    if shutil.which(command[0]) is None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    result = subprocess.run(command, capture_output=True, text=True, timeout=10)
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
@@ -116,11 +116,24 @@ def describe_power() -> dict[str, str | int | bool]:
         return state
     if charge := re.search(r"(\d+)%", _command_output("pmset", "-g", "batt")):
         state["battery_percent"] = int(charge[1])
-    if low_power := re.search(r"lowpowermode\s+(\d)", _command_output("pmset", "-g")):
-        state["low_power_mode"] = low_power[1] == "1"
+    # Macs that also have a high-power mode call it powermode, which is 2 for high power.
+    if mode := re.search(r"\b(?:low)?powermode\s+(\d)", _command_output("pmset", "-g")):
+        state["low_power_mode"] = mode[1] == "1"
+    # Macs with Apple silicon report no limits, throttled or not.
     thermal = _command_output("pmset", "-g", "therm")
     if limits := re.findall(r"(\w*(?:Limit|CPUs|Level))\s*=\s*(\d+)", thermal):
         state["thermal"] = ", ".join(f"{name} {value}" for name, value in limits)
-    elif "No thermal warning level has been recorded" in thermal:
-        state["thermal"] = "no warning"
     return state
+
+
+def power_warning(*states: dict[str, str | int | bool]) -> str | None:
+    """Return a warning if a machine ran on its battery or saved power, or None.
+
+    Args:
+        *states: results of `describe_power`.
+    """
+    if any(state.get("low_power_mode") for state in states):
+        return "low-power mode was on: times are those of a slower machine"
+    if any(state["power"] == "battery" for state in states):
+        return "the machine ran on its battery: it may have been slower"
+    return None

@@ -112,7 +112,7 @@ def test_a_shape_has_the_sizes_of_the_real_model():
     assert prior.scores["griffin"].keys() == {ffn.path for ffn in find_ffns(model)}
     assert set(SHAPES) >= {"llama-3.2-1b", "llama-3.1-8b", "qwen3-4b", "gemma-3-4b"}
     tokenizer = numbers_tokenizer(50)
-    assert tokenizer.decode([3, 49]) == "3 49"
+    assert tokenizer.decode([3, 49]).split() == ["3", "49"]
     assert not tokenizer.eos_token_ids
 
 
@@ -128,7 +128,7 @@ def test_other_load_and_throttling_cause_warnings(monkeypatch):
 
 def test_from_break_even_on_every_token_comes_before_the_dense_token():
     def runs(*times):
-        return [Run([*times], 0, 0, 0, None)]
+        return [Run([], [*times], 0, 0, 0, None)]
 
     dense = runs(1, 2, 3, 4, 5)
     assert break_even(dense, runs(1, 3, 3.5, 3.9, 4.5)) == 4

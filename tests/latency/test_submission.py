@@ -40,11 +40,33 @@ def test_a_mac_is_described_without_serial_numbers(mac):
         "power": "battery",
         "battery_percent": 80,
         "low_power_mode": True,
-        "thermal": "no warning",
     }
     text = str(machine.describe_model() | machine.describe_power())
     assert "SECRET" not in text
     assert "4653155" not in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_low"), [("powermode 1", True), ("powermode 2", False), ("lowpowermode 0", False)]
+)
+def test_the_power_mode_is_found(mac, monkeypatch, mode, is_low):
+    monkeypatch.setitem(PMSET, "-g", f" womp 1\n {mode}\n")
+    assert machine.describe_power()["low_power_mode"] is is_low
+
+
+def test_a_battery_and_low_power_mode_make_figures_doubtful():
+    mains = {"power": "mains", "low_power_mode": False}
+    assert machine.power_warning(mains, {"power": "unknown"}) is None
+    assert "battery" in machine.power_warning(mains, {"power": "battery"})
+    assert "low-power mode" in machine.power_warning(mains | {"low_power_mode": True})
+
+
+def test_a_command_that_hangs_says_nothing(monkeypatch):
+    def hang(command, **options):
+        raise machine.subprocess.TimeoutExpired(command, 10)
+
+    monkeypatch.setattr(machine.subprocess, "run", hang)
+    assert machine._command_output("pmset", "-g") == ""
 
 
 def test_a_throttled_mac_says_so(mac, monkeypatch):
@@ -83,6 +105,9 @@ def test_the_protocol_measures_each_model_and_says_what_it_left_out(
         assert (dense["method"], sliced["method"]) == ("dense", "default")
         assert dense["generation_tokens"] == sliced["generation_tokens"] == 70
         assert sliced["bytes_per_token"] <= dense["bytes_per_token"]
+        assert len(result["speedups"]) == dense["repetitions"] >= 2
+        assert all(result["same_text"])
+        assert result["weights"] == "float32"
     assert str(tmp_path) not in file.read_text()
     assert "llama-3.2-3b (random): left out" in out
     assert "docs/data/machines" in out
@@ -104,6 +129,22 @@ def test_the_protocol_measures_each_model_and_says_what_it_left_out(
     code, _, err = run_command(make_machine_table.main, *table)
     assert (code, err.count("\n")) == (2, 1)
     assert "b.json was not written by glass-mlx benchmark" in err
+
+
+def test_what_was_measured_before_a_failure_is_kept(run_command, folder, tmp_path, monkeypatch):
+    def measure(args, seconds, warnings):
+        if args.shape == "llama-3.2-3b":
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+        if args.shape is None:
+            raise KeyboardInterrupt
+        return {"left_out": "small"}
+
+    monkeypatch.setattr(submission, "_measure_model", measure)
+    file = tmp_path / "machine.json"
+    run_command(benchmark.main, "--model", folder, "--submit-file", file)
+    small, large = json.loads(file.read_text())["results"]
+    assert small["left_out"] == "small"
+    assert "Insufficient Memory" in large["left_out"]
 
 
 def test_a_model_that_is_too_slow_for_the_time_is_left_out(folder):
