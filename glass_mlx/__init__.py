@@ -1,9 +1,9 @@
-"""Decode with only the feed-forward neurons that matter for the prompt (GLASS, arXiv 2508.14302).
+"""Decode with only the weights that the text at hand needs (GLASS, arXiv 2508.14302).
 
 from glass_mlx import load, stream_generate
 
 model, tokenizer = load("mlx-community/Llama-3.2-3B-Instruct-4bit")
-for response in stream_generate(model, tokenizer, "Why is the sky blue?", density=0.5):
+for response in stream_generate(model, tokenizer, "Why is the sky blue?"):
     print(response.text, end="")
 
 A name is imported when it is first used. So `glass-mlx --help` answers at once, and a command that

@@ -232,7 +232,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser, default: str) -> Non
         nargs="+",
         default=[],
         metavar="X",
-        help=f"Bounds on KL, which decide both shares. Without bounds and shares: {default}.",
+        help=f"Bounds on KL, which decide the density. Without bounds and shares: {default}.",
     )
     parser.add_argument(
         "--density",

@@ -2,7 +2,13 @@
 
 import argparse
 
-from glass_mlx.config import DEFAULT_MAX_KL, DEFAULT_REFRESH, GlassConfig
+from glass_mlx.config import (
+    DEFAULT_MAX_KL,
+    DEFAULT_REFRESH,
+    DRAFT_WARMUP,
+    EXACT_REFRESH,
+    GlassConfig,
+)
 from glass_mlx.models import DOWN_POLICIES, default_down_policy
 from glass_mlx.statistics import PRIOR_STATISTICS, STATISTICS
 
@@ -41,14 +47,16 @@ def add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=GlassConfig.warmup,
         metavar="N",
-        help="Generate N tokens densely before neurons are selected (default: %(default)s).",
+        help="Generate N tokens densely before neurons are selected (default: %(default)s; at most "
+        f"{DRAFT_WARMUP} with a bound of 0).",
     )
     group.add_argument(
         "--refresh",
         type=int,
         metavar="N",
         help="Renew the selection every N tokens, and later at longer intervals; 0 for never "
-        f"(default: {DEFAULT_REFRESH}, more for mixtures of experts, with --release-dense 0).",
+        f"(default: {DEFAULT_REFRESH}, more for mixtures of experts, {EXACT_REFRESH} with a bound of 0, "
+        "0 with --release-dense).",
     )
     group.add_argument(
         "--statistic",
