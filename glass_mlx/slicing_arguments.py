@@ -55,8 +55,8 @@ def add_slicing_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="Renew the selection every N tokens, and later at longer intervals; 0 for never "
-        f"(default: {DEFAULT_REFRESH}, more for mixtures of experts, {EXACT_REFRESH} with a bound of 0, "
-        "0 with --release-dense).",
+        f"(default: {DEFAULT_REFRESH}, more for mixtures of experts, {EXACT_REFRESH} at a bound "
+        "of 0, 0 with --release-dense).",
     )
     group.add_argument(
         "--statistic",
