@@ -18,6 +18,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Keep priors that a first use measures out of the user's cache."""
+    monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
+
+
 def run(monkeypatch, *options):
     monkeypatch.setattr("sys.argv", ["measure_latency", *map(str, options)])
     main()
