@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,18 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 # Labels, colors and line styles of series: methods, by bounds on KL or by shares. Others are gray
-# points with their names.
+# points, each with a marker of its own and a legend for all of them. The last entry is where their
+# numbers stand, in printer's points to the right of and above a point: lines that are close to each
+# other have them on different sides.
 _STYLES = {
-    ("default", "bound"): ("glass-mlx, by --max-kl", "#0b6e4f", "o-"),
-    ("default", "shares"): ("glass-mlx, by --density", "#0b6e4f", "o:"),
-    ("glass", "shares"): ("GLASS as in the paper, by density", "#c8553d", "o-"),
-    ("prompt-only-griffin", "shares"): ("GRIFFIN, by density", "#3d5a98", "o-"),
-    ("teal", "shares"): ("thresholds as in TEAL (computed), by share", "#8e5aa8", "s-"),
-    ("export", "shares"): ("exported once for all texts, by density", "#b8860b", "^-"),
+    ("default", "bound"): ("glass-mlx, by --max-kl", "#0b6e4f", "o-", (-6, -9)),
+    ("default", "shares"): ("glass-mlx, by --density", "#0b6e4f", "o:", (5, 4)),
+    ("glass", "shares"): ("GLASS as in the paper, by density", "#c8553d", "o-", (-6, -10)),
+    ("prompt-only-griffin", "shares"): ("GRIFFIN, by density", "#3d5a98", "o-", (5, 4)),
+    ("teal", "shares"): ("thresholds as in TEAL (computed), by share", "#8e5aa8", "s-", (5, 4)),
+    ("export", "shares"): ("exported once for all texts, by density", "#b8860b", "^-", (7, -4)),
 }
-_GRAY = "#555555"
+_GRAY, _MARKERS = "#555555", "DvP<X>^sph*"
 
 # The names that methods have in measurements of latency.
 _LATENCY_METHODS = {"prompt-only-griffin": "griffin"}
@@ -70,7 +73,7 @@ def draw(rows: Sequence[Row], speedups: Mapping[tuple[Any, ...], float] | None) 
     _draw_panel(first, [(row, float(row["run_share"])) for row in rows])
     first.set_xlabel("bytes of weights per token, over the dense model's (whole run)")
     first.set_ylabel("KL from the dense model, nats per token")
-    first.legend(fontsize=8, loc="best")
+    _add_legends(first)
     for axes in others:
         assert speedups is not None
         measured = [(row, speedups.get(_latency_key(row))) for row in rows]
@@ -79,20 +82,36 @@ def draw(rows: Sequence[Row], speedups: Mapping[tuple[Any, ...], float] | None) 
     return figure
 
 
+def _add_legends(axes: "Axes") -> None:
+    """Add a legend of the lines, and one of the gray points."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines = {"glass-mlx, KL 0", *(label for label, *_ in _STYLES.values())}
+    pairs = [*zip(handles, labels, strict=True)]
+    gray = [pair for pair in pairs if pair[1] not in lines]
+    if gray:
+        axes.add_artist(axes.legend(*zip(*gray, strict=True), fontsize=7, loc="upper right"))
+    rest = [pair for pair in pairs if pair[1] in lines]
+    if rest:
+        axes.legend(*zip(*rest, strict=True), fontsize=8, loc="best")
+
+
 def _latency_key(row: Row) -> tuple[Any, ...]:
     return _LATENCY_METHODS.get(row["method"], row["method"]), *_setting(row)
 
 
 def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
     series: dict[tuple[str, str], list[tuple[float, Row]]] = {}
-    gray = 0
+    markers = cycle(_MARKERS)
     exact = [x for row, x in points if row["kl"] == 0]
     for row, x in sorted(points, key=lambda point: point[0]["kl"]):
         if row["kl"] == 0:  # which has no place on a logarithmic axis
             continue
         series.setdefault((row["method"], _kind(row)), []).append((x, row))
     for (method, kind), members in series.items():
-        label, color, style = _STYLES.get((method, kind), (None, _GRAY, "D"))
+        if (method, kind) in _STYLES:
+            label, color, style, place = _STYLES[method, kind]
+        else:
+            label, color, style, place = method, _GRAY, next(markers), (5, 4)
         members.sort(key=_first)
         kl = np.array([row["kl"] for _, row in members])
         bounds = np.array([row["kl_95"] for _, row in members])
@@ -109,11 +128,8 @@ def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
             markersize=5,
         )
         for x, row in members:
-            parts = [] if label else [method]
-            parts += [] if kind == "none" else [_setting_label(row)]
-            gray += label is None
-            is_below = label is None and gray % 2 == 0  # neighbors' labels would overlap
-            _annotate(axes, ", ".join(parts), (x, row["kl"]), color, -9 if is_below else 4)
+            if kind != "none":
+                _annotate(axes, _setting_label(row), (x, row["kl"]), color, place)
     axes.set_yscale("log")
     axes.margins(x=0.1)
     color = _STYLES["default", "bound"][1]
@@ -124,11 +140,16 @@ def _draw_panel(axes: "Axes", points: Sequence[tuple[Row, float]]) -> None:
 
 
 def _annotate(
-    axes: "Axes", text: str, point: tuple[float, float], color: str, rise: int = 4
+    axes: "Axes",
+    text: str,
+    point: tuple[float, float],
+    color: str,
+    place: tuple[int, int] = (5, 4),
 ) -> None:
-    """Write a text to the right of a point, so many printer's points above it."""
-    place: dict[str, Any] = {"xytext": (5, rise), "textcoords": "offset points"}
-    axes.annotate(text, point, fontsize=7, color=color, **place)
+    """Write a text so many printer's points to the right of and above a point."""
+    options: dict[str, Any] = {"ha": "left" if place[0] > 0 else "right"}
+    options |= {"xytext": place, "textcoords": "offset points"}
+    axes.annotate(text, point, fontsize=7, color=color, **options)
 
 
 def _kind(row: Row) -> str:
