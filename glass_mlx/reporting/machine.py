@@ -25,11 +25,12 @@ def made_with() -> dict[str, Any]:
 
 def describe_machine() -> dict[str, str | int | float]:
     """Return the hardware, operating system, Python version, MLX device and power source."""
+    release = platform.release().partition("-")[0]  # the rest names somebody's own build
     return {
         "chip": _chip() or "unknown",
         "cores": os.cpu_count() or 0,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {release}",
         "python": platform.python_version(),
         "device": "GPU" if mx.default_device() == mx.gpu else "CPU",
         "power": _power(),
