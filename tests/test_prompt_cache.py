@@ -94,6 +94,24 @@ def test_selection_uses_all_turns(model, tokenizer):
     )
 
 
+@pytest.mark.parametrize("trimmed", [0, 2, 6, 9])
+def test_turns_at_a_bound_of_0_observe_no_neurons(model, tokenizer, trimmed):
+    cache = make_prompt_cache(model)
+    exact = {"density": None, "warmup": 16, "refresh": None, "max_kl": 0}
+    assert turn(model, tokenizer, FIRST, cache, n=5, **exact)[-1].glass.selection is None
+    assert (cache.statistics.prompt.tokens, cache.statistics.text.tokens) == (0, 0)
+    assert len(cache.tokens) == len(FIRST) + 5
+    assert trim_prompt_cache(cache, trimmed) == trimmed
+    assert turn(model, tokenizer, SECOND, cache)[-1].glass.density_got == 0.5
+    assert cache.statistics.prompt.tokens == len(SECOND)
+    assert 3 <= cache.statistics.text.tokens < 13
+    # The other way round, what was observed stays.
+    turn(model, tokenizer, FIRST, cache, n=5, **exact)
+    assert cache.statistics.prompt.tokens == len(SECOND)
+    trim_prompt_cache(cache, 5 + len(FIRST) + 13)
+    assert cache.statistics.text.tokens == 0
+
+
 def test_tokens_of_all_turns_stay_in_the_shortlist(model, tokenizer, monkeypatch):
     chosen = []
 
