@@ -151,10 +151,15 @@ class Chat:
     def set_budget(self, max_kl: float) -> None:
         """Bound the KL divergence of the next answers.
 
+        For the dense model's own answers, what sliced ones have left in the cache is read again.
+
         Raises:
             ValueError: if the bound is out of range.
         """
+        was_exact = self.config.is_exact
         self.config = replace(self.config, max_kl=max_kl, density=None, vocabulary=None)
+        if self.config.is_exact and not was_exact:
+            self._read_again()
 
     def answer(self, text: str, show: Callable[[str], object]) -> str:
         """Answer a message, until Ctrl-C at the latest.

@@ -75,13 +75,17 @@ class CheckedModel(nn.Module):
         Returns:
             Its logits (1, vocabulary) and log-probabilities (1, vocabulary).
         """
+        self.passes += 1
+        self.dense_passes += self._is_dense(number)
+        return self.read(token, cache, number)
+
+    def read(self, token: mx.array, cache: list[Any], number: int) -> tuple[mx.array, mx.array]:
+        """Do the same without counting it, at the end of a text, where no loop counts."""
         is_dense = self._is_dense(number)
         logits, total = (self._dense if is_dense else self._sliced)(token[None], cache=cache)
         if is_dense:
             self._observer.end_pass(1)
         self._drafted.append(number)
-        self.passes += 1
-        self.dense_passes += is_dense
         return logits[:, -1], logits[:, -1] - total[:, -1]
 
     def check(self) -> tuple[mx.array, mx.array]:
@@ -90,15 +94,15 @@ class CheckedModel(nn.Module):
         Both are (n, vocabulary). Exponentials of a whole vocabulary take long on a CPU, so they are
         computed once for the log-probabilities and for what is observed.
         """
-        self.checks += 1
         self._checked = len(self._drafted)
         logits = self._check(mx.concatenate(self._hidden, axis=-2)).squeeze(0)
         self._hidden.clear()
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        exponentials = mx.exp(shifted.astype(mx.float32))
+        largest = logits.max(axis=-1, keepdims=True).astype(mx.float32)
+        exponentials = mx.exp(logits.astype(mx.float32) - largest)
         total = exponentials.sum(axis=-1, keepdims=True)
         self._probabilities = exponentials / total
-        return logits, shifted - mx.log(total).astype(logits.dtype)
+        # Rounded as in mlx-lm, which subtracts a `logsumexp` of the logits' type.
+        return logits, logits - (largest + mx.log(total)).astype(logits.dtype)
 
     def correct(self, token: int) -> None:
         """Note that a token of the text has replaced a wrong draft."""
@@ -175,12 +179,14 @@ class CheckedDecoder(BlockDecoder):
         most = min(most, self._unquantized())
         self._drafted = count = min(model.count, most)
         if self._begun is None:
-            self._before = None if self.can_take_back(count) else copy.deepcopy(self.cache)
+            is_copied = not self.can_take_back(count)
+            self._before = copy.deepcopy([*self.cache]) if is_copied else None
         with mx.stream(generation_stream):
             key = random_key()
             drafts = self._draft(model, count)
             set_random_key(key)
             logits, logprobs = model.check()
+            model.checks += 1
             sampled, rows, self._keys = [], [], []
             for place in range(count):
                 row = slice(place, place + 1)
@@ -238,8 +244,10 @@ class CheckedDecoder(BlockDecoder):
             set_random_key(self._keys[self._taken - 1])
             prediction = model(mx.array([token], mx.uint32), self.cache, number)
             draft = self._choose_one(*prediction, [])[0].astype(mx.uint32)
+            key = random_key()
+            mx.async_eval(key)  # before the draft, so that nobody who reads it waits for the draft
             mx.async_eval(draft)
-        self._begun = draft, random_key()
+        self._begun = draft, key
 
     def _choose_one(
         self, logits: mx.array, logprobs: mx.array, drafts: list[mx.array]
@@ -267,6 +275,7 @@ class CheckedDecoder(BlockDecoder):
                 trim_prompt_cache(self.cache, void)
             elif void:
                 self._read_again(model, self.tokens[-taken - 1 : -1])
+            self._before = None
             self._quantize(self.cache)
 
     def _drop_begun(self, model: CheckedModel) -> None:
@@ -287,5 +296,12 @@ class CheckedDecoder(BlockDecoder):
         model.forget()
 
     def _read_last(self, model: CheckedModel) -> None:
-        self._drop_begun(model)
-        self._read(self.tokens[-1])
+        with mx.stream(generation_stream):
+            if self._begun is None:  # else the model has read the token
+                model.read(self.last(1), self.cache, self.generated + 1)
+            self._begun = None
+            logits, logprobs = model.check()
+            token, _ = self._choose_one(logits, logprobs, [])
+            model.take(1)
+            self._quantize(self.cache)
+            mx.eval(token, random_key(), [entry.state for entry in self.cache])

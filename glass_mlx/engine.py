@@ -89,6 +89,7 @@ class Generation:
         statistics: the local statistics, including those of earlier turns of the conversation.
         reload: loads the model once more; see `SlicedModel`.
         earlier: the tokens of earlier turns of the conversation.
+        unsliced: the FFNs that are not sliced, for want of memory.
     """
 
     def __init__(
@@ -99,11 +100,10 @@ class Generation:
         statistics: LocalStatistics,
         reload: Callable[[], nn.Module] | None = None,
         earlier: Sequence[int] = (),
+        unsliced: frozenset[str] = frozenset(),
     ) -> None:
         self._session, self._selector, self._decoder = session, selector, decoder
         self._statistics = statistics
-        # With a reload, dense weights make room for each slice.
-        unsliced = frozenset[str]() if reload else session.without_room(selector)
         self._drafter: DraftShortlister | None = None
         cost = session.head_cost if isinstance(decoder, CheckedDecoder) else None
         if cost is not None:
@@ -253,23 +253,15 @@ class Generation:
                 self._observer,
                 shortlister,
             )
-            yield from self._checked_steps(model, shortlist, until)
+            yield from self._checked_steps(model, until)
             del model, hidden  # so that the head's slice can be freed before a new one is made
 
-    def _checked_steps(
-        self, model: CheckedModel, shortlist: Shortlist, until: float
-    ) -> Generator[Step, None, None]:
-        """Generate with drafts and checks, up to a total number of generated tokens.
-
-        Args:
-            model: the model.
-            shortlist: the tokens of its drafts.
-            until: the number of tokens.
-        """
+    def _checked_steps(self, model: CheckedModel, until: float) -> Generator[Step, None, None]:
+        """Generate with drafts and checks, up to a total number of generated tokens."""
         assert self._session.head is not None
         head, report = self._session.head.bytes, self._reporter.report
-        unread = head - round(head * shortlist.share)
-        dense_bytes, sliced_bytes = report.dense_bytes - unread, report.sliced_bytes
+        dense_bytes = report.dense_bytes - self._slices.unread_head_bytes
+        sliced_bytes = report.sliced_bytes
         passes = dense_passes = checks = 0
 
         def count_reads() -> None:

@@ -33,9 +33,11 @@ class Report:
             if the prior was measured on a related model.
         down_policy: how quantized down projections are sliced; several policies, separated by
             commas, if the one asked for does not suit every layer.
-        dense_tokens: generated tokens that the dense model computed.
+        dense_tokens: generated tokens that the dense model computed; at a bound of 0, those that
+            were not drafted.
         read_bytes: bytes of weights that were read for all generated tokens, for drafts and checks,
-            too.
+            too. With a draft model, this is what passes read if each computes one token, so an
+            upper bound, without the draft model's own.
         checked_tokens: generated tokens that came from a check: right drafts, and the tokens that
             replaced wrong ones.
         drafts: how many tokens were drafted, with those that were wrong or void.

@@ -128,7 +128,7 @@ class PromptCache(list[Any]):
 
     def follow_prompt(self, tokens_read: int, total: int) -> None:
         """Note how far the prompt has been read; call it for mlx-lm's reports of progress."""
-        if tokens_read == total - 1 and self._statistics is not None:
+        if 0 < tokens_read == total - 1 and self._statistics is not None:
             self._before_last = self._statistics.copy()
 
     def add(self, tokens: Iterable[int], prompt_tokens: int) -> None:
@@ -175,7 +175,8 @@ class PromptCache(list[Any]):
         while self.turns:
             turn = self.turns[-1]
             if turn.prompt_end <= remaining:
-                return LocalStatistics(prompt, turn.before.text).copy()
+                vocabulary = turn.before.vocabulary
+                return LocalStatistics(prompt, turn.before.text, vocabulary).copy()
             self.turns.pop()
             if turn.before_last is not None and turn.prompt_end - 1 == remaining:
                 # What is left of the prompt is a turn without an answer.
@@ -222,8 +223,10 @@ def trim_to_shared(cache: PromptCache, tokens: list[int]) -> int | None:
 
     Returns:
         How many tokens of the prompt are in the cache; None if the cache cannot be trimmed, because
-        it has lost earlier contents.
+        it has lost earlier contents, or begins with tokens that are not known.
     """
+    if cache.unlisted:
+        return None
     held = cache.tokens
     pairs = zip(held, tokens[:-1], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

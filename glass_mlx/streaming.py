@@ -54,9 +54,11 @@ def stream_generate(
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text with the neurons and the vocabulary that matter for the prompt.
 
-    The dense model reads the prompt and computes the first tokens. A model that is sliced for this
-    text computes the others, except for every fourth token. The dense model is observed there, and
-    the slices are renewed at intervals. The given model's weights do not change.
+    By default, the text is the dense model's own. A slice of the head drafts tokens, and the whole
+    head checks several of them at once. With a bound on KL above 0 or a density, the dense model
+    reads the prompt and computes the first tokens, and a model that is sliced for this text
+    computes the others, except for every fourth token. The dense model is observed there, and the
+    slices are renewed at intervals. The given model's weights do not change.
 
     Args:
         model: a model from `load` or from `mlx_lm.load`, or a `Session` of one.
@@ -250,6 +252,8 @@ def _steps(
     else:  # a cache from mlx-lm cannot hold statistics
         record = PromptCache((), session.empty_statistics([selector.config.statistic]))
     earlier = record.tokens
+    # With a reload, dense weights make room for each slice.
+    unsliced = frozenset[str]() if reload else session.without_room(selector)
     statistics = record.begin(session.shapes, session.vocabulary_size, session.total)
 
     def progress(tokens_read: int, total: int) -> None:
@@ -257,7 +261,7 @@ def _steps(
         if report_progress is not None:
             report_progress(tokens_read, total)
 
-    generation = Generation(session, selector, decoder, statistics, reload, earlier)
+    generation = Generation(session, selector, decoder, statistics, reload, earlier, unsliced)
     try:
         yield from generation.steps(progress, input_embeddings)
     except GeneratorExit:  # the caller stopped early

@@ -1,6 +1,7 @@
 """Observe the tokens that the dense model computes one by one or in drafts, at little cost."""
 
 from itertools import zip_longest
+from typing import TypeVar
 
 from glass_mlx.models import Routing
 from glass_mlx.statistics import NeuronStatistics
@@ -8,6 +9,8 @@ from glass_mlx.vocabulary import Shortlister
 
 import mlx.core as mx
 import numpy as np
+
+T = TypeVar("T")
 
 # So many tokens are held at most before they are added to the statistics.
 _MAX_HELD = 32
@@ -70,35 +73,42 @@ class TokenObserver:
     def take(self, count: int) -> None:
         """Count only the first tokens of the earliest pass without a count. The others are void."""
         self._taken.append(count)
-        if len(self._taken) == len(self._rows) and sum(self._rows) >= _MAX_HELD:
-            self.flush()
+        if sum(self._rows[: len(self._taken)]) >= _MAX_HELD:
+            self._flush(len(self._taken))
 
     def flush(self) -> None:
         """Add everything that is held to the statistics, which stay lazy."""
-        if not self._rows:
+        self._flush(len(self._rows))
+
+    def _flush(self, passes: int) -> None:
+        """Add the first passes to the statistics. Those without a count are void."""
+        if not passes:
             return
-        mask = self._mask()
-        for path, parts in self._hidden.items():
-            routing = Routing.joined(self._routing[path]) if path in self._routing else None
+        mask = self._mask(passes)
+        # All of it at the end: a model may call an FFN more than once in a pass.
+        parts_of_each = None if passes == len(self._rows) else passes
+        hidden = _pop_first(self._hidden, parts_of_each)
+        routings = _pop_first(self._routing, parts_of_each)
+        for path, parts in hidden.items():
+            routing = Routing.joined(routings[path]) if path in routings else None
             self._text.update(path, mx.concatenate(parts, axis=-2), mask, routing)
-        for path, parts in self._outputs.items():
+        for path, parts in _pop_first(self._outputs, parts_of_each).items():
             self._text.update_outputs(path, self._joined(parts))
         arrays: list[object] = [self._text.sums, self._text.outputs]
         if self._shortlister is not None and self._logits:
-            self._shortlister.observe(self._joined(self._logits))
+            self._shortlister.observe(self._joined(self._logits[:passes]))
             arrays += self._shortlister.arrays
-        self._hidden, self._routing, self._outputs = {}, {}, {}
-        self._logits, self._rows, self._taken = [], [], []
+            del self._logits[:passes]
+        del self._rows[:passes], self._taken[:passes]
         mx.async_eval(arrays)
 
-    def _mask(self) -> np.ndarray | None:
-        """Return which of the tokens that are held count, (T,) of 1 and 0, or None for all."""
-        if not self._taken:
-            return None
-        if self._rows == self._taken:
+    def _mask(self, passes: int) -> np.ndarray | None:
+        """Return which tokens of the first passes count, (T,) of 1 and 0, or None for all."""
+        rows, taken = self._rows[:passes], self._taken[:passes]
+        if not taken or rows == taken:
             return None
         # A pass that failed has rows, and nothing of it was taken.
-        pairs = zip_longest(self._rows, self._taken, fillvalue=0)
+        pairs = zip_longest(rows, taken, fillvalue=0)
         return np.concatenate([np.arange(n) < taken for n, taken in pairs])
 
     def _joined(self, parts: list[mx.array]) -> mx.array:
@@ -106,3 +116,13 @@ class TokenObserver:
         if self._taken:
             parts = [part[..., :n, :] for part, n in zip(parts, self._taken, strict=False)]
         return mx.concatenate(parts, axis=-2)
+
+
+def _pop_first(held: dict[str, list[T]], count: int | None) -> dict[str, list[T]]:
+    """Take the first parts, or all, out of what is held of each FFN."""
+    first = {path: parts[:count] for path, parts in held.items()}
+    for path, parts in [*held.items()]:
+        del parts[:count]
+        if not parts:
+            del held[path]
+    return first

@@ -141,22 +141,13 @@ def _format(layer: nn.Module) -> dict[str, Any]:
 
 def _globally_scaled_weight(layer: nn.Module) -> mx.array:
     """Return the weights of a stack that is quantized with one more scale for each expert."""
-    options: dict[str, Any] = {
-        "group_size": layer.group_size,
-        "bits": layer.bits,
-        "mode": layer.mode,
-    }
     matrices = zip(layer.weight, layer.scales, layer.global_scale, strict=True)
-    return mx.stack([mx.dequantize(w, s, global_scale=g, **options) for w, s, g in matrices])
+    return mx.stack([mx.dequantize(w, s, global_scale=g, **_format(layer)) for w, s, g in matrices])
 
 
 def quantized_arrays(layer: nn.Module, weight: mx.array) -> dict[str, mx.array | None]:
     """Quantize other weights in the format of a layer; return its arrays by name."""
-    options: dict[str, Any] = {
-        "group_size": layer.group_size,
-        "bits": layer.bits,
-        "mode": layer.mode,
-    }
+    options = _format(layer)
     if layer.get("global_scale") is not None:
         matrices = zip(weight, layer.global_scale, strict=True)
         pairs = [mx.quantize(w, global_scale=g, **options) for w, g in matrices]

@@ -248,6 +248,21 @@ def test_a_draft_model_proposes_tokens(chat, folder):
     assert chat("丁", "r", *lines, flags=flags + draft)[2:] == chat(*lines, flags=flags)
 
 
+def test_the_dense_models_own_answers_read_sliced_ones_again(chat, monkeypatch):
+    prompts, flags = [], ["--density", 0.5]
+    spied = chat_command.stream_generate
+
+    def stream(session, tokenizer, prompt, **options):
+        prompts.append(len(prompt))
+        return spied(session, tokenizer, prompt, **options)
+
+    monkeypatch.setattr(chat_command, "stream_generate", stream)
+    chat("丁", "丁", flags=flags)
+    chat("丁", "/budget 0", "丁", flags=flags)
+    assert prompts[0] == prompts[2]
+    assert prompts[3] > prompts[1]
+
+
 def test_a_bound_above_0_measures_a_prior_when_it_is_needed(chat, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GLASS_MLX_CACHE", str(tmp_path / "cache"))
     (folder / "glass_prior.safetensors").unlink()

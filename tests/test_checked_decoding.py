@@ -87,6 +87,16 @@ def test_the_text_is_the_dense_models_own(tokenizer, architecture, temp):
     assert ours[-1].glass.max_kl == 0
 
 
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+def test_half_precision_is_rounded_as_in_mlx_lm(tokenizer, temp):
+    model = tiny_model("llama", seed=49)
+    model.set_dtype(mx.bfloat16)
+    theirs, ours = both(model, tokenizer, sampler=make_sampler(temp))
+    assert [r.token for r in ours] == [r.token for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert mx.array_equal(a.logprobs, b.logprobs)
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 6, 7, 23])
 def test_every_length(model, tokenizer, n):
     check_same(*both(model, tokenizer, n))
@@ -192,9 +202,13 @@ def test_sliced_models_write_the_same_with_drafts(tokenizer, architecture, optio
         assert np.array_equal(kept, expected[path])
 
 
-def test_statistics_count_each_dense_token_once(model, tokenizer):
+@pytest.mark.parametrize("n", [88, 89, 90])
+def test_statistics_and_caches_have_each_token_once(model, tokenizer, n):
     caches = [glass_mlx.make_prompt_cache(model) for _ in range(2)]
-    with_and_without_drafts(model, tokenizer, 90, caches, sampler=make_sampler(1.0))
+    with_and_without_drafts(model, tokenizer, n, caches, sampler=make_sampler(1.0))
+    # The last token is read by the model whose turn it is, and not by the dense one.
+    for theirs, ours in zip(*caches, strict=True):
+        assert mx.allclose(theirs.state[0], ours.state[0], rtol=1e-3, atol=1e-4)
     whole, drafted = (cache.statistics.text for cache in caches)
     assert drafted.tokens == whole.tokens
     for path, scores in whole.scores("griffin").items():

@@ -12,6 +12,7 @@ from glass_mlx import (
     PromptCache,
     load_prompt_cache,
     make_prompt_cache,
+    memory,
     save_prompt_cache,
     stream_generate,
     trim_prompt_cache,
@@ -67,7 +68,8 @@ def equal(a, b):
         assert one.keys() == two.keys()
         if not all(np.array_equal(one[key], two[key]) for key in one):
             return False
-    return True
+    one, two = a.vocabulary.state(), b.vocabulary.state()
+    return one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
 
 
 def test_a_second_turn_reads_only_new_tokens(model, tokenizer):
@@ -637,6 +639,28 @@ def test_a_conversation_can_start_from_a_cached_prompt(run_command, folder, tmp_
     tokens = encode(chat_tokenizer(), chat[:-1])
     assert cache.tokens[: len(tokens)] == tokens
     assert cache.statistics.prompt.tokens <= len(tokens) - len(answer(first))  # none counts twice
+
+
+def test_messages_are_not_read_after_tokens_that_are_not_known(model, tmp_path):
+    cache, file = mlx_lm_cache.make_prompt_cache(model), str(tmp_path / "cache.safetensors")
+    model(mx.array([FIRST]), cache=cache)
+    mlx_lm_cache.save_prompt_cache(file, cache)
+    loaded = load_prompt_cache(file)
+    messages = [{"role": "user", "content": "丁"}]
+    with pytest.raises(ValueError, match="make a new one"):
+        stream_generate(model, chat_tokenizer(), messages=messages, prompt_cache=loaded)
+    assert loaded[0].offset == len(FIRST)
+
+
+def test_a_refused_generation_leaves_the_cache_as_it_was(model, tokenizer, monkeypatch):
+    cache = make_prompt_cache(model)
+    turn(model, tokenizer, FIRST, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "usable_memory", lambda: 1)
+        with pytest.raises(ValueError, match="slices need"):
+            turn(model, tokenizer, SECOND, cache)
+    turn(model, tokenizer, SECOND, cache)
+    assert cache.tokens[: len(FIRST)] == FIRST
 
 
 def test_a_cache_from_mlx_lm_works_with_a_note_on_missing_statistics(

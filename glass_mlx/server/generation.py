@@ -216,8 +216,8 @@ class GlassResponseGenerator(ResponseGenerator):
         _check_tokens(session, prompt, args)
 
         # 2) Find the longest cached beginning of the prompt. Texts of the dense model have their
-        #    own caches, because the tokens of sliced answers differ.
-        key = (provider.model_key, job.is_dense)
+        #    own caches, because keys and values of sliced answers differ.
+        key = (provider.model_key, job.is_dense or job.config.is_exact)
         cache, unread = self._cached(session, key, prompt)
         context = GenerationContext(
             has_tool_calling=tokenizer.has_tool_calling,
