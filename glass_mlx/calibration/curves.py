@@ -56,7 +56,7 @@ class CurveSettings:
         seed: the seed of the texts.
     """
 
-    texts: int = 8
+    texts: int = 16
     length: int = 256
     seed: int = 0
 

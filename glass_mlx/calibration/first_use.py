@@ -35,9 +35,7 @@ from tqdm import tqdm
 
 # A prior of two thousand tokens is nearly as good as a large one (docs/experiments.md).
 # Experts with few tokens get at most twice as many, because a first use should not take long.
-SMALL = CalibrationSettings(
-    sequences=24, length=128, batch_size=12, curve_texts=6, expert_factor=2.0
-)
+SMALL = CalibrationSettings(sequences=24, length=128, batch_size=12, expert_factor=2.0)
 
 _FAILED = "no prior can be measured for this model"
 _ALTERNATIVE = "select neurons from the prompt alone with --no-prior, or in Python with prior=False"
