@@ -74,7 +74,7 @@ def _row(machine: dict[str, Any], result: dict[str, Any]) -> list[str]:
     mark = " (doubtful)" if machine["warnings"] else ""
     return [
         title,
-        f"{result['model']}, {result['weights']}",
+        ", ".join(result[key] for key in ("model", "weights") if key in result),
         f"{dense['total_tps']:.1f}",
         f"{sliced['total_tps']:.1f}",
         f"{sliced['run_speedup']:.2f}{mark}",

@@ -45,6 +45,9 @@ _MIN_REPETITIONS, _MAX_REPETITIONS = 2, 8
 _MIN_TOKENS = 64
 _TRIAL_TOKENS = 8
 
+# The speed-up of one round may be this many times that of another on a machine without other work.
+_STEADY = 1.1
+
 # The part of the time that generations may take; the rest goes to loading and calibration.
 _SHARE = 0.7
 
@@ -159,11 +162,15 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
     dense, sliced = measured.values()
     report = sliced[0].report
     assert report is not None
+    speedups = [a.total_tps / b.total_tps for a, b in zip(sliced, dense, strict=True)]
+    if max(speedups) > _STEADY * min(speedups):
+        extremes = f"{min(speedups):.2f} to {max(speedups):.2f}"
+        warnings.append(f"{model_title(args)}: rounds have speed-ups of {extremes}: disturbed")
     return {
         "size_gb": size / 1e9,
         "weights": session.weight_format,
         "rows": summarize(session.weight_bytes, measured, {}),
-        "speedups": [a.total_tps / b.total_tps for a, b in zip(sliced, dense, strict=True)],
+        "speedups": speedups,
         "same_text": [a.tokens == b.tokens for a, b in zip(sliced, dense, strict=True)],
         "selections": report.selections,
         "drafts": report.drafts,

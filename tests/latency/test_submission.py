@@ -108,6 +108,9 @@ def test_the_protocol_measures_each_model_and_says_what_it_left_out(
         assert len(result["speedups"]) == dense["repetitions"] >= 2
         assert all(result["same_text"])
         assert result["weights"] == "float32"
+        is_steady = max(result["speedups"]) <= 1.1 * min(result["speedups"])
+        disturbed = f"{result['model']}: rounds have speed-ups"
+        assert is_steady != any(disturbed in warning for warning in found["warnings"])
     assert str(tmp_path) not in file.read_text()
     assert "llama-3.2-3b (random): left out" in out
     assert "docs/data/machines" in out
