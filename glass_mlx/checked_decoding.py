@@ -60,7 +60,6 @@ class CheckedModel(nn.Module):
         self._observer, self._shortlister = observer, shortlister
         self._probabilities = mx.zeros(0)
         self._drafted: list[int] = []
-        self._checked = 0  # how many of these the latest check has seen
         self.count = shortlister.count
         self.passes, self.dense_passes, self.checks, self.missing = 0, 0, 0, 0
 
@@ -94,7 +93,6 @@ class CheckedModel(nn.Module):
         Both are (n, vocabulary). Exponentials of a whole vocabulary take long on a CPU, so they are
         computed once for the log-probabilities and for what is observed.
         """
-        self._checked = len(self._drafted)
         logits = self._check(mx.concatenate(self._hidden, axis=-2)).squeeze(0)
         self._hidden.clear()
         largest = logits.max(axis=-1, keepdims=True).astype(mx.float32)
@@ -113,7 +111,7 @@ class CheckedModel(nn.Module):
     def take(self, count: int) -> None:
         """Observe the first tokens of the latest check. The others follow a wrong draft."""
         self._shortlister.add(self._probabilities[:count])
-        self._end_passes(count, self._checked)
+        self._end_passes(count, len(self._probabilities))
 
     def forget(self) -> None:
         """Leave out of the next check, and do not observe, what was read since the last one."""
@@ -126,7 +124,6 @@ class CheckedModel(nn.Module):
             if self._is_dense(number):
                 self._observer.take(int(place < count))
         del self._drafted[:total]
-        self._checked = 0
 
 
 class CheckedDecoder(BlockDecoder):
@@ -144,7 +141,7 @@ class CheckedDecoder(BlockDecoder):
     def __init__(self, *args: Any, ranks: Ranks | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self._ranks = ranks or Ranks()
-        self._drafted, self._taken = 0, 0
+        self._held = 0  # how many tokens of the block the cache has read
         self._before: list[Any] | None = None
         self._keys: list[mx.array] = []
         # The first draft (1,) of the next block, and the random state after it.
@@ -177,7 +174,7 @@ class CheckedDecoder(BlockDecoder):
     def _compute(self, model: CheckedModel, most: int) -> Block:
         """Draft tokens one by one, and check all of them; see `BlockDecoder`."""
         most = min(most, self._unquantized())
-        self._drafted = count = min(model.count, most)
+        self._held = count = min(model.count, most)
         if self._begun is None:
             is_copied = not self.can_take_back(count)
             self._before = copy.deepcopy([*self.cache]) if is_copied else None
@@ -199,14 +196,15 @@ class CheckedDecoder(BlockDecoder):
         right = 0
         while right < count - 1 and tokens[right] == proposed[right]:
             right += 1
-        self._taken = right + 1
+        taken = right + 1
         if tokens[right] != proposed[right]:
             model.correct(tokens[right])
         if self._before is None:
-            trim_prompt_cache(self.cache, count - self._taken)
-            if self._taken < most and not self._is_over(model):
-                self._begin(model, tokens[right])
-        return Block(tokens[: right + 1], mx.concatenate(rows))
+            trim_prompt_cache(self.cache, count - taken)
+            self._held = taken
+            if taken < most and not self._is_over(model):
+                self._begin(model, tokens[right], taken)
+        return Block(tokens[:taken], mx.concatenate(rows))
 
     def _unquantized(self) -> int:
         """Return how many tokens the next block may have before the cache is quantized.
@@ -225,25 +223,36 @@ class CheckedDecoder(BlockDecoder):
             drafts.append(unread)
             self._begun = None
         while len(drafts) < count:
-            prediction = model(unread, self.cache, self.generated + len(drafts) + 1)
-            unread = self._choose_one(*prediction, drafts)[0].astype(mx.uint32)
+            unread = self._draft_one(model, unread, len(drafts), drafts)
             mx.async_eval(unread)
             drafts.append(unread)
         return drafts
 
-    def _begin(self, model: CheckedModel, token: int) -> None:
-        """Compute the first draft of the next block, after the last token of this one.
+    def _draft_one(
+        self, model: CheckedModel, unread: mx.array, ahead: int, drafts: list[mx.array]
+    ) -> mx.array:
+        """Return a draft (1,) of the next token, lazily.
+
+        Args:
+            model: the model.
+            unread: (1,) the token before it, which is not in the cache yet.
+            ahead: how many tokens before it are not in the text yet.
+            drafts: these tokens, for logits processors.
+        """
+        prediction = model(unread, self.cache, self.generated + ahead + 1)
+        return self._choose_one(*prediction, drafts)[0].astype(mx.uint32)
+
+    def _begin(self, model: CheckedModel, token: int, taken: int) -> None:
+        """Compute the first draft of the next block, after the last of the tokens of this one.
 
         A logits processor may wait for the tokens before the one that it is called for, and copies
         of a cache are made before a block begins; so there is no such draft then.
         """
         if self._processors or not self.can_take_back(model.count):
             return
-        number = self.generated + self._taken + 1
         with mx.stream(generation_stream):
-            set_random_key(self._keys[self._taken - 1])
-            prediction = model(mx.array([token], mx.uint32), self.cache, number)
-            draft = self._choose_one(*prediction, [])[0].astype(mx.uint32)
+            set_random_key(self._keys[taken - 1])
+            draft = self._draft_one(model, mx.array([token], mx.uint32), taken, [])
             key = random_key()
             mx.async_eval(key)  # before the draft, so that nobody who reads it waits for the draft
             mx.async_eval(draft)
@@ -267,7 +276,7 @@ class CheckedDecoder(BlockDecoder):
         with mx.stream(generation_stream):
             model.take(taken)
         set_random_key(self._keys[taken - 1])
-        void = (self._taken if self._before is None else self._drafted) - taken
+        void = self._held - taken
         if void:
             self._drop_begun(model)
         with mx.stream(generation_stream):

@@ -156,11 +156,6 @@ def choose_rows(scores: np.ndarray, share: float, always: Iterable[int]) -> np.n
     return NestedLists(scores, [share], always).rows(0)
 
 
-def scores_outside(scores: np.ndarray, rows: np.ndarray) -> float:
-    """Return the share of scores (V,) outside of the tokens `rows`."""
-    return float(1 - scores[rows].sum() / max(scores.sum(), np.finfo(np.float32).tiny))
-
-
 def shares_outside(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the share (V,) of each token outside of `rows` in their probability; see `Shortlist`.
 
@@ -304,9 +299,10 @@ class Shortlister:
         self.shortlist = None
         scores = self.scores
         if scores is not None and self.share < 1:
-            rows = choose_rows(scores, self.share, self._kept_of(text, len(scores)))
+            lists = NestedLists(scores, [self.share], self._kept_of(text, len(scores)))
+            rows = lists.rows(0)
             if len(rows) < len(scores):
-                outside = self._expected_outside(scores_outside(scores, rows))
+                outside = self._expected_outside(float(lists.outside[0]))
                 self.shortlist = Shortlist(rows, outside, shares_outside(scores, rows))
         return self.shortlist
 

@@ -25,6 +25,7 @@ from glass_mlx.reporting.machine import (
     made_with,
     power_warning,
     slowdown_warning,
+    spread_warning,
 )
 from glass_mlx.session import Session
 
@@ -44,9 +45,6 @@ _MIN_REPETITIONS, _MAX_REPETITIONS = 2, 8
 # Fewer tokens than this say little, because the first slices cost time.
 _MIN_TOKENS = 64
 _TRIAL_TOKENS = 8
-
-# The speed-up of one round may be this many times that of another on a machine without other work.
-_STEADY = 1.1
 
 # The part of the time that generations may take; the rest goes to loading and calibration.
 _SHARE = 0.7
@@ -78,7 +76,7 @@ def measure_machine(
     }
     jobs = [_arguments(model, None), *(_arguments(None, shape) for shape in SHAPES)]
     results: list[dict[str, Any]] = []
-    warnings = [warning for warning in [busy_warning()] if warning]
+    warnings = [*filter(None, [busy_warning()])]
     # The largest come first: one that does not fit leaves its time to the others.
     for number in reversed(range(len(jobs))):
         title, left = model_title(jobs[number]), 60 * minutes - (time.perf_counter() - start)
@@ -90,12 +88,11 @@ def measure_machine(
         results.insert(0, {"model": title} | result)
         mx.clear_cache()
         after = describe_power()
-        drained = [warning for warning in [power_warning(power, after)] if warning]
         found = about | {
             "after": after,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "seconds": round(time.perf_counter() - start, 1),
-            "warnings": warnings + drained,
+            "warnings": [*warnings, *filter(None, [power_warning(power, after)])],
             "results": results,
         }
         save(found)
@@ -155,17 +152,13 @@ def _measure_model(args: Namespace, seconds: float, warnings: list[str]) -> dict
         down_policy=args.down_policy,
     )
     measured = measure(session, tokenizer, prior, settings, _never)
-    for (method, *_), repeated in measured.items():
-        speeds = [run.decode_tps for run in repeated]
-        if method == "dense" and (warning := slowdown_warning(speeds)):
-            warnings.append(f"{model_title(args)}: {warning}")
     dense, sliced = measured.values()
     report = sliced[0].report
     assert report is not None
     speedups = [a.total_tps / b.total_tps for a, b in zip(sliced, dense, strict=True)]
-    if max(speedups) > _STEADY * min(speedups):
-        extremes = f"{min(speedups):.2f} to {max(speedups):.2f}"
-        warnings.append(f"{model_title(args)}: rounds have speed-ups of {extremes}: disturbed")
+    slowdown = slowdown_warning([run.decode_tps for run in dense])
+    for warning in filter(None, (slowdown, spread_warning(speedups))):
+        warnings.append(f"{model_title(args)}: {warning}")
     return {
         "size_gb": size / 1e9,
         "weights": session.weight_format,

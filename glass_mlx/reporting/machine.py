@@ -10,9 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
-# A warning is due above this load per core, and below this share of the first run's speed.
+# A warning is due above this load per core, below this share of the first run's speed, and if one
+# round has more than this many times the speed-up of another.
 _BUSY_LOAD = 0.5
 _STEADY_SPEED = 0.9
+_STEADY_SPEEDUP = 1.1
 
 
 def made_with() -> dict[str, Any]:
@@ -54,6 +56,14 @@ def slowdown_warning(speeds: list[float]) -> str | None:
     if len(speeds) > 1 and speeds[-1] < _STEADY_SPEED * speeds[0]:
         loss = 100 * (1 - speeds[-1] / speeds[0])
         return f"dense decoding became {loss:.0f} % slower during the runs: throttled, or disturbed"
+    return None
+
+
+def spread_warning(speedups: list[float]) -> str | None:
+    """Return a warning if rounds of the same comparison had different speed-ups, or None."""
+    least, most = min(speedups), max(speedups)
+    if most > _STEADY_SPEEDUP * least:
+        return f"rounds have speed-ups of {least:.2f} to {most:.2f}: disturbed"
     return None
 
 
