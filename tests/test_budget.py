@@ -5,7 +5,7 @@ from glass_mlx.prior.curves import Curve
 
 import pytest
 
-CURVE = Curve((0.5, 0.75, 0.9), (0.8, 0.2, 0.05))
+CURVE = Curve((0.5, 0.75, 0.9), (0.8, 0.2, 0.05), (0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("max_kl", [0.06, 0.1, 0.3])

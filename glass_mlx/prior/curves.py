@@ -31,11 +31,13 @@ class Curve:
 
     Attributes:
         shares: the measured shares, increasing, in (0, 1).
-        kl: KL in nats per token for each of them.
+        kl: the mean KL in nats per token for each of them.
+        standard_error: the standard error of each mean over texts; 0 where it is not known.
     """
 
     shares: tuple[float, ...]
     kl: tuple[float, ...]
+    standard_error: tuple[float, ...]
 
     @staticmethod
     def parse(record: Mapping[str, Any]) -> "Curve":
@@ -51,20 +53,22 @@ class Curve:
         if (
             not isinstance(shares, list)
             or not isinstance(kl, list)
-            or not len(shares) == len(kl) > 0
-            or not all(isinstance(value, int | float) and value >= 0 for value in (*shares, *kl))
+            or not isinstance(error := curve.get("standard_error", [0.0] * len(kl)), list)
+            or not len(shares) == len(kl) == len(error) > 0
+            or not all(isinstance(v, int | float) and v >= 0 for v in (*shares, *kl, *error))
             or not all(a < b for a, b in pairwise([0, *shares, 1]))
         ):
             raise ValueError("the curve is malformed")
-        return Curve(tuple(map(float, shares)), tuple(map(float, kl)))
+        return Curve(tuple(map(float, shares)), tuple(map(float, kl)), tuple(map(float, error)))
 
     def kl_at(self, share: float) -> float:
-        """Return the expected KL at a share.
+        """Return an upper estimate of KL at a share: the mean plus a standard error.
 
-        Between two measured shares, the logarithm of KL is linear in the logarithm of the share
-        that is dropped. Above the largest measured share it stays the same up to 1, because
-        quantizing a slice again costs something however little is dropped. Below the smallest
-        measured share it is not known: infinite.
+        A mean over few texts is as often too low as too high, so a bound on it would be exceeded
+        for every other model. Between two measured shares, the logarithm of KL is linear in the
+        logarithm of the share that is dropped. Above the largest measured share it stays the same
+        up to 1, because quantizing a slice again costs something however little is dropped. Below
+        the smallest measured share it is not known: infinite.
         """
         if share >= 1:
             return 0.0
@@ -77,7 +81,7 @@ class Curve:
         return self._points[-1][1]
 
     def share_for(self, max_kl: float) -> float:
-        """Return the smallest share whose expected KL is within a bound, to one part in 10^4."""
+        """Return the smallest share whose KL is within a bound, to one part in 10^4."""
         low, high = self.shares[0], 1.0
         if self.kl_at(low) <= max_kl:
             return low
@@ -89,7 +93,8 @@ class Curve:
     @cached_property
     def _points(self) -> list[tuple[float, float]]:
         """Shares and KL, without the noise by which a larger share has more of it, and above 0."""
-        falling = accumulate((max(kl, 1e-9) for kl in reversed(self.kl)), max)
+        upper = [kl + error for kl, error in zip(self.kl, self.standard_error, strict=True)]
+        falling = accumulate((max(kl, 1e-9) for kl in reversed(upper)), max)
         return [*zip(reversed(self.shares), falling, strict=True)][::-1]
 
 

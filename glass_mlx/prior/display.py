@@ -153,7 +153,10 @@ def _sorted_ratios(scores: np.ndarray) -> np.ndarray:
 def _curve_lines(record: dict[str, Any]) -> list[str]:
     """Describe one record of a curve; see `prior.curves`."""
     curve = Curve.parse(record)
-    points = ", ".join(f"{kl:.3f} at {s:g}" for s, kl in zip(curve.shares, curve.kl, strict=True))
+    points = ", ".join(
+        f"{kl:.3f}{f' ± {error:.3f}' if error else ''} at {share:g}"
+        for share, kl, error in zip(curve.shares, curve.kl, curve.standard_error, strict=True)
+    )
     weights = record["conditions"].get("weights", "?")
     return [
         f"KL by density    {points}",

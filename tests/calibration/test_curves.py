@@ -53,7 +53,9 @@ def test_curves_depend_only_on_the_seed(model, make_tokenizer, tmp_path):
     loaded = GlobalPrior.load(tmp_path / "prior.safetensors")
     curve = loaded.curve(Session(model).conditions(GlassConfig()))
     assert list(curve.kl) == record["density"]["kl"]
-    assert f"{record['density']['kl'][0]:.3f} at 0.5" in describe(loaded)
+    assert list(curve.standard_error) == record["density"]["standard_error"]
+    kl, error = curve.kl[0], curve.standard_error[0]
+    assert f"KL by density    {kl:.3f} ± {error:.3f} at 0.5" in describe(loaded)
 
 
 class Interrupted(Exception):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-CURVE = Curve((0.5, 0.75, 0.9), (0.8, 0.2, 0.05))
+CURVE = Curve((0.5, 0.75, 0.9), (0.8, 0.2, 0.05), (0.0, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -38,8 +38,21 @@ def test_between_two_points_a_curve_is_a_power_of_the_dropped_share():
     assert CURVE.kl_at(0.6) == pytest.approx(3.2 * 0.4**2)
 
 
+def test_a_bound_is_spent_on_the_mean_and_a_standard_error_more():
+    curve = Curve((0.5, 0.75, 0.9), (0.8, 0.16, 0.05), (0.1, 0.04, 0.0))
+    assert curve.kl_at(0.75) == pytest.approx(0.2)
+    assert curve.share_for(0.2) == pytest.approx(0.75, abs=2e-4)
+
+
+def test_without_a_standard_error_the_mean_is_used(model):
+    record = curve_record(model)
+    assert "standard_error" not in record["density"]
+    curve = Curve.parse(record)
+    assert curve.kl_at(curve.shares[0]) == pytest.approx(curve.kl[0])
+
+
 def test_noise_by_which_a_larger_share_costs_more_is_left_out():
-    curve = Curve((0.5, 0.75, 0.9), (0.1, 0.2, 0.05))
+    curve = Curve((0.5, 0.75, 0.9), (0.1, 0.2, 0.05), (0.0, 0.0, 0.0))
     assert curve.kl_at(0.5) == curve.kl_at(0.75) == pytest.approx(0.2)
 
 
@@ -52,7 +65,7 @@ def test_the_smallest_share_within_a_bound(max_kl):
 
 
 def test_a_curve_of_zeros_allows_its_smallest_share():
-    assert Curve((0.5, 0.9), (0.0, 0.0)).share_for(0.1) == 0.5
+    assert Curve((0.5, 0.9), (0.0, 0.0), (0.0, 0.0)).share_for(0.1) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -65,6 +78,8 @@ def test_a_curve_of_zeros_allows_its_smallest_share():
         {"density": {"shares": [0.5, 1.0], "kl": [1, 1]}},
         {"density": {"shares": [0.5], "kl": ["a"]}},
         {"density": {"shares": [0.5], "kl": [-1.0]}},
+        {"density": {"shares": [0.5], "kl": [1.0], "standard_error": []}},
+        {"density": {"shares": [0.5], "kl": [1.0], "standard_error": [None]}},
         {"conditions": None},
     ],
 )
