@@ -3,9 +3,11 @@
 import io
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from glass_mlx.calibration import first_use
 from glass_mlx.checkpoints.builtin import builtin_gguf
 from glass_mlx.checkpoints.loading import load
 from glass_mlx.models.architectures import tiny_model
@@ -32,6 +34,12 @@ def default_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
 def quantized_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
     """Load the built-in model with its 4-bit weights."""
     return load(dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def short_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let first uses measure curves on few texts, which takes seconds instead of a minute."""
+    monkeypatch.setattr(first_use, "SMALL", replace(first_use.SMALL, curve_texts=3))
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def _measure_curve(
         f"it once, into {file} (to choose by hand: --density)",
         file=sys.stderr,
     )
-    settings = CurveSettings()
+    settings = CurveSettings(SMALL.curve_texts)
     partial = file.with_name(f"{file.name}.partial")
     try:
         with (
