@@ -145,8 +145,8 @@ class CurveMeasurement:
         return {
             "density": _curve(DENSITIES, by_density),
             "conditions": self._session.conditions(config),
-            "texts": len(self._texts),
-            "tokens": sum(len(text.written) - 1 for text in self._texts),
+            "texts": len(by_density),
+            "tokens": sum(len(text.written) - 1 for text in self._texts[: len(by_density)]),
             "temperature": _TEMPERATURE,
         }
 

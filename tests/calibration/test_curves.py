@@ -124,5 +124,5 @@ def test_the_density_is_measured_until_its_curve_is_clear(model, monkeypatch, no
         return (1 + noise * rng.normal(size=len(configs))).tolist()
 
     monkeypatch.setattr(CurveMeasurement, "_measure", kl)
-    measure(model, settings=replace(SETTINGS, texts=8))
-    assert least <= len(kinds) <= most
+    record = measure(model, settings=replace(SETTINGS, texts=8))
+    assert least <= len(kinds) == record["texts"] <= most
