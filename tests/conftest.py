@@ -11,6 +11,7 @@ from glass_mlx.calibration import first_use
 from glass_mlx.checkpoints.builtin import builtin_gguf
 from glass_mlx.checkpoints.loading import load
 from glass_mlx.models.architectures import tiny_model
+from helpers import letter_tokenizer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +35,12 @@ def default_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
 def quantized_model(default_gguf: Path) -> tuple[nn.Module, TokenizerWrapper]:
     """Load the built-in model with its 4-bit weights."""
     return load(dtype="float32")
+
+
+@pytest.fixture
+def tokenizer() -> TokenizerWrapper:
+    """Return a tokenizer for `tiny_model` without an end-of-sequence token."""
+    return TokenizerWrapper(letter_tokenizer())
 
 
 @pytest.fixture(autouse=True)

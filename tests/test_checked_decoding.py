@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
@@ -37,7 +37,7 @@ def drafts_always(monkeypatch):
 
 @pytest.fixture
 def tokenizer():
-    tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
+    tokenizer = TokenizerWrapper(letter_tokenizer())
     tokenizer.eos_token_ids = []
     return tokenizer
 

@@ -16,7 +16,6 @@ from glass_mlx.selection import select
 from glass_mlx.session import Session
 from glass_mlx.streaming import generate
 from helpers import (
-    letter_tokenizer,
     made_prior,
     masked_model,
     save_tiny_folder,
@@ -41,11 +40,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
-
-
-@pytest.fixture
-def tokenizer():
-    return TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from glass_mlx.slicing import mean_compensation
 from glass_mlx.statistics import MEAN, MIN_GENERATED_TOKENS
 from helpers import (
     all_neurons,
-    letter_tokenizer,
     local_statistics,
     made_prior,
     random_selection,
@@ -45,7 +44,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
@@ -53,11 +51,6 @@ PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 @pytest.fixture
 def model():
     return tiny_model("qwen3_moe")
-
-
-@pytest.fixture
-def tokenizer():
-    return TokenizerWrapper(letter_tokenizer())
 
 
 def run(model, tokenizer, prompt=PROMPT, n=20, **options):

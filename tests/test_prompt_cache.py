@@ -40,15 +40,10 @@ import numpy as np
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, RotatingKVCache
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 FIRST, SECOND = [1, 7, 3, 200, 9, 54, 21], [8, 31, 77, 5]
 RENEWAL = {"density": 0.5, "warmup": 3, "refresh": 4}
-
-
-@pytest.fixture
-def tokenizer():
-    return TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from glass_mlx.models.architectures import tiny_model
 from glass_mlx.prompt_cache import PromptCache
 from glass_mlx.renewal import is_dense_pass, is_dense_token
 from glass_mlx.session import Session
-from helpers import FAST, SometimesRight, letter_tokenizer, made_prior
+from helpers import FAST, SometimesRight, made_prior
 
 import mlx.core as mx
 import mlx_lm
@@ -23,17 +23,11 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
 # Renewals after 3, 8, 16, 24, 32 and 48 tokens; without `dense_every` none of them is dense.
 RENEWED = {"density": 0.5, "warmup": 3, "refresh": 8, "prior_weight": 0.5}
-
-
-@pytest.fixture
-def tokenizer():
-    return TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from helpers import letter_tokenizer, made_prior, statistics_of
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # With experts alone and beside shared ones, in a module that flattens tokens, and in a list.
 MIXTURES = ("qwen3_moe", "deepseek_v3", "olmoe", "dbrx")
@@ -37,7 +37,7 @@ PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 def test_scores_match_generation_by_the_engine(kind, changes):
     """Teacher forcing on the engine's text gives the engine's log-probabilities."""
     model = tiny_model(kind)
-    tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
+    tokenizer = TokenizerWrapper(letter_tokenizer())
     options = {"density": 0.5, "vocabulary": 1.0, "warmup": 3, "refresh": 4} | changes
     responses = list(
         stream_generate(model, tokenizer, PROMPT, max_tokens=30, prior=made_prior(model), **options)
@@ -74,7 +74,7 @@ def test_scores_match_generation_by_the_engine(kind, changes):
 def test_drafts_and_checks_read_what_they_read_in_the_engine(monkeypatch, kind, changes):
     monkeypatch.setattr(draft_shortlist, "_MAX_COST", np.inf)  # tiny models predict badly
     model = tiny_model(kind)
-    tokenizer = TokenizerWrapper(letter_tokenizer(), NaiveStreamingDetokenizer)
+    tokenizer = TokenizerWrapper(letter_tokenizer())
     tokenizer.eos_token_ids = []
     options = {"density": 0.5, "warmup": 3, "refresh": 8} | changes
     mx.random.seed(5)
