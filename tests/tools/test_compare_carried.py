@@ -25,6 +25,9 @@ def test_every_subject_and_kind_of_statistics_is_scored(tmp_path, monkeypatch, c
     ]
     assert all(float(row[3].split()[0]) > 0 and row[4] == "2" for row in rows)
     assert rows[0][3] != rows[1][3]
+    monkeypatch.setattr("sys.argv", ["compare_carried", *options, "--max-kl", "0"])
+    compare_carried.main()
+    assert capsys.readouterr().out.count(" 0.000 ± 0.000 ") == 4
 
 
 def test_the_first_answer_is_the_given_one_and_counts_as_generated():

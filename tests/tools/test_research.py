@@ -222,7 +222,10 @@ def test_long_texts_are_compared_and_continue(folder, tmp_path, monkeypatch, cap
     assert scores.splitlines()[0].endswith("| KL | to 128 | to 224 |")
     assert len(scores.splitlines()) == 4
     assert len(generations.splitlines()) == 2 + len(generated)
-    # What is there is not measured again.
+    # By default, nothing is lost. What is there is not measured again.
+    run(monkeypatch, compare_long_texts, *arguments, "--json", out, "--max-kl", 0)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["kl"] for row in rows if row["max_kl"] == 0] == [0] * 4
     monkeypatch.setattr(compare_long_texts, "score", None)
     monkeypatch.setattr(compare_long_texts, "time_run", None)
     run(monkeypatch, compare_long_texts, *arguments, "--json", out, "--generate")

@@ -22,7 +22,7 @@ from glass_mlx.arguments import (
     make_settings,
 )
 from glass_mlx.calibration.first_use import find_or_measure_prior, make_selector
-from glass_mlx.config import DEFAULT_MAX_KL, Setting
+from glass_mlx.config import Setting
 from glass_mlx.errors import exit_on_error
 from glass_mlx.fidelity.prompts import Continuation, read_prompts
 from glass_mlx.fidelity.scoring import DenseReading, score
@@ -40,6 +40,9 @@ from tqdm import tqdm
 SUBJECTS = {"the same": False, "another": True}
 STATISTICS = ("carried", "new")
 
+# At a bound of 0 no statistics of neurons count.
+DEFAULT = Setting(max_kl=0.1)
+
 # KL of each conversation by subject, setting and statistics.
 Results = dict[tuple[str, Setting, str], list[float]]
 
@@ -49,7 +52,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_argument(parser)
     add_prior_argument(parser)
-    add_settings_arguments(parser, f"a bound of {DEFAULT_MAX_KL}")
+    add_settings_arguments(parser, f"a bound of {DEFAULT.max_kl}")
     parser.add_argument("--limit", type=int, default=10, help="Prompts to use (%(default)s).")
     continuations.add_arguments(parser)
     add_load_arguments(parser)
@@ -86,7 +89,7 @@ def carried_cache(
 
 
 def read_both(
-    session: Session, answer: Continuation, carried: PromptCache
+    session: Session, answer: Continuation, carried: PromptCache, warmup: int
 ) -> Iterator[tuple[str, DenseReading]]:
     """Yield the readings of a second answer with carried and with new statistics."""
     new = make_prompt_cache(session)
@@ -95,7 +98,7 @@ def read_both(
     assert statistics is not None
     caches = (PromptCache(layers, statistics.copy(), answer.prompt), new)
     for name, cache in zip(STATISTICS, caches, strict=True):
-        yield name, DenseReading(session, answer, [GlassConfig.warmup], cache)
+        yield name, DenseReading(session, answer, [warmup], cache)
 
 
 def compare(args: argparse.Namespace) -> Results:
@@ -111,11 +114,11 @@ def compare(args: argparse.Namespace) -> Results:
             if conversation is None:
                 continue
             (*parts, _), answer = conversation
-            for setting in make_settings(args, Setting(max_kl=DEFAULT_MAX_KL)):
+            for setting in make_settings(args, DEFAULT):
                 config = GlassConfig(**setting._asdict())
                 selector = make_selector(session, tokenizer, prior, config)
                 carried = carried_cache(session, tokenizer, prior, parts, config)
-                for name, reading in read_both(session, answer, carried):
+                for name, reading in read_both(session, answer, carried, selector.config.warmup):
                     kl = float(score(reading, selector).kl.mean())
                     results.setdefault((subject, setting, name), []).append(kl)
     return results

@@ -36,6 +36,7 @@ from glass_mlx.files import cache_folder, locked, write_text
 from glass_mlx.latency.timing import time_run
 from glass_mlx.reporting.machine import made_with
 from glass_mlx.reporting.tables import markdown_table, write_rows
+from glass_mlx.selection import Selector
 
 import continuations
 import mlx.core as mx
@@ -116,7 +117,7 @@ def write_long(
     return text
 
 
-def score_text(reading: DenseReading, config: GlassConfig, selector: Any) -> Row:
+def score_text(reading: DenseReading, selector: Selector) -> Row:
     """Score a setting on a text, and return its row's figures."""
     scores = score(reading, selector)
     starts = range(0, reading.tokens, _BIN)
@@ -127,7 +128,7 @@ def score_text(reading: DenseReading, config: GlassConfig, selector: Any) -> Row
         "bin": _BIN,
         "top1": float(scores.agrees.mean()),
         "run_share": float(scores.bytes.mean()),
-        "dense_every": config.dense_every,
+        "dense_every": selector.config.dense_every,
     }
 
 
@@ -191,9 +192,6 @@ class Comparison:
             self.rows = [json.loads(line) for line in args.json.read_text().splitlines()]
         self._args = args
         self._session, self._tokenizer = continuations.load_session(args)
-        self._prior = find_or_measure_prior(
-            self._session, self._tokenizer, args.prior, model=args.model
-        )
         self._about = made_with() | {
             "model": model_name(args.model),
             "dtype": args.dtype,
@@ -201,6 +199,10 @@ class Comparison:
             "temperature": args.temp,
             "tokens": args.tokens,
         }
+        self._prompts = [*self._make_prompts()]
+        self._prior = find_or_measure_prior(
+            self._session, self._tokenizer, args.prior, model=args.model
+        )
 
     def _is_missing(self, row: Row) -> bool:
         return not any(all(old.get(k) == v for k, v in row.items()) for old in self.rows)
@@ -209,7 +211,7 @@ class Comparison:
         self.rows.append(row)
         write_rows(self._args.json, self.rows)
 
-    def prompts(self) -> Iterator[tuple[Row, list[int]]]:
+    def _make_prompts(self) -> Iterator[tuple[Row, list[int]]]:
         """Yield each prompt, with what identifies it in rows."""
         questions = read_prompts(self._args.prompts)[: self._args.limit]
         document = self._args.document.read_text(encoding="utf-8")
@@ -219,9 +221,13 @@ class Comparison:
                 question = messages[-1]["content"]
                 yield about, make_prompt(self._tokenizer, question, document, length)
 
+    def _selector(self, setting: Setting) -> Selector:
+        config = GlassConfig(**setting._asdict())
+        return make_selector(self._session, self._tokenizer, self._prior, config)
+
     def score(self, settings: list[Setting]) -> None:
         """Score all settings on all texts."""
-        for about, prompt in self.prompts():
+        for about, prompt in self._prompts:
             missing = {
                 setting: row
                 for setting in settings
@@ -230,18 +236,17 @@ class Comparison:
             if not missing:
                 continue
             text = write_long(self._session, self._tokenizer, prompt, self._args)
-            reading = DenseReading(self._session, text, [GlassConfig.warmup])
-            for setting, row in missing.items():
-                config = GlassConfig(**setting._asdict())
-                selector = make_selector(self._session, self._tokenizer, self._prior, config)
-                self._add(row | score_text(reading, config, selector))
+            selectors = [self._selector(setting) for setting in missing]
+            reading = DenseReading(self._session, text, [s.config.warmup for s in selectors])
+            for row, selector in zip(missing.values(), selectors, strict=True):
+                self._add(row | score_text(reading, selector))
             del reading
             mx.clear_cache()
 
     def generate(self, settings: list[Setting]) -> None:
         """Time a generation of each kind after the first prompt of each length."""
         self._tokenizer.eos_token_ids = []
-        for about, prompt in self.prompts():
+        for about, prompt in self._prompts:
             if about["text"]:
                 continue
             for kind, cache in caches(len(prompt) + self._args.tokens).items():
