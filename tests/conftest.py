@@ -1,6 +1,7 @@
 """Shared fixtures: the built-in model, loaded once, and a runner for commands."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,9 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Background jobs of a shell ignore SIGINT, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
