@@ -139,7 +139,7 @@ def test_halves_of_the_same_text_agree(sequences):
 @pytest.mark.slow
 def test_until_stable_stops_before_the_token_limit():
     model = tiny_model("llama")
-    settings = replace(SETTINGS, tokens=4000)
+    settings = replace(SETTINGS, tokens=1500)
     full_run = calibrate(model, TOKENIZER, settings).about
     goal = overall_stability(full_run["stability"]) - 0.1
     short_run = calibrate(model, TOKENIZER, replace(settings, until_stable=goal)).about
