@@ -63,6 +63,9 @@ def cost_of_drafts(
 ) -> float:
     """Return the cost of a token of the text, over the dense model's: its bytes, if rows are free.
 
+    Drafts count as dense apart from the head. Where FFNs are sliced they cost less, and blocks are
+    a little shorter than they could be.
+
     Args:
         share: the share of the vocabulary in the shortlist.
         count: the number of drafts in a block.
