@@ -46,6 +46,11 @@ CASES = {
 }
 
 
+# An input that never ends. `mlx.launch` polls one that has ended in a busy loop, and an interrupt
+# there can leave a lock held, so that the run never ends.
+NO_INPUT, _writer = os.pipe()
+
+
 def start(ranks, *arguments, **environment):
     """Start a Python program on several ranks, and return the process of `mlx.launch`."""
     paths = [ROOT, ROOT / "tests"]
@@ -57,7 +62,7 @@ def start(ranks, *arguments, **environment):
         command += ["--env", f"{name}={value}"]
     return subprocess.Popen(
         [*command, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
+        stdin=NO_INPUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
