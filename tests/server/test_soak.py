@@ -1,4 +1,4 @@
-"""Hundreds of requests from eight clients at once, good and bad."""
+"""A thousand requests from eight clients at once, good and bad."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ from raw_http import connect, error_of, exchange, parse, receive, request_bytes,
 import mlx.core as mx
 import pytest
 
-REQUESTS, CLIENTS = 500, 8
+REQUESTS, CLIENTS = 1000, 8
 
 GLASS = [{}, {"density": 0.5}, {"max_kl": 1.0}, {"dense": True}, {"density": 0.25, "trace": True}]
 
@@ -130,7 +130,7 @@ class Numbers:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_hundreds_of_requests_from_eight_clients(run_server, folder, monkeypatch):
+def test_a_thousand_requests_from_eight_clients(run_server, folder, monkeypatch):
     monkeypatch.setattr(handler, "_READ_TIME", 1.0)
     with run_server(folder) as server:
         expected = {}
@@ -153,9 +153,9 @@ def test_hundreds_of_requests_from_eight_clients(run_server, folder, monkeypatch
             assert len(outcomes) == count
             return outcomes
 
-        soak(100, seed=0)
+        soak(200, seed=0)
         before = memory()
-        outcomes = soak(REQUESTS - 100, seed=100)
+        outcomes = soak(REQUESTS - 200, seed=100)
         after = memory()
         assert {*outcomes} == {"valid", "bad", "leaves", "silent"}
         assert after[0] - before[0] < 30e6
