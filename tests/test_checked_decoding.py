@@ -16,7 +16,7 @@ from glass_mlx.models.architectures import tiny_model
 from glass_mlx.random_state import random_key
 from glass_mlx.session import Session
 from glass_mlx.vocabulary import VocabularyStatistics
-from helpers import FAST, letter_tokenizer, made_prior
+from helpers import FAST, made_prior
 
 import mlx.core as mx
 import mlx_lm
@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
 
@@ -36,8 +35,7 @@ def drafts_always(monkeypatch):
 
 
 @pytest.fixture
-def tokenizer():
-    tokenizer = TokenizerWrapper(letter_tokenizer())
+def tokenizer(tokenizer):
     tokenizer.eos_token_ids = []
     return tokenizer
 

@@ -8,12 +8,11 @@ from glass_mlx.kept_tokens import KeptTokens
 from glass_mlx.models.architectures import tiny_model
 from glass_mlx.sampling import make_sampler
 from glass_mlx.session import Session
-from helpers import letter_tokenizer, made_prior, statistics_of
+from helpers import made_prior, statistics_of
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # With experts alone and beside shared ones, in a module that flattens tokens, and in a list.
 MIXTURES = ("qwen3_moe", "deepseek_v3", "olmoe", "dbrx")
@@ -34,10 +33,9 @@ PROMPT = [1, 7, 3, 200, 9, 54, 21, 8, 8, 31]
     ],
 )
 @pytest.mark.usefixtures("working_olmo")
-def test_scores_match_generation_by_the_engine(kind, changes):
+def test_scores_match_generation_by_the_engine(tokenizer, kind, changes):
     """Teacher forcing on the engine's text gives the engine's log-probabilities."""
     model = tiny_model(kind)
-    tokenizer = TokenizerWrapper(letter_tokenizer())
     options = {"density": 0.5, "vocabulary": 1.0, "warmup": 3, "refresh": 4} | changes
     responses = list(
         stream_generate(model, tokenizer, PROMPT, max_tokens=30, prior=made_prior(model), **options)
@@ -71,10 +69,9 @@ def test_scores_match_generation_by_the_engine(kind, changes):
 @pytest.mark.parametrize(
     "changes", [{}, {"density": None}, {"refresh": 0}, {"dense_every": 0}, {"warmup": 12}]
 )
-def test_drafts_and_checks_read_what_they_read_in_the_engine(monkeypatch, kind, changes):
+def test_drafts_and_checks_read_what_they_read_in_the_engine(tokenizer, monkeypatch, kind, changes):
     monkeypatch.setattr(draft_shortlist, "_MAX_COST", np.inf)  # tiny models predict badly
     model = tiny_model(kind)
-    tokenizer = TokenizerWrapper(letter_tokenizer())
     tokenizer.eos_token_ids = []
     options = {"density": 0.5, "warmup": 3, "refresh": 8} | changes
     mx.random.seed(5)
@@ -103,9 +100,9 @@ def test_drafts_and_checks_read_what_they_read_in_the_engine(monkeypatch, kind, 
         {"warmup": 9, "refresh": 10},
     ],
 )
-def test_selections_are_the_engine_s_for_long_prompts(prefill, changes):
+def test_selections_are_the_engine_s_for_long_prompts(tokenizer, prefill, changes):
     """In prefill the engine observes a sample of each chunk in the last FFN."""
-    model, tokenizer = tiny_model("llama"), TokenizerWrapper(letter_tokenizer())
+    model = tiny_model("llama")
     prompt = np.random.default_rng(0).integers(2, 256, 333).tolist()
     options = {"density": 0.5, "prior_weight": 0.0} | changes
     responses = list(
